@@ -1,0 +1,1 @@
+"""CUDA sources (`*.cu`, `*.cuh`), read as text and compiled at run time."""

@@ -1,0 +1,189 @@
+"""The house itself: imports point one way, heavy packages stay in their rooms, the wheel is right."""
+
+import ast
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = {"natcupy": "natcupy", "zoo": "natcupy.zoo", "hub": "natcupy.hub"}
+
+# lower floors first; a room may import its own floor and the floors before it
+FLOORS = [
+    ("natcupy.cache", "natcupy.neighborhood", "natcupy.kernels"),
+    ("natcupy.cuda.source", "natcupy.cuda.arch", "natcupy.cuda.nvrtc", "natcupy.cuda.launch"),
+    ("natcupy.cuda.jit",),
+    ("natcupy.cuda.plan",),
+    ("natcupy.tiles", "natcupy.reference", "natcupy.cuda", "natcupy.cpu"),
+    ("natcupy.backends",),
+    ("natcupy.functional",),
+    ("natcupy.modules",),
+    ("natcupy.zoo",),
+    ("natcupy.hub", "natcupy.digits"),
+    ("natcupy.cli", "natcupy.__main__"),
+]
+ROOMS_OF = {  # package: the only rooms that may import it
+    "cupy": ("natcupy.cuda.jit", "natcupy.cuda.nvrtc", "natcupy.cuda.launch"),
+    "cupy_backends": ("natcupy.cuda.jit", "natcupy.cuda.nvrtc", "natcupy.cuda.launch"),
+    "llvmlite": ("natcupy.cpu",),
+    "huggingface_hub": ("natcupy.hub", "natcupy.cli.doctor"),
+    "sklearn": ("natcupy.digits",),
+    "matplotlib": ("natcupy.digits",),
+}
+BANNED = {"pickle", "dill", "marshal", "shelve"}
+
+
+def modules():
+    for folder, package in PACKAGES.items():
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            if path.is_symlink() or any((ROOT / folder / p).is_symlink() for p in parts[:1]):
+                continue
+            name = ".".join([package, *parts])
+            yield name.removesuffix(".__init__"), path
+
+
+def imported(path, package):
+    """(module, line) of every import statement, at any depth of the file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import on line {node.lineno}"
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}", node.lineno
+
+
+def under(name, prefixes):
+    return any(name == p or name.startswith(p + ".") for p in prefixes)
+
+
+def floor_of(name):
+    """The floor with the longest matching room name."""
+    rooms = [(len(room), n) for n, rooms in enumerate(FLOORS) for room in rooms]
+    best = [(size, n) for (size, n), room in zip(rooms, sum(FLOORS, ()), strict=True)
+            if under(name, [room])]  # fmt: skip
+    return max(best)[1] if best else None
+
+
+def test_every_room_has_a_floor():
+    assert all(floor_of(name) is not None for name, _ in modules() if name != "natcupy")
+
+
+def test_imports_point_one_way():
+    wrong = []
+    for name, path in modules():
+        if name == "natcupy":
+            continue
+        for target, line in imported(path, name):
+            floor = floor_of(target)
+            if floor is not None and floor > floor_of(name):
+                wrong.append(f"{name}:{line} imports {target}")
+    # the one door upward: a model's save_pretrained, push_to_hub and pretrained=True
+    assert [w for w in wrong if not w.startswith("natcupy.zoo.base:")] == []
+    assert len([w for w in wrong if w.startswith("natcupy.zoo.base:")]) <= 1
+
+
+def test_heavy_packages_stay_in_their_rooms():
+    for name, path in modules():
+        for target, line in imported(path, name):
+            rooms = ROOMS_OF.get(target.split(".")[0])
+            assert rooms is None or under(name, rooms), f"{name}:{line} imports {target}"
+
+
+def test_nothing_unsafe_is_used():
+    """No pickle, eval, exec or shell; torch.load only as the safe unpickler."""
+    for name, path in modules():
+        for target, line in imported(path, name):
+            assert target.split(".")[0] not in BANNED, f"{name}:{line} imports {target}"
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
+            assert called not in ("eval", "exec", "os.system"), f"{name}:{node.lineno} {called}"
+            assert keywords.get("shell") != "True", f"{name}:{node.lineno} uses a shell"
+            assert called != "torch.load" or keywords.get("weights_only") == "True", name
+
+
+def test_every_room_says_what_it_is():
+    for name, path in modules():
+        text = ast.get_docstring(ast.parse(path.read_text()))
+        assert text and len(text) > 20, f"{name} opens without a word"
+
+
+IMPORT = """
+import sys, time, torch
+start = time.perf_counter()
+import natcupy
+spent = time.perf_counter() - start
+heavy = {"numpy", "PIL", "safetensors", "huggingface_hub", "cupy", "llvmlite", "tqdm", "sklearn"}
+print(sorted(heavy & set(sys.modules) - {"numpy"}), torch.cuda.is_initialized(), spent < 1.0)
+"""
+
+
+def test_import_is_light_and_silent():
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", IMPORT], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.stderr == ""
+    assert done.stdout == "[] False True\n"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel as `pip install .` builds it, from a copy of the tracked files."""
+    pytest.importorskip("setuptools", minversion="77", reason="building needs setuptools >= 77")
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    files = subprocess.run(
+        ["git", "ls-files", "-z"], capture_output=True, text=True, cwd=ROOT, check=True
+    ).stdout.split("\0")
+    for name in filter(None, files):
+        if (ROOT / name).is_symlink():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).symlink_to((ROOT / name).readlink())
+        elif (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    build = "from setuptools.build_meta import build_wheel; print(build_wheel({!r}))"
+    done = subprocess.run(
+        [sys.executable, "-c", build.format(str(out))], capture_output=True, text=True, cwd=source
+    )
+    assert done.returncode == 0, done.stderr
+    return next(out.glob("*.whl"))
+
+
+def test_wheel(wheel):
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"natcupy"}
+    assert len(names) == len(set(names))
+    for needed in (
+        "natcupy/py.typed",
+        "natcupy/cli/__init__.py",
+        "natcupy/zoo/nat.py",
+        "natcupy/hub/embedded/nat-digits/model.safetensors",
+        "natcupy/hub/embedded/nat-digits/config.json",
+        "natcupy/kernels/na_fwd.cu",
+        "natcupy/kernels/neighborhood.cuh",
+    ):
+        assert needed in names
+    for name, path in modules():
+        inside = name.replace(".", "/")
+        assert f"{inside}.py" in names or f"{inside}/__init__.py" in names, path
+    assert wheel.stat().st_size < 4 << 20
+
+
+def test_running_from_the_checkout_or_an_install():
+    import natcupy.zoo
+
+    assert Path(natcupy.zoo.__file__).resolve().parent in (
+        ROOT / "zoo",
+        Path(sysconfig.get_paths()["purelib"]) / "natcupy" / "zoo",
+    )
+    assert "zoo" not in sys.modules and "hub" not in sys.modules

@@ -250,7 +250,7 @@ def _na(
     )
     with _as_given(query):
         out, lse = backend.attention(
-            query, key, value, hood, scale, rpb, additional_keys, additional_values
+            query, key, value, hood, scale, rpb, additional_keys, additional_values, return_lse
         )
     return (out, lse) if return_lse else out
 

@@ -31,16 +31,17 @@ def attention(
     rpb: Tensor | None,  # [H, 2K-1, ...]
     additional_keys: Tensor | None,  # [B, E, Hkv, D]
     additional_values: Tensor | None,  # [B, E, Hkv, Dv]
-) -> tuple[Tensor, Tensor]:  # [B, *spatial, H, Dv], [B, *spatial, H]
-    """Attention output in the inputs' dtype and natural log-sum-exp in the compute dtype."""
+    return_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:  # [B, *spatial, H, Dv], [B, *spatial, H]
+    """Output in the inputs' dtype, and if asked natural log-sum-exp in the compute dtype."""
     if tiles.applicable(value, additional_values):
         return tiles.attention(
-            query, key, value, hood, scale, rpb, additional_keys, additional_values
+            query, key, value, hood, scale, rpb, additional_keys, additional_values, return_lse
         )
     index, logits = _logits(query, key, hood, scale, rpb, additional_keys)
     out = _weighted_sum(logits.softmax(-1), value, index, additional_values)
-    lse = logits.logsumexp(-1)
-    return _heads_last(out, query).to(value.dtype), _heads_last(lse, query)
+    lse = _heads_last(logits.logsumexp(-1), query) if return_lse else None
+    return _heads_last(out, query).to(value.dtype), lse
 
 
 def qk(

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding  # the fastest gather of rows, forward and backward
 
 from natcupy.neighborhood import Neighborhood, rpb_index, window
 
@@ -44,7 +45,9 @@ def applicable(value: Tensor, additional_values: Tensor | None) -> bool:
     return finite
 
 
-def attention(query, key, value, hood, scale, rpb, additional_keys, additional_values):
+def attention(
+    query, key, value, hood, scale, rpb, additional_keys, additional_values, return_lse=True
+):
     """Same contract as `reference.attention`."""
     kv_heads, dtype = key.shape[-2], query.dtype
     compute = torch.float64 if dtype == torch.float64 else torch.float32
@@ -66,8 +69,10 @@ def attention(query, key, value, hood, scale, rpb, additional_keys, additional_v
     if additional_values is not None:
         extra = additional_values.to(compute).movedim(1, 2)[:, :, None, None]
         out = out + weights[..., box:] @ extra
-    lse = logits.logsumexp(-1)
-    return _untile(out, tiling, query).to(dtype), _untile(lse, tiling, query)
+    lse = None
+    if return_lse:
+        lse = _untile(logits.logsumexp(-1)[..., None], tiling, query).squeeze(-1)
+    return _untile(out, tiling, query).to(dtype), lse
 
 
 def map_tiling(shape, hood: Neighborhood, device) -> Tiling:
@@ -144,20 +149,23 @@ def _pair_boxes(a: Tensor, b: Tensor) -> Tensor:
 
 def _bias(tiling: Tiling, rpb: Tensor, kv_heads: int, dtype) -> Tensor:
     """Bias of every pair, [Hkv, G, T, t, u]."""
-    # an embedding's backward is far faster than that of an index
-    table = rpb.to(dtype).flatten(1).t()
-    rows = torch.nn.functional.embedding(tiling.bias, table).movedim(-1, 0)
+    rows = embedding(tiling.bias, rpb.to(dtype).flatten(1).t()).movedim(-1, 0)
     return rows.unflatten(0, (kv_heads, -1))
 
 
 def _take(x: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
     """[B, *spatial, Hkv, C] and tokens [T, t] to [B, Hkv, T, t, C]."""
-    rows = x.flatten(1, -3).movedim(2, 1)
-    return rows.index_select(2, index.flatten()).unflatten(2, index.shape).to(dtype)
+    rows = x.flatten(1, -3).movedim(2, 1).to(dtype)
+    batch, heads, tokens, channels = rows.shape
+    first = torch.arange(batch * heads, device=x.device).view(batch, heads, 1, 1) * tokens
+    return embedding(first + index, rows.reshape(-1, channels))
 
 
 def _untile(x: Tensor, tiling: Tiling, like: Tensor) -> Tensor:
-    """[B, Hkv, G, T, t, ...] to [B, *spatial, H, ...] with the spatial shape of `like`."""
+    """[B, Hkv, G, T, t, C] to [B, *spatial, H, C] with the spatial shape of `like`."""
+    rows = x.flatten(3, 4).flatten(1, 2)
+    batch, heads, slots, channels = rows.shape
     place = tiling.tile * tiling.query.shape[1] + tiling.slot
-    rows = x.flatten(3, 4).index_select(3, place).flatten(1, 2).movedim(1, 2)
-    return rows.unflatten(1, like.shape[1:-2])
+    first = torch.arange(batch * heads, device=x.device).view(batch, 1, heads) * slots
+    picked = embedding(first + place[:, None], rows.reshape(-1, channels))
+    return picked.unflatten(1, like.shape[1:-2])

@@ -1,4 +1,4 @@
-"""The house itself: imports point one way, heavy packages stay in their rooms, the wheel is right."""
+"""The house itself: one-way imports, heavy packages in their rooms, a right wheel."""
 
 import ast
 import subprocess

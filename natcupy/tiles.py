@@ -10,6 +10,7 @@ axis. A weight of zero times a NaN value would be NaN, so `applicable` asks for 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ class Tiling(NamedTuple):
     query: Tensor  # [T, t] token of each query slot; unused slots repeat a token
     key: Tensor  # [T, u] token of each key slot
     bias: Tensor  # [T, t, u] index into (flattened) rpb
-    mask: Tensor  # [T, t, u] True where the query sees the key
+    hidden: Tensor  # [T, t, u] True where the query does not see the key
     tile: Tensor  # [length] tile that holds each token as a query
     slot: Tensor  # [length] and its slot there
 
@@ -51,7 +52,7 @@ def attention(
     """Same contract as `reference.attention`."""
     kv_heads, dtype = key.shape[-2], query.dtype
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    tiling = map_tiling(query.shape[1:-2], hood, query.device)
+    tiling = map_tiling(tuple(query.shape[1:-2]), hood, query.device)
     q = _take(query.unflatten(-2, (kv_heads, -1)).flatten(-2), tiling.query, compute)
     k, v = _take(key, tiling.key, compute), _take(value, tiling.key, compute)
     groups = query.shape[-2] // kv_heads
@@ -59,7 +60,7 @@ def attention(
     logits = q @ k[:, :, None].mT
     if rpb is not None:
         logits += _bias(tiling, rpb, kv_heads, compute)
-    logits.masked_fill_(~tiling.mask, float("-inf"))
+    logits.masked_fill_(tiling.hidden, float("-inf"))
     if additional_keys is not None:
         extra = additional_keys.to(compute).movedim(1, 2)[:, :, None, None]
         logits = torch.cat([logits, q @ extra.mT], -1)
@@ -75,13 +76,15 @@ def attention(
     return _untile(out, tiling, query).to(dtype), lse
 
 
-def map_tiling(shape, hood: Neighborhood, device) -> Tiling:
+@lru_cache(maxsize=32)
+def map_tiling(shape: tuple[int, ...], hood: Neighborhood, device: torch.device) -> Tiling:
     """Tiles of a whole map, tokens, tiles and slots counted in row-major order."""
     whole = None
     axes = zip(shape, hood.kernel_size, hood.stride, hood.dilation, hood.is_causal, strict=True)
-    for length, kernel_size, stride, dilation, is_causal in axes:
-        axis = axis_tiling(length, kernel_size, stride, dilation, is_causal, device)
-        whole = axis if whole is None else _product(whole, axis, length, 2 * kernel_size - 1)
+    with torch.inference_mode(False):  # the tables outlive the call, whose mode they must not keep
+        for length, kernel_size, stride, dilation, is_causal in axes:
+            axis = axis_tiling(length, kernel_size, stride, dilation, is_causal, device)
+            whole = axis if whole is None else _product(whole, axis, length, 2 * kernel_size - 1)
     return whole
 
 
@@ -101,7 +104,7 @@ def axis_tiling(length, kernel_size, stride, dilation, is_causal, device) -> Til
     keys = first + torch.arange(box, device=device)
 
     start, end = window(queries, members, kernel_size, stride, is_causal)
-    seen = (keys[:, :, None] >= start[..., None]) & (keys[:, :, None] < end[..., None])
+    hidden = (keys[:, :, None] < start[..., None]) | (keys[:, :, None] >= end[..., None])
     keys = keys.minimum(members - 1)
     bias = rpb_index(keys[:, :, None], queries[..., None], kernel_size)
     bias = bias.clamp(0, 2 * kernel_size - 2)
@@ -112,7 +115,7 @@ def axis_tiling(length, kernel_size, stride, dilation, is_causal, device) -> Til
         query=(queries * dilation + group).flatten(0, 1),
         key=(keys * dilation + group).flatten(0, 1),
         bias=bias.flatten(0, 1),
-        mask=seen.flatten(0, 1),
+        hidden=hidden.flatten(0, 1),
         tile=place // tile,
         slot=place % tile,
     )
@@ -131,7 +134,7 @@ def _product(a: Tiling, b: Tiling, length: int, bias_span: int) -> Tiling:
         query=_pairs(a.query * length, b.query),
         key=_pairs(a.key * length, b.key),
         bias=_pair_boxes(a.bias * bias_span, b.bias),
-        mask=_pair_boxes(a.mask, b.mask),
+        hidden=_pair_boxes(a.hidden, b.hidden),
         tile=(a.tile[:, None] * len(b.query) + b.tile).flatten(),
         slot=(a.slot[:, None] * b.query.shape[1] + b.slot).flatten(),
     )
@@ -143,7 +146,7 @@ def _pairs(a: Tensor, b: Tensor) -> Tensor:
 
 def _pair_boxes(a: Tensor, b: Tensor) -> Tensor:
     a, b = a[:, None, :, None, :, None], b[None, :, None, :, None, :]
-    both = a & b if a.dtype == torch.bool else a + b
+    both = a | b if a.dtype == torch.bool else a + b
     return both.flatten(4).flatten(2, 3).flatten(0, 1)
 
 

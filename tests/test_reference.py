@@ -254,5 +254,14 @@ def test_memory_grows_with_the_window_not_with_the_map():
         assert out[0, 100:].isfinite().all() and out.shape == q.shape
 
 
+def test_inference_mode_leaves_nothing_behind(path):
+    inputs = tensors(PLAIN_2D.but(shape=(8, 9)), torch.float32, requires_grad=True)
+    with torch.inference_mode():
+        quiet = natcupy.na2d(**inputs, **PLAIN_2D.window)
+    out = natcupy.na2d(**inputs, **PLAIN_2D.window)
+    out.sum().backward()
+    assert torch.equal(out, quiet) and inputs["query"].grad is not None
+
+
 def test_reference_rejects_nothing():
     assert reference.unsupported_reason(None) is None

@@ -1,0 +1,198 @@
+"""The model zoo: NAT, DiNAT, DiNAT-s and the isotropic models, by name.
+
+In: a name and overrides. Out: a model, or a list of names. The zoo knows no weights and no network:
+`create_model(..., pretrained=True)` hands over to `natcupy.hub`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from natcupy.zoo.base import ImageModel, _hub
+from natcupy.zoo.config import ConfigError, ModelConfig, num_parameters
+from natcupy.zoo.dinat_s import (
+    DiNATS,
+    dinat_s_base,
+    dinat_s_large,
+    dinat_s_large_21k,
+    dinat_s_large_384,
+    dinat_s_small,
+    dinat_s_tiny,
+)
+from natcupy.zoo.flops import Macs, count_macs
+from natcupy.zoo.isotropic import (
+    Isotropic,
+    dinat_isotropic_base,
+    dinat_isotropic_small,
+    nat_isotropic_base,
+    nat_isotropic_small,
+    vitrpb_base,
+    vitrpb_small,
+)
+from natcupy.zoo.nat import (
+    NAT,
+    dinat_base,
+    dinat_large,
+    dinat_large_21k,
+    dinat_large_21k_11x11,
+    dinat_large_384,
+    dinat_large_384_11x11,
+    dinat_mini,
+    dinat_small,
+    dinat_tiny,
+    nat_base,
+    nat_mini,
+    nat_small,
+    nat_tiny,
+)
+from natcupy.zoo.preprocess import Preprocess
+from natcupy.zoo.published import PUBLISHED, Published
+
+MODELS: dict[str, Callable[..., ImageModel]] = {
+    "nat_mini": nat_mini,
+    "nat_tiny": nat_tiny,
+    "nat_small": nat_small,
+    "nat_base": nat_base,
+    "dinat_mini": dinat_mini,
+    "dinat_tiny": dinat_tiny,
+    "dinat_small": dinat_small,
+    "dinat_base": dinat_base,
+    "dinat_large": dinat_large,
+    "dinat_large_384": dinat_large_384,
+    "dinat_large_384_11x11": dinat_large_384_11x11,
+    "dinat_large_21k": dinat_large_21k,
+    "dinat_large_21k_11x11": dinat_large_21k_11x11,
+    "dinat_s_tiny": dinat_s_tiny,
+    "dinat_s_small": dinat_s_small,
+    "dinat_s_base": dinat_s_base,
+    "dinat_s_large": dinat_s_large,
+    "dinat_s_large_384": dinat_s_large_384,
+    "dinat_s_large_21k": dinat_s_large_21k,
+    "nat_isotropic_small": nat_isotropic_small,
+    "nat_isotropic_base": nat_isotropic_base,
+    "dinat_isotropic_small": dinat_isotropic_small,
+    "dinat_isotropic_base": dinat_isotropic_base,
+    "vitrpb_small": vitrpb_small,
+    "vitrpb_base": vitrpb_base,
+}
+
+_CLASSES: dict[str, type[ImageModel]] = {
+    "nat": NAT,
+    "dinat_s": DiNATS,
+    "isotropic": Isotropic,
+    "vitrpb": Isotropic,
+}
+
+
+def build_model(config: ModelConfig, pretrained_cfg: dict[str, Any] | None = None) -> ImageModel:
+    """A model from its numbers; `pretrained_cfg` adds or replaces facts about its weights."""
+    return _CLASSES[config.family](config, pretrained_cfg)
+
+
+def create_model(name: str, pretrained: bool = False, **overrides: Any) -> ImageModel:
+    """A model by name: `create_model("nat-tiny", num_classes=10)`.
+
+    Args:
+        name: a name of `list_models()`, with hyphens or underscores, and perhaps its weights' tag
+            ("nat_tiny.in1k").
+        pretrained: load released weights; then `natcupy.hub.from_pretrained(name, **overrides)`
+            does the work and `name` may be anything it knows.
+        overrides: any field of `ModelConfig` (num_classes, in_chans, drop_path_rate, kernel_size,
+            dilations, ...), `features_only=True` and `out_indices` for a backbone that returns
+            feature maps, `global_pool` ("avg" or "").
+
+    Raises ValueError for a name or tag that does not exist, with the nearest that do; TypeError for
+    an unknown override; ConfigError for a bad value.
+    """
+    if pretrained:
+        return _hub().from_pretrained(name, **overrides)
+    return MODELS[_resolve(name)](**overrides)
+
+
+def model_config(name: str, **overrides: Any) -> ModelConfig:
+    """The numbers of a named model, without allocating it."""
+    with torch.device("meta"):
+        return create_model(name, **overrides).config
+
+
+def list_models(
+    pattern: str | Sequence[str] = "*",
+    *,
+    pretrained: bool = False,
+    exclude_filters: str | Sequence[str] = (),
+) -> list[str]:
+    """Sorted names that match one of the wildcard patterns and none of those excluded.
+
+    Patterns may use hyphens or underscores: `list_models("dinat-s*")`. With `pretrained`, the names
+    whose weights `create_model(name, pretrained=True)` finds by itself, with their tags.
+    """
+    names = _pretrained_names() if pretrained else MODELS
+    found = (name for name in names if _matches(name, pattern))
+    return sorted(name for name in found if not _matches(name, exclude_filters))
+
+
+def is_model(name: str) -> bool:
+    """Whether `create_model` knows the name (hyphens, underscores, tag)."""
+    try:
+        _resolve(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _resolve(name: str) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"a model's name must be a string, got {type(name).__name__}.")
+    architecture, _, tag = name.strip().lower().replace("-", "_").partition(".")
+    if architecture not in MODELS:
+        near = difflib.get_close_matches(architecture, MODELS, n=3, cutoff=0.4)
+        hint = f"the nearest are {', '.join(near)}" if near else "see natcupy.list_models()"
+        raise ValueError(f"there is no model {name!r}; {hint}.")
+    if tag and tag != PUBLISHED[architecture].tag:
+        raise ValueError(
+            f"there is no tag {tag!r} of {architecture}, got {name!r}; use "
+            f"{architecture}.{PUBLISHED[architecture].tag} or no tag."
+        )
+    return architecture
+
+
+def _pretrained_names() -> list[str]:
+    hub = _hub()
+    return [*hub.embedded_names(), *(tag for tag, row in hub.WEIGHTS.items() if row.repo)]
+
+
+def _matches(name: str, patterns: str | Sequence[str]) -> bool:
+    """Whether the name, with or without its tag, matches a pattern in either spelling."""
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    spelled = {spelling for p in patterns for spelling in (p, p.replace("-", "_"))}
+    name = name.replace("-", "_")
+    forms = (name, name.partition(".")[0])
+    return any(fnmatch.fnmatchcase(form, p) for form in forms for p in spelled)
+
+
+__all__ = [
+    "MODELS",
+    "NAT",
+    "PUBLISHED",
+    "ConfigError",
+    "DiNATS",
+    "ImageModel",
+    "Isotropic",
+    "Macs",
+    "ModelConfig",
+    "Preprocess",
+    "Published",
+    "build_model",
+    "count_macs",
+    "create_model",
+    "is_model",
+    "list_models",
+    "model_config",
+    "num_parameters",
+    *MODELS,
+]

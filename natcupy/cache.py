@@ -14,6 +14,7 @@ This module needs the standard library alone: no torch, no numpy, no CuPy.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -21,6 +22,7 @@ import json
 import os
 import secrets
 import stat
+import struct
 import sys
 import threading
 import time
@@ -47,11 +49,10 @@ JUST_USED = 60.0  # seconds in which an entry counts as in use
 ABANDONED = 3600.0  # seconds after which a temporary file has no writer any more
 
 _MAGIC = b"natcupy1"
-_HEADER = len(_MAGIC) + 32 + 32  # magic, checksum of all that follows, key
+_BODY = len(_MAGIC) + 32  # where the part under the checksum begins
 _FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 _PASSING = {errno.ESTALE, errno.EBUSY, errno.EINTR, errno.EAGAIN}  # worth another try
-_TRIES = 3
 
 
 class CacheWarning(UserWarning):
@@ -77,71 +78,376 @@ def key_of(ingredients: Mapping[str, str]) -> str:
 
 
 class Store:
-    """Binaries by key, on disk in `folder` or, where that is impossible or None, in memory.
+    """Binaries by key: on disk in `folder`, or in memory where that is None or of no use.
 
-    `limit` bounds the folder in bytes; `why` tells why there is no folder (no warning is given
-    then). One store may be used by any number of threads, one folder by any number of processes.
+    `limit` bounds the folder in bytes. One store may be used by any number of threads, one folder
+    by any number of processes.
     """
 
-    def __init__(
-        self, folder: str | os.PathLike | None, limit: int = DEFAULT_LIMIT, why: str = ""
-    ) -> None:
+    def __init__(self, folder: str | os.PathLike | None, limit: int = DEFAULT_LIMIT) -> None:
         self._folder = Path(folder) if folder is not None else None
         self._limit = limit
-        self._why = why  # why nothing is kept on disk; empty while everything is well
-        self._readable = folder is not None
-        self._opened = False
-        self._warned = False
+        self._opened = self._folder is None
+        self._reads = self._writes = False  # decided when the folder is opened, at first use
+        self._why = ""  # why binaries are not kept on disk; empty while all is well
+        self._warned: dict[str, object] = {}
         self._memory: dict[str, bytes] = {}
         self._locks: dict[tuple[int, str], threading.Lock] = {}
-        self._counts = {"hits": 0, "builds": 0}
 
     def get_or_build(self, ingredients: Mapping[str, str], build: Callable[[], bytes]) -> bytes:
         """The entry for `ingredients`; `build()` makes it if nobody has yet.
 
-        Exactly one of the threads that ask at once builds, and one of the processes where file
-        locks work. What `build` raises comes through; the next caller tries again. No trouble with
-        the folder ever does.
+        Of the threads that ask at once exactly one builds, and of the processes exactly one where
+        file locks work. What `build` raises comes through and the next caller tries again; no
+        trouble with the folder does.
         """
         key = key_of(ingredients)
-        # The process id is part of the name: a lock held by another thread during a fork would
-        # stay locked in the child for ever.
-        lock = self._locks.setdefault((os.getpid(), key), threading.Lock())
-        with lock:
-            found = self._look_up(key)
-            if found is not None:
-                self._counts["hits"] += 1
-                return found
-            with self._only_process(key) as published:
-                found = published or self._look_up(key)
-                if found is not None:
-                    self._counts["hits"] += 1
-                    return found
-                image = _checked(build())
-                self._counts["builds"] += 1
-                if not self._write(key, ingredients, image):
-                    self._memory[key] = image
-        return image
+        with self._lock(key):
+            image = self._look_up(key)
+            if image is not None:
+                return image
+            with self._alone(key) as image:
+                if image is None:
+                    image = self._look_up(key)
+                if image is None:
+                    image = _checked(build())
+                    self._keep(key, ingredients, image)
+                return image
 
     def discard(self, ingredients: Mapping[str, str]) -> None:
         """Forget an entry, for instance one that its user could not load."""
         key = key_of(ingredients)
         self._memory.pop(key, None)
-        if self._usable():
+        self._open()
+        if self._writes:
             _remove(self._path(key))
 
     def describe(self) -> dict[str, Any]:
-        """Facts for a report: folder, state ("disk", "memory" or "off"), reason, size, counts."""
-        usable = self._usable()
-        entries = self._entries() if usable else []
-        state = "disk" if usable and not self._why else "memory"
+        """Facts for a report; `state` is "disk", "memory" (and `why`) or "off"."""
+        self._open()
+        entries = [size for name, size, _ in self._files() if name.endswith(".bin")]
+        off = self._folder is None and not self._why
         return {
-            "folder": str(self._folder) if self._folder is not None else None,
-            "state": "off" if self._folder is None and not self._warned else state,
+            "folder": None if self._folder is None else str(self._folder),
+            "state": "off" if off else "disk" if self._writes else "memory",
             "why": self._why,
             "entries": len(entries),
-            "bytes": sum(size for _, size, _ in entries),
+            "bytes": sum(entries),
             "limit": self._limit,
             "in_memory": len(self._memory),
-            **self._counts,
         }
+
+    def give_up(self, why: str, *, reads: bool = False) -> None:
+        """Keep binaries in memory from now on, and warn once for this store."""
+        self._reads, self._writes, self._opened = self._reads and reads, False, True
+        self._why = self._why or why
+        mine = object()
+        if self._warned.setdefault("warned", mine) is mine:
+            warnings.warn(
+                f"natcupy keeps compiled binaries in memory and builds them again in each "
+                f"process, because {why}. Set {FOLDER_VARIABLE} to a folder that only you can "
+                f"write, or {SWITCH_VARIABLE}=off to do without one silently.",
+                CacheWarning,
+                stacklevel=2,
+            )
+
+    def _open(self) -> None:
+        """Make the folder and judge it, once."""
+        if self._opened:
+            return
+        with self._lock("the folder"):
+            if self._opened:
+                return
+            why = ""
+            try:
+                _patiently(lambda: _make_folder(self._folder))
+                self._reads = self._writes = True
+            except _UntrustedError as error:
+                why = str(error)
+            except OSError as error:
+                why = f"the folder {self._folder} cannot be used ({_reason(error)})"
+            self._opened = True
+        if why:
+            self.give_up(why)
+
+    def _lock(self, name: str) -> threading.Lock:
+        # With the process in its name: a lock that another thread held while this process was
+        # forked would never be released in the child.
+        return self._locks.setdefault((os.getpid(), name), threading.Lock())
+
+    def _path(self, key: str, ending: str = ".bin") -> str:
+        return os.path.join(self._folder, key + ending)
+
+    def _files(self) -> list[tuple[str, int, float]]:
+        """Name, size and time of last use of each file in the folder."""
+        found = []
+        if self._reads:
+            with contextlib.suppress(OSError), os.scandir(self._folder) as items:
+                for item in items:
+                    with contextlib.suppress(OSError):
+                        info = item.stat(follow_symlinks=False)
+                        found.append((item.name, info.st_size, info.st_mtime))
+        return found
+
+    def _look_up(self, key: str) -> bytes | None:
+        image = self._memory.get(key)
+        if image is not None:
+            return image
+        self._open()
+        if not self._reads:
+            return None
+        try:
+            data = _patiently(lambda: _read_file(self._path(key)))
+        except FileNotFoundError:
+            return None
+        except _UntrustedError as error:
+            self.give_up(str(error))
+            return None
+        except OSError as error:
+            self.give_up(f"an entry in {self._folder} cannot be read ({_reason(error)})")
+            return None
+        image = _unpack(key, data)
+        if image is None:
+            _remove(self._path(key))
+        return image
+
+    def _keep(self, key: str, ingredients: Mapping[str, str], image: bytes) -> None:
+        """Put an entry in place in one step; in memory it stays only if that fails."""
+        self._memory[key] = image
+        if not self._writes or len(image) > self._limit:
+            return
+        try:
+            _patiently(lambda: self._put(key, _pack(key, ingredients, image)))
+        except _UntrustedError as error:
+            self.give_up(str(error))
+        except OSError as error:
+            self.give_up(f"{self._folder} cannot be written ({_reason(error)})", reads=True)
+        else:
+            self._memory.pop(key, None)
+            self._trim(key + ".bin")
+
+    def _put(self, key: str, data: bytes) -> None:
+        temporary = self._path(key, f".{os.getpid()}-{secrets.token_hex(8)}.tmp")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _FLAGS
+        try:
+            try:
+                file = os.open(temporary, flags, 0o600)
+            except FileNotFoundError:  # the folder was deleted under us, which is anyone's right
+                _make_folder(self._folder)
+                file = os.open(temporary, flags, 0o600)
+            try:
+                rest = memoryview(data)
+                while rest:
+                    rest = rest[os.write(file, rest) :]
+            finally:
+                os.close(file)
+            os.replace(temporary, self._path(key))
+        except BaseException:
+            _remove(temporary)
+            raise
+
+    def _trim(self, newest: str) -> None:
+        """Delete what dead writers left, and the longest unused entries above the limit."""
+        now = time.time()
+        files = sorted(self._files(), key=lambda file: file[2])
+        total = sum(size for name, size, _ in files if name.endswith(".bin"))
+        for name, size, used in files:
+            if name.endswith((".tmp", ".lock")):
+                doomed = now - used > ABANDONED
+            else:
+                doomed = name.endswith(".bin") and total > self._limit
+                doomed = doomed and name != newest and now - used > JUST_USED
+                total -= size if doomed else 0
+            if doomed:
+                _remove(os.path.join(self._folder, name))
+
+    @contextlib.contextmanager
+    def _alone(self, key: str) -> Iterator[bytes | None]:
+        """Hold the key's file lock, or receive the entry that its holder has just made.
+
+        Where locks fail or take too long the block runs without one: it then works for nothing at
+        worst.
+        """
+        path = self._path(key, ".lock") if self._writes else None
+        file = None
+        with contextlib.suppress(OSError):
+            file = os.open(path, os.O_RDWR | os.O_CREAT | _FLAGS, 0o600) if path else None
+        if file is None:
+            yield None
+            return
+        mine = False
+        try:
+            mine, image = self._wait(key, file)
+            yield image
+        finally:
+            if mine:
+                _remove(path)  # before the release, so that whoever comes next makes a new one
+                _unlock(file)
+            with contextlib.suppress(OSError):
+                os.close(file)
+
+    def _wait(self, key: str, file: int) -> tuple[bool, bytes | None]:
+        deadline, pause = time.monotonic() + LOCK_PATIENCE, 0.002
+        while True:
+            state = _try_lock(file)
+            if state != "busy" or time.monotonic() > deadline:
+                return state != "busy", None
+            time.sleep(pause)
+            pause = min(2 * pause, 0.1)
+            image = self._look_up(key)
+            if image is not None:
+                return False, image
+
+
+def _make_folder(folder: Path) -> None:
+    """Make `folder` for its owner alone; raise _UntrustedError unless it is this user's alone."""
+    os.makedirs(folder.parent, 0o700, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(folder, 0o700)
+    info = os.stat(folder)
+    if not stat.S_ISDIR(info.st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    _check_owner(info, f"the folder {folder}")
+    above = os.stat(folder.parent).st_mode
+    if os.name == "posix" and above & stat.S_IWOTH and not above & stat.S_ISVTX:
+        raise _UntrustedError(f"{folder.parent} can be written by every user of this machine")
+
+
+def _check_owner(info: os.stat_result, what: str) -> None:
+    if os.name != "posix":
+        return  # there, access lists of the user's profile guard the folder
+    if info.st_uid != os.geteuid():
+        raise _UntrustedError(f"{what} belongs to another user (id {info.st_uid})")
+    if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise _UntrustedError(
+            f"{what} can be written by other users (mode {stat.S_IMODE(info.st_mode):04o})"
+        )
+
+
+def _read_file(path: str) -> bytes:
+    """All bytes of a plain file of this user; marks it as used now."""
+    if not _NO_LINK and os.path.islink(path):
+        raise _UntrustedError(f"{path} is a symbolic link")
+    try:
+        file = os.open(path, _FLAGS | _NO_LINK)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EMLINK):
+            raise _UntrustedError(f"{path} is a symbolic link") from None
+        raise
+    try:
+        info = os.fstat(file)
+        if not stat.S_ISREG(info.st_mode):
+            raise _UntrustedError(f"{path} is not a plain file")
+        _check_owner(info, path)
+        parts = []
+        while part := os.read(file, 1 << 20):
+            parts.append(part)
+    finally:
+        os.close(file)
+    with contextlib.suppress(OSError):
+        os.utime(path)
+    return b"".join(parts)
+
+
+def _remove(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+def _patiently(action: Callable[[], Any], tries: int = 3) -> Any:
+    """Run `action`, again if it meets what passes: a stale handle, a busy or shared file."""
+    try:
+        return action()
+    except OSError as error:
+        passing = error.errno in _PASSING or (os.name == "nt" and error.errno == errno.EACCES)
+        if not passing or tries == 1:
+            raise
+    time.sleep(0.005)
+    return _patiently(action, tries - 1)
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or type(error).__name__
+
+
+def _try_lock(file: int) -> str:
+    """ "held", "busy" (another has it) or "unsupported" here."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        elif msvcrt is not None:
+            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+        else:
+            return "unsupported"
+    except OSError as error:
+        busy = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK)
+        return "busy" if error.errno in busy else "unsupported"
+    return "held"
+
+
+def _unlock(file: int) -> None:
+    """Release at once: a child forked meanwhile shares the file and would keep the lock."""
+    with contextlib.suppress(OSError):
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_UN)
+        elif msvcrt is not None:
+            msvcrt.locking(file, msvcrt.LK_UNLCK, 1)
+
+
+def _checked(image: bytes) -> bytes:
+    if type(image) is not bytes or not image:
+        raise TypeError(f"build() must return non-empty bytes, got {type(image).__name__}.")
+    return image
+
+
+def _pack(key: str, ingredients: Mapping[str, str], image: bytes) -> bytes:
+    """Magic, checksum, key, the short ingredients for the curious, the image."""
+    told = {name: value for name, value in ingredients.items() if len(value) <= 200}
+    note = json.dumps(told, sort_keys=True).encode("ascii")
+    body = bytes.fromhex(key) + struct.pack("<I", len(note)) + note + image
+    return _MAGIC + hashlib.sha256(body).digest() + body
+
+
+def _unpack(key: str, data: bytes) -> bytes | None:
+    """The image, or None where anything at all is not as `_pack` made it for this key."""
+    checksum, body = data[len(_MAGIC) : _BODY], data[_BODY:]
+    whole = data.startswith(_MAGIC) and hashlib.sha256(body).digest() == checksum
+    if not whole or body[:32] != bytes.fromhex(key):
+        return None
+    start = 36 + struct.unpack_from("<I", body, 32)[0]
+    return body[start:]
+
+
+def default_store() -> Store:
+    """The store of this process, as the environment says:
+
+    NATCUPY_CACHE_DIR moves it, NATCUPY_CACHE=off keeps binaries in memory, NATCUPY_CACHE_MB bounds
+    it. Without them it lies in the user's cache folder.
+    """
+    names = (SWITCH_VARIABLE, FOLDER_VARIABLE, SIZE_VARIABLE)
+    return _store(*(os.environ.get(name, "").strip() for name in names))
+
+
+@functools.cache
+def _store(switch: str, folder: str, size: str) -> Store:
+    if switch.lower() in ("off", "0", "no", "false"):
+        return Store(None)
+    limit = int(size) << 20 if size.isdecimal() else DEFAULT_LIMIT
+    where = os.path.abspath(os.path.expanduser(folder)) if folder else _user_folder()
+    if where is None:
+        store = Store(None, limit)
+        store.give_up("this user has no home folder")
+        return store
+    return Store(Path(where) / "binaries", limit)
+
+
+def _user_folder() -> str | None:
+    """Where this system keeps what can be made again, for this user; None without a home."""
+    if os.name == "nt":
+        base = os.environ.get("LOCALAPPDATA") or os.path.expanduser(r"~\AppData\Local")
+    elif sys.platform == "darwin":
+        base = os.path.expanduser("~/Library/Caches")
+    else:
+        base = os.environ.get("XDG_CACHE_HOME", "")
+        base = base if os.path.isabs(base) else os.path.expanduser("~/.cache")
+    return os.path.join(base, "natcupy") if os.path.isabs(base) else None

@@ -1,0 +1,460 @@
+"""From recipe to launch, with a launcher or a driver that only pretends; no GPU needed."""
+
+import contextlib
+import ctypes
+import importlib.util
+import os
+import struct
+import sys
+import threading
+import types
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from natcupy.cuda import jit
+from natcupy.cuda import launch as room
+from natcupy.cuda.jit import CuPyLauncher, DeviceError, Launch, LaunchError, Spec, Target
+
+needs_nvrtc = pytest.mark.skipif(
+    importlib.util.find_spec("cupy") is None,
+    reason="CuPy, which brings the compiler, is not installed",
+)
+ADD = Spec("vector_add.cu", (("SCALE", 2),))
+PARAMS = struct.Struct("<QQQq")  # a, b, out, count
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def recipe(grid=(1, 1, 1), block=(32, 1, 1), shared=0, args=b"\0" * 32, spec=ADD):
+    return Launch(spec, grid, block, shared, args)
+
+
+# -- a launcher on the CPU ------------------------------------------------------------------------
+
+
+class AddOnCPU:
+    """Compiles for real, then does by hand what a GPU would, at the addresses it was given."""
+
+    device_type = "cpu"
+
+    def __init__(self, arch="90a"):
+        self.arch, self.images = arch, {}
+
+    def target(self, device):
+        return Target(self.arch)
+
+    def launch(self, recipe, device):
+        if recipe.spec not in self.images:
+            self.images[recipe.spec] = jit.compile_spec(recipe.spec, self.arch).image
+        a, b, out, count = PARAMS.unpack(recipe.args)
+        count = min(count, recipe.grid[0] * recipe.block[0])
+        a, b, out = (self.array(address, count) for address in (a, b, out))
+        out[:] = a + np.float32(dict(recipe.spec.constants)["SCALE"]) * b
+
+    @staticmethod
+    def array(address, count):
+        memory = (ctypes.c_float * count).from_address(address)
+        return np.frombuffer(memory, dtype=np.float32)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("count", [1, 1000, 1024])
+def test_a_vector_add_compiles_and_launches(count):
+    a, b, out = torch.randn(count), torch.randn(count), torch.full((count,), float("nan"))
+    args = PARAMS.pack(a.data_ptr(), b.data_ptr(), out.data_ptr(), count)
+    with jit.use_sources(Path(__file__).parent), jit.use_launcher(AddOnCPU()) as launcher:
+        assert str(jit.arch_for(CPU)) == "sm_90a"
+        jit.prepare(ADD, CPU)  # this launcher has nothing to prepare
+        step = Launch(ADD, (-(-count // 256), 1, 1), (256, 1, 1), 0, args)
+        jit.launch(step, CPU, keep_alive=(a, b, out))
+    torch.testing.assert_close(out, a + 2 * b)
+    assert list(launcher.images) == [ADD]
+
+
+class Recorder:
+    device_type, device = "cpu", None
+
+    def __init__(self):
+        self.seen = []
+
+    def launch(self, recipe, device):
+        self.seen.append((recipe, device))
+
+
+def test_an_empty_grid_is_never_launched():
+    with jit.use_launcher(Recorder()) as recorder:
+        for grid in ((0, 1, 1), (1, 0, 1), (1, 1, 0), (0, 0, 0)):
+            jit.launch(recipe(grid), CPU)
+    assert recorder.seen == []
+
+
+def test_launchers_nest_reach_every_thread_and_leave_when_a_block_fails():
+    outer, inner = Recorder(), Recorder()
+    with jit.use_launcher(outer):
+        with contextlib.suppress(ZeroDivisionError), jit.use_launcher(inner):
+            thread = threading.Thread(target=jit.launch, args=(recipe(), CPU))
+            thread.start()
+            thread.join()
+            raise ZeroDivisionError
+        jit.launch(recipe(), CPU)
+    assert (len(outer.seen), len(inner.seen)) == (1, 1)
+    assert room.current_launcher() is None
+
+
+def test_what_is_to_be_kept_alive_lives_until_the_launch_is_queued():
+    alive = []
+
+    class Watch(Recorder):
+        def launch(self, recipe, device):
+            alive.append(watch())
+
+    def call():
+        tensor = torch.zeros(3)
+        nonlocal watch
+        watch = weakref.ref(tensor)
+        return (tensor,)
+
+    watch = None
+    with jit.use_launcher(Watch()):
+        jit.launch(recipe(), CPU, keep_alive=call())
+    assert alive[0] is not None
+    alive.clear()
+    assert watch() is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"grid": (2**31, 1, 1)},
+        {"grid": (1, 65536, 1)},
+        {"grid": (1, 1, 65536)},
+        {"grid": (-1, 1, 1)},
+        {"block": (0, 1, 1)},
+        {"block": (1025, 1, 1)},
+        {"block": (1, 1, 65)},
+        {"block": (64, 32, 1)},
+        {"shared": -1},
+        {"shared": 232449},
+        {"args": b""},
+        {"args": bytes(4097)},
+    ],
+)
+def test_an_illegal_launch_cannot_be_made(wrong):
+    with pytest.raises(ValueError, match="a launch needs grid <="):
+        recipe(**wrong)
+
+
+@pytest.mark.parametrize(
+    "right", [{"grid": (2**31 - 1, 65535, 65535)}, {"block": (16, 1, 64)}, {"shared": 232448}]
+)
+def test_the_largest_legal_launches_can(right):
+    assert recipe(**right)
+
+
+# -- the launcher for GPUs, on a driver that only pretends ----------------------------------------
+
+
+class FakeRuntime:
+    """A driver that remembers every word; `fail` maps a call to what it raises."""
+
+    def __init__(self):
+        self.said, self.fail, self.stream_now, self.current = [], {}, 7, None
+        self.capture = False
+        self.driver, self.chip = (13, 0), (9, 0)
+
+    def say(self, *words):
+        self.said.append(words)
+        if words[0] in self.fail:
+            raise self.fail[words[0]]
+
+    def driver_version(self):
+        return self.driver
+
+    def capability(self, device):
+        return self.chip
+
+    @contextlib.contextmanager
+    def guard(self, device):
+        before, self.current = self.current, device
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def stream(self, device):
+        return self.stream_now
+
+    def capturing(self):
+        return self.capture
+
+    def synchronize(self, device):
+        self.say("synchronize", device)
+
+    def load(self, image, entry):
+        self.say("load", image, entry, self.current)
+        return object()
+
+    def allow_shared(self, function, size):
+        self.say("allow", size)
+
+    def launch(self, function, recipe, stream):
+        self.say("launch", recipe, stream, self.current)
+
+    def heard(self, word):
+        return [words for words in self.said if words[0] == word]
+
+
+@pytest.fixture
+def driver():
+    return FakeRuntime()
+
+
+@pytest.fixture
+def launcher(driver, monkeypatch):
+    """A GPU launcher on the fake driver; `built` and `discarded` note what it asked for."""
+    kit = types.SimpleNamespace(version=(13, 0), archs=(75, 80, 86, 89, 90, 100, 120))
+    monkeypatch.setattr(room, "toolkit", lambda: kit)
+    monkeypatch.delenv("NATCUPY_PTX", raising=False)
+    monkeypatch.delenv("NATCUPY_DEBUG_SYNC", raising=False)
+    built, discarded = [], []
+
+    def binary(spec, target):
+        assert driver.current is not None
+        built.append((spec, target))
+        return b"cubin"
+
+    launcher = CuPyLauncher(binary, lambda *what: discarded.append(what), driver)
+    launcher.built, launcher.discarded = built, discarded
+    return launcher
+
+
+def test_compile_and_load_once_then_only_launch(launcher, driver):
+    for _ in range(3):
+        launcher.launch(recipe(), GPU)
+    assert launcher.built == [(ADD, Target("90a"))]
+    assert driver.heard("load") == [("load", b"cubin", "vector_add", GPU)]
+    assert driver.heard("launch") == [("launch", recipe(), 7, GPU)] * 3
+    assert driver.current is None
+
+
+def test_the_stream_is_read_at_every_launch(launcher, driver):
+    for driver.stream_now in (0, 5, 9, 5):
+        launcher.launch(recipe(), GPU)
+    assert [stream for _, _, stream, _ in driver.heard("launch")] == [0, 5, 9, 5]
+
+
+def test_each_device_has_its_own_module_and_is_current_for_it(launcher, driver):
+    devices = [torch.device("cuda", index) for index in (0, 1, 0, 1)]
+    for device in devices:
+        launcher.launch(recipe(), device)
+    assert [words[3] for words in driver.heard("load")] == devices[:2]
+    assert [words[3] for words in driver.heard("launch")] == devices
+
+
+def test_the_device_before_is_current_again_even_after_a_failure(launcher, driver):
+    driver.current = "before"
+    driver.fail["launch"] = RuntimeError("CUDA_ERROR_INVALID_VALUE")
+    with pytest.raises(LaunchError):
+        launcher.launch(recipe(), GPU)
+    assert driver.current == "before"
+
+
+def test_large_shared_memory_is_asked_for_once_and_only_when_needed(launcher, driver):
+    for shared in (0, 49152, 49153, 60000, 50000, 60000, 70000):
+        launcher.launch(recipe(shared=shared), GPU)
+    assert driver.heard("allow") == [("allow", 49153), ("allow", 60000), ("allow", 70000)]
+
+
+def test_shared_memory_the_device_has_not_is_an_error_with_the_kernel_in_it(launcher, driver):
+    driver.fail["allow"] = RuntimeError("CUDA_ERROR_INVALID_VALUE: invalid argument")
+    with pytest.raises(LaunchError, match=r"refuses vector_add\(SCALE=2\) 200000 bytes"):
+        launcher.launch(recipe(shared=200000), GPU)
+    assert driver.heard("launch") == []
+
+
+CODES = {
+    "CUDA_ERROR_INVALID_VALUE: invalid argument": False,
+    "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES: too many resources requested for launch": False,
+    "CUDA_ERROR_OUT_OF_MEMORY: out of memory": False,
+    "CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access was encountered": True,
+    "CUDA_ERROR_MISALIGNED_ADDRESS: misaligned address": True,
+    "CUDA_ERROR_LAUNCH_FAILED: unspecified launch failure": True,
+    "cudaErrorLaunchFailure: unspecified launch failure": True,
+    "CUDA error: an illegal memory access was encountered": True,
+}
+
+
+@pytest.mark.parametrize(("reason", "lost"), CODES.items())
+def test_each_failure_names_kernel_grid_block_and_memory(launcher, driver, reason, lost):
+    driver.fail["launch"] = RuntimeError(reason)
+    with pytest.raises(LaunchError) as error:
+        launcher.launch(recipe(grid=(3, 2, 1), shared=1024), GPU)
+    text = str(error.value)
+    for words in (
+        "vector_add(SCALE=2)",
+        "grid=(3, 2, 1)",
+        "block=(32, 1, 1)",
+        "shared=1024 bytes",
+        "cuda:0",
+        reason,
+    ):
+        assert words in text
+    assert ("restart the process" in text) == lost
+    assert error.value.__cause__ is driver.fail["launch"]
+
+
+def test_debug_sync_finds_the_fault_at_its_own_launch(launcher, driver, monkeypatch):
+    launcher.launch(recipe(), GPU)
+    assert driver.heard("synchronize") == []
+    monkeypatch.setenv("NATCUPY_DEBUG_SYNC", "1")
+    careful = CuPyLauncher(lambda *what: b"cubin", lambda *what: None, driver)
+    driver.fail["synchronize"] = RuntimeError("an illegal memory access was encountered")
+    with pytest.raises(LaunchError, match="launch failed on cuda:0: vector_add"):
+        careful.launch(recipe(), GPU)
+
+
+def test_nothing_is_compiled_during_graph_capture(launcher, driver):
+    driver.capture = True
+    with pytest.raises(RuntimeError, match=r"natcupy\.warmup\(\.\.\.\)"):
+        launcher.launch(recipe(), GPU)
+    assert launcher.built == driver.said == []
+    driver.capture = False
+    launcher.prepare(ADD, GPU, shared=50000)
+    driver.capture = True
+    launcher.launch(recipe(shared=50000), GPU)  # warm: captured like any other launch
+    assert [words[0] for words in driver.said] == ["load", "allow", "launch"]
+
+
+def test_a_binary_the_driver_refuses_is_built_anew_once(launcher, driver):
+    class Spoilt(FakeRuntime):
+        def load(self, image, entry):
+            self.fail = {} if self.heard("load") else {"load": RuntimeError("INVALID_IMAGE")}
+            return super().load(image, entry)
+
+    launcher._runtime = spoilt = Spoilt()
+    launcher._binary = lambda spec, target: launcher.built.append(spec) or b"cubin"
+    launcher.launch(recipe(), GPU)
+    assert launcher.discarded == [(ADD, Target("90a"))]
+    assert len(launcher.built) == len(spoilt.heard("load")) == 2
+
+
+def test_a_binary_refused_twice_is_an_error_that_names_target_and_remedy(launcher, driver):
+    driver.fail["load"] = RuntimeError("CUDA_ERROR_NO_BINARY_FOR_GPU")
+    with pytest.raises(LaunchError, match=r"sm_90a on cuda:0: CUDA_ERROR_NO_BINARY.*doctor"):
+        launcher.launch(recipe(), GPU)
+    assert len(launcher.built) == 2
+    with pytest.raises(LaunchError):
+        launcher.launch(recipe(), GPU)
+
+
+def test_a_compile_error_is_raised_as_it_is_and_only_once(launcher, driver):
+    def broken(spec, target):
+        launcher.built.append(spec)
+        raise jit.CompileError("line 3")
+
+    launcher._binary = broken
+    with pytest.raises(jit.CompileError, match="line 3"):
+        launcher.launch(recipe(), GPU)
+    assert (launcher.built, launcher.discarded, driver.said) == ([ADD], [], [])
+
+
+def test_a_gpu_newer_than_the_compiler_gets_ptx_and_one_warning(launcher, driver):
+    driver.chip, driver.driver = (13, 0), (14, 0)
+    with pytest.warns(RuntimeWarning, match="compute_120 and finished by the driver") as warned:
+        for _ in range(3):
+            launcher.launch(recipe(), GPU)
+            assert launcher.target(GPU) == launcher.built[0][1]
+    assert len(warned) == 1
+    assert (launcher.built[0][1].arch, launcher.built[0][1].ptx) == ("120", True)
+
+
+def test_ptx_is_forced_by_the_environment(launcher, monkeypatch):
+    monkeypatch.setenv("NATCUPY_PTX", "1")
+    with pytest.warns(RuntimeWarning, match="NATCUPY_PTX"):
+        assert str(launcher.target(GPU)) == "compute_90a"
+
+
+def test_without_a_driver_the_reason_is_said(launcher, driver):
+    driver.driver = None
+    with pytest.raises(DeviceError, match="no NVIDIA driver was found"):
+        launcher.launch(recipe(), GPU)
+    assert launcher.built == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_is_told_to_spawn(launcher, driver, monkeypatch):
+    launcher.launch(recipe(), GPU)
+    here = os.getpid()
+    monkeypatch.setattr(room.os, "getpid", lambda: here + 1)
+    with pytest.raises(RuntimeError, match="'spawn'"):
+        launcher.launch(recipe(), GPU)
+    assert len(driver.heard("launch")) == 1
+
+
+def test_a_fork_before_the_first_launch_is_fine(launcher, driver, monkeypatch):
+    here = os.getpid()
+    monkeypatch.setattr(room.os, "getpid", lambda: here + 1)
+    launcher.launch(recipe(), GPU)
+    assert len(driver.heard("launch")) == 1
+
+
+def test_64_threads_load_each_kernel_once(launcher, driver):
+    specs = [Spec("vector_add.cu", (("SCALE", number),)) for number in range(4)]
+    barrier = threading.Barrier(64)
+    driver.guard = lambda device: contextlib.nullcontext()
+    driver.current = GPU
+
+    def work(thread):
+        barrier.wait()
+        for step in range(4):
+            launcher.launch(recipe(spec=specs[(thread + step) % 4]), GPU)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(64)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(launcher.built) == len(driver.heard("load")) == 4
+    assert len(driver.heard("launch")) == 256
+
+
+@needs_nvrtc
+def test_the_real_runtime_asks_the_real_driver():
+    """What can be seen of it without a GPU: its parts are there, and it knows of no driver."""
+    runtime = room.CuPyRuntime()
+    version = runtime.driver_version()
+    assert version is None or version >= (11, 0)
+    assert runtime.void(b"\1\0\2").tobytes() == b"\1\0\2"
+    assert callable(runtime.module().load)
+    assert callable(runtime.driver.funcSetAttribute)
+    assert isinstance(runtime.driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, int)
+    if version is None:
+        with pytest.raises(DeviceError, match="no NVIDIA driver was found"):
+            jit.arch_for(GPU)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_on_a_gpu_a_vector_add_is_right_on_any_stream_and_takes_nothing_from_cupy():
+    count = 100_003
+    a, b = torch.randn(2, count, device="cuda")
+    side = torch.cuda.Stream()
+    with jit.use_sources(Path(__file__).parent):
+        for stream in (torch.cuda.current_stream(), side):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                out = torch.full_like(a, float("nan"))
+                args = PARAMS.pack(a.data_ptr(), b.data_ptr(), out.data_ptr(), count)
+                step = Launch(ADD, (-(-count // 256), 1, 1), (256, 1, 1), 0, args)
+                jit.launch(step, a.device, keep_alive=(a, b, out))
+            torch.cuda.synchronize()
+            torch.testing.assert_close(out, a + 2 * b)
+    assert jit.import_cupy().get_default_memory_pool().total_bytes() == 0

@@ -1,0 +1,210 @@
+"""From a name to files: what `from_pretrained` was asked for, found on disk or fetched.
+
+In: a short name, a tag, `org/name[@revision]`, a folder or a file. Out: a `Located` with the paths
+of weights and config and the facts to record. Reads no tensor and builds no model.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from natcupy.hub import download, files, weights
+from natcupy.hub.download import Access
+from natcupy.hub.errors import Corrupt, NotFound, UnsafePickle
+from natcupy.hub.pickles import SUFFIXES
+from natcupy.hub.weights import ORIGINAL_HOST, Row
+
+CONFIG = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+PREPROCESSOR = "preprocessor_config.json"
+PICKLE = "pytorch_model.bin"
+_SHARDS = (f"{WEIGHTS_FILE}.index.json", f"{PICKLE}.index.json")
+
+
+@dataclass(frozen=True)
+class Located:
+    """Where the weights are and what is known about them.
+
+    Attributes:
+        kind: "embedded", "hub", "folder" or "file".
+        weights: the file with the tensors.
+        config, preprocessor: JSON files beside it, where there are any.
+        row: the released checkpoint this is, where it is one.
+        repo, commit: of a Hub repository.
+        sha256: what the weights file must hash to, where known.
+    """
+
+    kind: str
+    weights: Path
+    config: Path | None = None
+    preprocessor: Path | None = None
+    row: Row | None = None
+    repo: str | None = None
+    commit: str | None = None
+    sha256: str | None = None
+
+
+def locate(name: str | os.PathLike[str], revision: str | None, access: Access) -> Located:
+    """Find the weights that a name means.
+
+    A `Path`, or text that is an existing path with a separator or a known suffix, is a path; names
+    of the package's tables come before folders of the same name (write `./nat-tiny` for those).
+
+    Raises:
+        NotFound: with the nearest names, or what is missing in the folder.
+        HubError: the repository could not be read.
+    """
+    if isinstance(name, os.PathLike):
+        return _without_revision(_at_path(Path(name).expanduser()), revision)
+    if not isinstance(name, str) or not name.strip():
+        raise TypeError(f"a model is named by text or a path, got {name!r}.")
+    folder = weights.embedded(name)
+    if folder is not None:
+        return _without_revision(_in_folder(folder, "embedded"), revision)
+    short, _, inner = name.partition("@")
+    row = weights.find(short)
+    if row is not None:
+        return _released(row, _once(name, revision, inner or None), access)
+    path = Path(name).expanduser()
+    if path.exists() or _spelled_like_path(name):
+        return _without_revision(_at_path(path), revision)
+    parts = download.parse_name(name)
+    if parts is None:
+        raise NotFound(_unknown(name))
+    repo, inner = parts
+    return _in_repo(repo, _once(name, revision, inner), access)
+
+
+def _once(name: str, revision: str | None, inner: str | None) -> str | None:
+    """The revision, said in the name or beside it."""
+    if revision is not None and inner is not None and revision != inner:
+        raise ValueError(f"give the revision once, got {name!r} and revision={revision!r}.")
+    return revision or inner
+
+
+def _without_revision(found: Located, revision: str | None) -> Located:
+    if revision is not None:
+        raise ValueError(
+            f"revision belongs to Hub repositories, got revision={revision!r} for {found.weights}."
+        )
+    return found
+
+
+def _spelled_like_path(name: str) -> bool:
+    return (
+        name.startswith((".", "~", "/", "\\"))
+        or name.endswith((".safetensors", *SUFFIXES, "/", "\\"))
+        or Path(name).is_absolute()
+    )
+
+
+def _unknown(name: str) -> str:
+    near = weights.nearest(name)
+    hint = f"the nearest are {', '.join(near)}" if near else "natcupy.hub.WEIGHTS lists the names"
+    return (
+        f"no weights are called {name[:120]!r}, and no folder or file is; {hint}. A Hub repository "
+        "is written org/name, a folder ./name."
+    )
+
+
+def _released(row: Row, revision: str | None, access: Access) -> Located:
+    if row.repo is None:
+        file = row.original.rsplit("/", 1)[1]
+        raise NotFound(
+            f"{row.tag} was released as a .pth file only, on no Hub repository. Download "
+            f"{ORIGINAL_HOST}{row.original} yourself and pass its path: "
+            f"from_pretrained('path/to/{file}'). save_pretrained then makes a safetensors folder."
+        )
+    return _in_repo(row.repo, revision, access)
+
+
+# ---------------------------------------------------------------- on disk
+
+
+def _at_path(path: Path) -> Located:
+    if path.is_dir():
+        return _in_folder(path, "folder")
+    if not path.is_file():
+        raise NotFound(f"no such file or folder: {path}. Check the path.")
+    if path.suffix not in (".safetensors", *SUFFIXES):
+        with open(path, "rb") as file:
+            files.refuse_lookalikes(file.read(1024), path)
+        raise Corrupt(
+            f"weights are read from .safetensors, {', '.join(SUFFIXES)}, got {path.name!r}."
+        )
+    beside = path.parent
+    return Located(
+        kind="file",
+        weights=files.member(beside, path.name),
+        config=_if_file(files.member(beside, CONFIG)),
+        preprocessor=_if_file(beside / PREPROCESSOR),
+        row=weights.find_original(path.name),
+    )
+
+
+def _in_folder(folder: Path, kind: str) -> Located:
+    found = next(
+        (p for p in (files.member(folder, n) for n in (WEIGHTS_FILE, PICKLE)) if p.is_file()), None
+    )
+    if found is None:
+        _refuse_shards({path.name for path in folder.iterdir()}, str(folder))
+        raise NotFound(
+            f"{folder} must hold {WEIGHTS_FILE} (or {PICKLE}), got "
+            f"{', '.join(sorted(p.name for p in folder.iterdir())[:10]) or 'an empty folder'}. "
+            "Pass the path of the weights file itself if it is named otherwise."
+        )
+    return Located(
+        kind=kind,
+        weights=found,
+        config=_if_file(files.member(folder, CONFIG)),
+        preprocessor=_if_file(folder / PREPROCESSOR),
+    )
+
+
+def _if_file(path: Path) -> Path | None:
+    return path if path.is_file() else None
+
+
+def _refuse_shards(names: set[str], where: str) -> None:
+    if names & set(_SHARDS):
+        raise NotFound(
+            f"{where} holds its weights in several shards, natcupy reads one {WEIGHTS_FILE}. Save "
+            "it again unsharded."
+        )
+
+
+# ---------------------------------------------------------------- on the Hub
+
+
+def _in_repo(repo: str, revision: str | None, access: Access) -> Located:
+    """Pin the commit, then fetch config and weights of that commit."""
+    row = weights.find_repo(repo)
+    snapshot = download.resolve(repo, revision, access)
+    name = next((n for n in (WEIGHTS_FILE, PICKLE) if n in snapshot.files), None)
+    if name is None or CONFIG not in snapshot.files:
+        _refuse_shards(set(snapshot.files), repo)
+        raise NotFound(
+            f"{repo}@{snapshot.commit} must hold {CONFIG} and {WEIGHTS_FILE} to be loaded here, it "
+            f"has {', '.join(sorted(snapshot.files)[:10]) or 'no files'}."
+        )
+    config = download.fetch(snapshot, CONFIG, access)
+    if name == PICKLE and b'"natcupy_version"' in config.read_bytes():
+        raise UnsafePickle(
+            f"{repo}: a natcupy repository holds {WEIGHTS_FILE}, this one only {PICKLE}, which is "
+            "read from foreign repositories alone. Ask its owner to save it with natcupy."
+        )
+    # The table's preprocessing is the one the published accuracy belongs to, not the Hub file's.
+    wants_recipe = row is None and PREPROCESSOR in snapshot.files
+    sha256 = row.sha256 if row and name == row.file else None
+    return Located(
+        kind="hub",
+        weights=download.fetch(snapshot, name, access, sha256),
+        config=config,
+        preprocessor=download.fetch(snapshot, PREPROCESSOR, access) if wants_recipe else None,
+        row=row,
+        repo=repo,
+        commit=snapshot.commit,
+        sha256=sha256 or snapshot.files[name].sha256,
+    )

@@ -1,0 +1,62 @@
+"""Tests of the hub: a local server instead of the Hub, started before the client is imported."""
+
+import os
+import socket
+import sys
+import tempfile
+
+import pytest
+from server import LocalHub
+
+# The client reads its environment once, at import.
+assert "huggingface_hub" not in sys.modules, "tests/hub must set HF_ENDPOINT first"
+HUB = LocalHub()
+_HOME = tempfile.TemporaryDirectory(prefix="natcupy-hub-")
+os.environ.update(HUB.environment(_HOME.name))
+os.environ.pop("HF_TOKEN", None)
+
+
+def pytest_sessionfinish():
+    HUB.close()
+    _HOME.cleanup()
+
+
+@pytest.fixture(autouse=True)
+def loopback_only(monkeypatch):
+    """Whatever a test does, no packet leaves the machine; the list holds attempts."""
+    attempts, connect = [], socket.socket.connect
+
+    def guarded(self, address):
+        if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            attempts.append(address)
+            raise OSError(f"tests may not connect to {address}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+    yield attempts
+    assert not attempts
+
+
+@pytest.fixture
+def no_sockets(monkeypatch):
+    """A machine without any network: every connection fails at once; the list holds attempts."""
+    attempts = []
+
+    def refused(self, address):
+        attempts.append(address)
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    monkeypatch.setattr(socket.socket, "connect", refused)
+    return attempts
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The local Hub, empty, and retries that do not wait; the list `hub.pauses` holds the waits."""
+    from natcupy.hub import download
+
+    HUB.reset()
+    HUB.pauses = []
+    monkeypatch.setattr(download.time, "sleep", HUB.pauses.append)
+    yield HUB
+    HUB.reset()

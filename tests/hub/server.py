@@ -1,0 +1,258 @@
+"""A small Hub on 127.0.0.1, for the real client: repositories, commits, large files, faults.
+
+In: repositories made by `LocalHub.commit`. Out: the read endpoints of the Hub (model info, file
+tree, resolve with ETag, commit and redirect of large files to another origin, ranges, 401/403/404
+with the Hub's error codes), as `huggingface_hub` asks for them through HF_ENDPOINT.
+
+    hub = LocalHub()                               # environment: hub.environment(home)
+    first = hub.commit("org/name", {"config.json": b"{}", "model.safetensors": data})
+    hub.fault(r"/blobs/", flip=True, times=2)      # also status=, cut=, headers=
+    hub.requests                                   # (method, path, status, token) of every request
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+LARGE = (".safetensors", ".bin", ".pth")
+
+
+@dataclass
+class Repo:
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    refs: dict[str, str] = field(default_factory=dict)
+    private: bool = False
+    gated: bool = False
+    readers: set[str] = field(default_factory=set)
+
+
+@dataclass
+class Fault:
+    """Something that goes wrong with the next `times` requests whose path matches."""
+
+    pattern: str
+    times: int
+    status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    cut: int | None = None  # send so many bytes of the body, then drop the connection
+    flip: bool = False  # one bit of the body changes, its size does not
+    call: Callable[[], None] | None = None  # run before answering (a push by somebody else)
+
+
+class RefusedError(Exception):
+    def __init__(self, status: int, code: str = "", message: str = "refused"):
+        self.status, self.code, self.message = status, code, message
+
+
+class LocalHub:
+    def __init__(self) -> None:
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(0.05,), daemon=True
+        )
+        self._thread.start()
+        self.port = self._server.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.other_origin = f"http://localhost:{self.port}"
+        self.repos: dict[str, Repo] = {}
+        self.tokens = {"hf_alice": "alice", "hf_bob": "bob"}
+        self.reset()
+
+    def reset(self) -> None:
+        self.repos.clear()
+        self.requests: list[tuple[str, str, int, str]] = []
+        self.faults: list[Fault] = []
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def environment(self, home: str) -> dict[str, str]:
+        """What the client must find in the environment before it is imported."""
+        return {
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": home,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+            "HF_HUB_ETAG_TIMEOUT": "5",
+            "HF_HUB_DOWNLOAD_TIMEOUT": "5",
+        }
+
+    def commit(self, repo_id: str, files: dict[str, bytes], branch: str = "main") -> str:
+        """Add a commit that changes `files`, and move the branch to it."""
+        repo = self.repos.setdefault(repo_id, Repo())
+        tree = {**repo.commits.get(repo.refs.get(branch, ""), {}), **files}
+        oid = hashlib.sha1(f"{repo_id} {len(repo.commits)}".encode()).hexdigest()
+        repo.commits[oid] = tree
+        repo.refs[branch] = oid
+        return oid
+
+    def fault(self, pattern: str, times: int = 1, **what) -> None:
+        self.faults.append(Fault(pattern, times, **what))
+
+    def take_fault(self, path: str) -> Fault:
+        for fault in self.faults:
+            if fault.times > 0 and re.search(fault.pattern, path):
+                fault.times -= 1
+                return fault
+        return Fault("", 0)
+
+    def blob(self, sha256: str) -> bytes | None:
+        trees = (tree for repo in self.repos.values() for tree in repo.commits.values())
+        contents = (data for tree in trees for data in tree.values())
+        return next((d for d in contents if hashlib.sha256(d).hexdigest() == sha256), None)
+
+
+def git_id(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: LocalHub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def _answer(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.status = 0
+        self.broken = self.hub.take_fault(path)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            try:
+                if self.broken.call:
+                    self.broken.call()
+                if self.broken.status:
+                    raise RefusedError(self.broken.status)
+                self._route(path)
+            except RefusedError as refusal:
+                headers = {"X-Error-Message": refusal.message, **self.broken.headers}
+                if refusal.code:
+                    headers["X-Error-Code"] = refusal.code
+                self._send(refusal.status, b"{}", headers)
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        self.hub.requests.append((self.command, path, self.status, token))
+
+    def _route(self, path: str) -> None:
+        if match := re.fullmatch(r"/blobs/([0-9a-f]{64})", path):
+            return self._blob(match[1])
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+?)(?:/revision/(.+))?", path):
+            return self._info(match[1], match[2] or "main")
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path):
+            return self._tree(match[1], match[2])
+        if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            return self._resolve(match[1], match[2], match[3])
+        raise RefusedError(404, message=f"no endpoint {path}")
+
+    # ---------------------------------------------------------------- who may read
+
+    def _repo(self, repo_id: str, *, content: bool) -> Repo:
+        header = self.headers.get("Authorization", "")
+        user = self.hub.tokens.get(header.removeprefix("Bearer "))
+        if header and user is None:
+            raise RefusedError(401, message="Invalid credentials in Authorization header")
+        repo = self.hub.repos.get(repo_id)
+        if repo is None or (repo.private and user not in repo.readers):
+            raise RefusedError(404 if user else 401, "RepoNotFound")
+        if content and repo.gated and user not in repo.readers:
+            raise RefusedError(403 if user else 401, "GatedRepo")
+        return repo
+
+    def _commit(self, repo: Repo, revision: str) -> tuple[str, dict[str, bytes]]:
+        oid = repo.refs.get(revision, revision)
+        if oid not in repo.commits:
+            raise RefusedError(404, "RevisionNotFound")
+        return oid, repo.commits[oid]
+
+    # ---------------------------------------------------------------- answers
+
+    def _info(self, repo_id: str, revision: str) -> None:
+        repo = self._repo(repo_id, content=False)
+        oid, tree = self._commit(repo, revision)
+        siblings = []
+        for name, data in sorted(tree.items()):
+            entry = {"rfilename": name, "size": len(data), "blobId": git_id(data)}
+            if name.endswith(LARGE):
+                sha256 = hashlib.sha256(data).hexdigest()
+                entry["lfs"] = {"sha256": sha256, "size": len(data), "pointerSize": 130}
+            siblings.append(entry)
+        facts = {"_id": repo_id, "id": repo_id, "sha": oid, "siblings": siblings, "tags": []}
+        facts |= {"private": repo.private, "gated": repo.gated, "downloads": 0, "likes": 0}
+        self._send(200, json.dumps(facts).encode(), {"Content-Type": "application/json"})
+
+    def _tree(self, repo_id: str, revision: str) -> None:
+        _, tree = self._commit(self._repo(repo_id, content=False), revision)
+        items = [
+            {"type": "file", "path": name, "size": len(data), "oid": git_id(data)}
+            for name, data in sorted(tree.items())
+        ]
+        self._send(200, json.dumps(items).encode(), {"Content-Type": "application/json"})
+
+    def _resolve(self, repo_id: str, revision: str, name: str) -> None:
+        repo = self._repo(repo_id, content=True)
+        oid, tree = self._commit(repo, revision)
+        commit = {"X-Repo-Commit": oid, "Accept-Ranges": "bytes"}
+        if name not in tree:
+            return self._send(404, b"{}", {**commit, "X-Error-Code": "EntryNotFound"})
+        data = tree[name]
+        if not name.endswith(LARGE):
+            return self._body(data, {**commit, "ETag": f'"{git_id(data)}"'})
+        sha256 = hashlib.sha256(data).hexdigest()
+        link = {"X-Linked-Etag": f'"{sha256}"', "X-Linked-Size": str(len(data))}
+        place = {"Location": f"{self.hub.other_origin}/blobs/{sha256}"}
+        return self._send(302, b"", {**commit, **link, **place})
+
+    def _blob(self, sha256: str) -> None:
+        if self.headers.get("Authorization"):
+            raise RefusedError(400, message="a token must not be sent to another origin")
+        data = self.hub.blob(sha256)
+        if data is None:
+            raise RefusedError(404)
+        self._body(data, {"ETag": f'"{sha256}"', "Accept-Ranges": "bytes"})
+
+    def _body(self, data: bytes, headers: dict[str, str]) -> None:
+        if self.broken.flip and data:
+            at = len(data) // 2
+            data = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+        status, total = 200, len(data)
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if wanted:
+            start, stop = int(wanted[1]), int(wanted[2] or total - 1)
+            if start >= total:
+                return self._send(416, b"", {"Content-Range": f"bytes */{total}"})
+            status, data = 206, data[start : stop + 1]
+            headers = {**headers, "Content-Range": f"bytes {start}-{start + len(data) - 1}/{total}"}
+        self._send(status, data, headers)
+
+    def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        self.status = status
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            cut = self.broken.cut if status in (200, 206) else None
+            self.wfile.write(body if cut is None else body[:cut])
+            if cut is not None:
+                self.close_connection = True

@@ -1,0 +1,286 @@
+"""The torch contract of the CUDA engine: ops `natcupy::na_fwd` and `natcupy::na_bwd`.
+
+In: checked tensors and a `Neighborhood`. Out: attention output, log-sum-exp and every gradient, as
+`run` computes them.
+
+Autograd, autocast, fake kernels and vmap are registered here. Under `torch.func` transforms
+`attention` enters through a `torch.autograd.Function`, which those understand; `torch.compile`,
+`torch.export` and direct callers use the ops. Second derivatives and forward-mode derivatives are
+refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
+
+from natcupy.cuda import batching, jit, plan, run
+from natcupy.cuda.launch import current_launcher
+from natcupy.neighborhood import Neighborhood
+
+REMEDY = "use backend='torch', which runs every call on any device"
+
+
+def attention(
+    query: Tensor,  # [B, *spatial, H, D]
+    key: Tensor,  # [B, *spatial, Hkv, D]
+    value: Tensor,  # [B, *spatial, Hkv, Dv]
+    hood: Neighborhood,
+    scale: float,
+    rpb: Tensor | None,  # [H, 2K-1, ...]
+    additional_keys: Tensor | None,  # [B, E, Hkv, D]
+    additional_values: Tensor | None,  # [B, E, Hkv, Dv]
+) -> tuple[Tensor, Tensor]:  # [B, *spatial, H, Dv], [B, *spatial, H]
+    """Attention output in the inputs' dtype and natural log-sum-exp in the compute dtype."""
+    return _entry(torch.ops.natcupy.na_fwd, _Forward, _EagerForward)(
+        query, key, value, rpb, additional_keys, additional_values,
+        hood.kernel_size, hood.stride, hood.dilation, hood.is_causal, scale,
+    )  # fmt: skip
+
+
+def unsupported_reason(query, key, value, hood, rpb, additional_keys, additional_values):
+    """None when this backend can run the call, else every reason and remedy in one text."""
+    del key, additional_keys, additional_values
+    reasons = [*_device_reasons(query.device), *_size_reasons(query, value, hood, rpb)]
+    return "; ".join(reasons) + "." if reasons else None
+
+
+def _device_reasons(device: torch.device) -> list[str]:
+    launcher = current_launcher()
+    if launcher is not None and launcher.device_type == device.type:
+        return []
+    if device.type != "cuda":
+        return [f"it needs CUDA tensors, got tensors on {device}: move them with .to('cuda')"]
+    if torch.compiler.is_compiling():  # nothing may be asked of the machine while tracing
+        return []
+    try:
+        jit.arch_for(device)
+    except (ImportError, RuntimeError) as error:
+        return [str(error).rstrip(".")]
+    return []
+
+
+def _size_reasons(query: Tensor, value: Tensor, hood: Neighborhood, rpb) -> list[str]:
+    reasons = []
+    if query.dtype not in run.DTYPES:
+        reasons.append(f"it needs float16, bfloat16, float32 or float64, got {query.dtype}")
+    if max(query.shape[-1], value.shape[-1]) > plan.LARGEST_DIM:
+        reasons.append(
+            f"head_dim and value_dim must be at most {plan.LARGEST_DIM}, got {query.shape[-1]} "
+            f"and {value.shape[-1]}: split the heads, or {REMEDY}"
+        )
+    tokens = prod(query.shape[1:-2])
+    if tokens > plan.LARGEST_IMAGE:
+        reasons.append(
+            f"an image must have at most {plan.LARGEST_IMAGE} tokens, got {tokens}: cut it into "
+            "parts that overlap by a window"
+        )
+    biases = prod(2 * k - 1 for k in hood.kernel_size)
+    if rpb is not None and biases > plan.LARGEST_BIAS:
+        reasons.append(
+            f"a head's bias table must have at most {plan.LARGEST_BIAS} entries, got {biases}: "
+            "use a smaller kernel_size"
+        )
+    return reasons
+
+
+# ------------------------------------------------------------------------------------------------
+# the ops
+
+_lib = torch.library.Library("natcupy", "FRAGMENT")
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? rpb, "
+    "Tensor? additional_keys, Tensor? additional_values"
+)
+_HOOD = "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, float scale"
+_tags = (torch.Tag.pt2_compliant_tag,)
+_lib.define(f"na_fwd({_INPUTS}, {_HOOD}) -> (Tensor, Tensor)", tags=_tags)
+_lib.define(
+    f"na_bwd(Tensor? d_out, Tensor? d_lse, {_INPUTS}, Tensor out, Tensor lse, {_HOOD}, "
+    "bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=_tags,
+)
+
+
+for _key in ("CUDA", "CPU"):
+    _lib.impl("na_fwd", run.forward, _key)
+    _lib.impl("na_bwd", run.backward, _key)
+torch.library.register_fake("natcupy::na_fwd", run.fake_forward, lib=_lib)
+torch.library.register_fake("natcupy::na_bwd", run.fake_backward, lib=_lib)
+
+
+# ------------------------------------------------------------------------------------------------
+# autograd
+
+_FORWARD_MODE = (
+    "the CUDA backend has no forward-mode derivative (jvp, jacfwd, dual numbers); "
+    "pass backend='torch', or use reverse mode."
+)
+_SECOND = (
+    "the CUDA backend has no second derivative; pass backend='torch' where a gradient is "
+    "differentiated again."
+)
+
+
+def _below_autograd(op, *args):
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+class _Forward(torch.autograd.Function):
+    """`na_fwd` with its gradients."""
+
+    @staticmethod
+    def forward(*args):
+        return _below_autograd(torch.ops.natcupy.na_fwd.default, *args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:6], *output)
+        ctx.hood = inputs[6:]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, d_out, d_lse):
+        wanted = [bool(needed) for needed in ctx.needs_input_grad[:6]]
+        if d_out is None and d_lse is None:
+            return (None,) * 11
+        enter = _entry(torch.ops.natcupy.na_bwd, _Backward, _EagerBackward)
+        gradients = enter(d_out, d_lse, *ctx.saved_tensors, *ctx.hood, wanted)
+        return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), *(None,) * 5
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return batching.forward(_Forward.apply, info, in_dims, *args)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise NotImplementedError(_FORWARD_MODE)
+
+
+class _Backward(torch.autograd.Function):
+    """`na_bwd`, whose own derivatives are refused."""
+
+    @staticmethod
+    def forward(*args):
+        return _below_autograd(torch.ops.natcupy.na_bwd.default, *args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise NotImplementedError(_SECOND)
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return batching.backward(_Backward.apply, info, in_dims, *args)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise NotImplementedError(_FORWARD_MODE)
+
+
+class _EagerForward(torch.autograd.Function):
+    """`_Forward` in the older form, which costs a fraction of it and knows no transforms."""
+
+    op = torch.ops.natcupy.na_fwd.default
+
+    @staticmethod
+    def forward(ctx, *args):
+        output = _Forward.forward(*args)
+        _Forward.setup_context(ctx, args, output)
+        return output
+
+    backward = staticmethod(_Forward.backward)
+    jvp = staticmethod(_Forward.jvp)
+
+
+class _EagerBackward(torch.autograd.Function):
+    """`_Backward` in the older form."""
+
+    op = torch.ops.natcupy.na_bwd.default
+
+    @staticmethod
+    def forward(ctx, *args):
+        return _Backward.forward(*args)
+
+    backward = staticmethod(_Backward.backward)
+    jvp = staticmethod(_Backward.jvp)
+
+
+def _entry(op, transformed: type[torch.autograd.Function], eager: type[torch.autograd.Function]):
+    """The way in that fits the moment: traced, under a torch.func transform, or plain."""
+    if torch.compiler.is_compiling():
+        return op
+    if torch._C._are_functorch_transforms_active():
+        return transformed.apply
+    return partial(_plain, eager)
+
+
+def _plain(function: type[torch.autograd.Function], *args):
+    """Record a graph only where a gradient is wanted; a dual number reaches jvp, which refuses."""
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    if recorded or any(unpack_dual(x).tangent is not None for x in tensors):
+        return function.apply(*args)
+    return _below_autograd(function.op, *args)
+
+
+def _autograd(function: type[torch.autograd.Function]):
+    def kernel(*args):
+        if torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(
+                "natcupy's ops cannot be differentiated inside torch.func transforms; call "
+                "natcupy.na1d, na2d or na3d there."
+            )
+        return _plain(function, *args)
+
+    return kernel
+
+
+_lib.impl("na_fwd", _autograd(_EagerForward), "Autograd")
+_lib.impl("na_bwd", _autograd(_EagerBackward), "Autograd")
+
+
+# ------------------------------------------------------------------------------------------------
+# autocast: its dtype for every row tensor but float64 ones, as the public functions do
+
+
+def _autocast(device_type: str):
+    def kernel(*args):
+        dtype = torch.get_autocast_dtype(device_type)
+        narrow = (torch.float16, torch.bfloat16, torch.float32)
+        cast = [
+            x.to(dtype) if i != 3 and isinstance(x, Tensor) and x.dtype in narrow else x
+            for i, x in enumerate(args[:6])
+        ]
+        with torch.autocast(device_type, enabled=False):
+            return torch.ops.natcupy.na_fwd(*cast, *args[6:])
+
+    return kernel
+
+
+_lib.impl("na_fwd", _autocast("cuda"), "AutocastCUDA")
+_lib.impl("na_fwd", _autocast("cpu"), "AutocastCPU")
+
+
+# ------------------------------------------------------------------------------------------------
+# vmap
+
+
+def _register_vmap(name: str, rule) -> None:
+    def vmap(info, in_dims: Sequence, *args):
+        return rule(getattr(torch.ops.natcupy, name), info, in_dims, *args)
+
+    torch.library.register_vmap(f"natcupy::{name}", vmap, lib=_lib)
+
+
+_register_vmap("na_fwd", batching.forward)
+_register_vmap("na_bwd", batching.backward)

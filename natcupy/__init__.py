@@ -1,44 +1,57 @@
 """natcupy: neighborhood attention for torch, with the NAT and DiNAT models and their weights.
 
 `natcupy.na2d(query, key, value, kernel_size=7)` is the operation, `NeighborhoodAttention2D` the
-layer, `natcupy.from_pretrained("nat-tiny")` a model. Importing this package imports torch and
-nothing else; the zoo and the Hub are loaded when first used.
+layer, `natcupy.from_pretrained("nat-tiny")` a model. Everything is loaded when first used, so that
+`natcupy --help` does not wait for torch.
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-from natcupy.functional import (
-    na1d,
-    na1d_av,
-    na1d_qk,
-    na2d,
-    na2d_av,
-    na2d_qk,
-    na3d,
-    na3d_av,
-    na3d_qk,
-)
-from natcupy.modules import (
-    NeighborhoodAttention1D,
-    NeighborhoodAttention2D,
-    NeighborhoodAttention3D,
-)
+if TYPE_CHECKING:
+    from natcupy.functional import (
+        na1d,
+        na1d_av,
+        na1d_qk,
+        na2d,
+        na2d_av,
+        na2d_qk,
+        na3d,
+        na3d_av,
+        na3d_qk,
+    )
+    from natcupy.hub import from_pretrained, save_pretrained
+    from natcupy.modules import (
+        NeighborhoodAttention1D,
+        NeighborhoodAttention2D,
+        NeighborhoodAttention3D,
+    )
+    from natcupy.zoo import create_model, is_model, list_models
 
 __version__ = "0.1.0"
 
-_LATER = {
-    "create_model": "natcupy.zoo",
-    "list_models": "natcupy.zoo",
-    "is_model": "natcupy.zoo",
-    "from_pretrained": "natcupy.hub",
-    "save_pretrained": "natcupy.hub",
+_ROOMS = {
+    "natcupy.functional": (
+        *("na1d", "na1d_av", "na1d_qk"),
+        *("na2d", "na2d_av", "na2d_qk"),
+        *("na3d", "na3d_av", "na3d_qk"),
+    ),
+    "natcupy.modules": tuple(f"NeighborhoodAttention{rank}D" for rank in (1, 2, 3)),
+    "natcupy.zoo": ("create_model", "is_model", "list_models"),
+    "natcupy.hub": ("from_pretrained", "save_pretrained"),
 }
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+_SUBMODULES = ("functional", "hub", "modules", "zoo")
 
 __all__ = [
     "NeighborhoodAttention1D",
     "NeighborhoodAttention2D",
     "NeighborhoodAttention3D",
     "__version__",
+    "create_model",
+    "from_pretrained",
+    "is_model",
+    "list_models",
     "na1d",
     "na1d_av",
     "na1d_qk",
@@ -48,17 +61,19 @@ __all__ = [
     "na3d",
     "na3d_av",
     "na3d_qk",
-    *_LATER,
+    "save_pretrained",
 ]
 
 
 def __getattr__(name: str):
-    if name in _LATER:
-        return getattr(import_module(_LATER[name]), name)
-    if name in ("zoo", "hub"):
+    if name in _ROOM_OF:
+        value = getattr(import_module(_ROOM_OF[name]), name)
+        globals()[name] = value  # found at once from now on
+        return value
+    if name in _SUBMODULES:
         return import_module(f"natcupy.{name}")
     raise AttributeError(f"module 'natcupy' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, "zoo", "hub"})
+    return sorted({*globals(), *__all__, *_SUBMODULES})

@@ -1,5 +1,7 @@
 """backend="torch" (both of its paths) against the float64 oracle, over every parameter."""
 
+from functools import partial
+
 import oracle
 import pytest
 import torch
@@ -10,7 +12,8 @@ from tolerances import close
 import natcupy
 from natcupy import reference, tiles
 
-NA = {1: natcupy.na1d, 2: natcupy.na2d, 3: natcupy.na3d}
+na1d, na2d, na3d = (partial(f, backend="torch") for f in (natcupy.na1d, natcupy.na2d, natcupy.na3d))
+NA = {1: na1d, 2: na2d, 3: na3d}
 QK = {1: natcupy.na1d_qk, 2: natcupy.na2d_qk, 3: natcupy.na3d_qk}
 AV = {1: natcupy.na1d_av, 2: natcupy.na2d_av, 3: natcupy.na3d_av}
 
@@ -34,7 +37,7 @@ def test_forward_equals_the_oracle(p, tiled):
     inputs = tensors(p)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "applicable", lambda *_: tiled)
-        out, lse = NA[p.rank](**inputs, **p.window, return_lse=True, backend="torch")
+        out, lse = NA[p.rank](**inputs, **p.window, return_lse=True)
     expected, expected_lse = oracle.attention(**inputs, **p.window)
     close(out, expected, torch.float64)
     close(lse, expected_lse, torch.float64, "lse")
@@ -48,7 +51,7 @@ def test_gradients_equal_the_oracle(p, tiled):
     leaves = {name: x for name, x in inputs.items() if isinstance(x, torch.Tensor)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "applicable", lambda *_: tiled)
-        results = NA[p.rank](**inputs, **p.window, return_lse=True, backend="torch")
+        results = NA[p.rank](**inputs, **p.window, return_lse=True)
     expected = oracle.attention(**inputs, **p.window)
     gen = torch.Generator().manual_seed(p.seed)
     cotangents = [torch.randn(r.shape, generator=gen, dtype=torch.float64) for r in expected]
@@ -77,7 +80,7 @@ def test_unfused_pair_equals_the_oracle(p):
 @pytest.mark.parametrize("p", [PLAIN_2D, MIXED_2D], ids=["plain", "mixed"])
 def test_dtypes(p, dtype, path):
     inputs = tensors(p, dtype, requires_grad=True)
-    out, lse = natcupy.na2d(**inputs, **p.window, return_lse=True)
+    out, lse = na2d(**inputs, **p.window, return_lse=True)
     expected, expected_lse = oracle.attention(**inputs, **p.window)
     assert out.dtype == dtype and lse.dtype == torch.float32
     close(out, expected, dtype)
@@ -94,7 +97,7 @@ def test_dtypes(p, dtype, path):
 def test_float32_rpb_beside_half_query(path):
     inputs = tensors(PLAIN_2D, torch.bfloat16)
     inputs["rpb"] = torch.randn(inputs["rpb"].shape)
-    out = natcupy.na2d(**inputs, **PLAIN_2D.window)
+    out = na2d(**inputs, **PLAIN_2D.window)
     close(out, oracle.attention(**inputs, **PLAIN_2D.window)[0], torch.bfloat16)
 
 
@@ -107,7 +110,7 @@ def test_gradcheck_and_gradgradcheck(p, path):
 
     def run(*values):
         named = dict(zip(names, values, strict=True))
-        return natcupy.na2d(**named, **p.window, scale=scale, return_lse=True)
+        return na2d(**named, **p.window, scale=scale, return_lse=True)
 
     assert torch.autograd.gradcheck(run, tuple(inputs.values()), check_forward_ad=True)
     assert torch.autograd.gradgradcheck(run, tuple(inputs.values()))
@@ -115,7 +118,7 @@ def test_gradcheck_and_gradgradcheck(p, path):
 
 def test_whole_axis_window_is_full_attention(path):
     q, k, v = torch.randn(3, 2, 5, 6, 3, 8, dtype=torch.float64)
-    out = natcupy.na2d(q, k, v, (5, 6))
+    out = na2d(q, k, v, (5, 6))
     full = torch.nn.functional.scaled_dot_product_attention(
         *(x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
     )
@@ -124,7 +127,7 @@ def test_whole_axis_window_is_full_attention(path):
 
 def test_stride_equal_to_kernel_is_blocked_attention(path):
     q, k, v = torch.randn(3, 2, 12, 3, 8, dtype=torch.float64)
-    out = natcupy.na1d(q, k, v, kernel_size=4, stride=4)
+    out = na1d(q, k, v, kernel_size=4, stride=4)
     blocks = (x.unflatten(1, (3, 4)).transpose(2, 3) for x in (q, k, v))
     expected = torch.nn.functional.scaled_dot_product_attention(*blocks)
     close(out, expected.transpose(2, 3).flatten(1, 2), torch.float64)
@@ -132,21 +135,22 @@ def test_stride_equal_to_kernel_is_blocked_attention(path):
 
 def test_kernel_one_returns_the_values(path):
     q, k, v = torch.randn(3, 2, 5, 6, 3, 8, dtype=torch.float64)
-    assert torch.equal(natcupy.na2d(q, k, v, kernel_size=1), v)
+    assert torch.equal(na2d(q, k, v, kernel_size=1), v)
 
 
 def test_border_windows_are_shifted_not_cut(path):
     """The corner query of a 3x3 window sees nine keys, the same nine as its inner neighbor."""
     v = torch.arange(25.0).view(1, 5, 5, 1, 1)
     q = torch.zeros(1, 5, 5, 1, 1)
-    out = natcupy.na2d(q, q, v, kernel_size=3)[0, :, :, 0, 0]
+    out = na2d(q, q, v, kernel_size=3)[0, :, :, 0, 0]
     for corner, inner, mean in ((0, 1, 6.0), (4, 3, 18.0)):
         for place in (corner, inner):
             close(out[place, place], torch.tensor(mean), torch.float32)
 
 
+@pytest.mark.parametrize("backend", [None, "torch"])
 @pytest.mark.parametrize("tensor", ["query", "key", "value"])
-def test_nan_stays_in_its_windows(tensor):
+def test_nan_stays_in_its_windows(tensor, backend):
     """With the path chosen as users get it."""
     p = Problem((6, 7), (3, 2), (1, 2), (2, 1), (False, True), head_dim=3, value_dim=3)
     where = oracle.pairs(p.shape, *p.window.values())
@@ -154,7 +158,7 @@ def test_nan_stays_in_its_windows(tensor):
         for bad in (float("nan"), float("inf")):
             inputs = tensors(p, torch.float32)
             inputs[tensor].view(42, 3)[token, 1] = bad
-            out = natcupy.na2d(**inputs, **p.window).view(42, 3)
+            out = natcupy.na2d(**inputs, **p.window, backend=backend).view(42, 3)
             touched = {q for q, k, _ in where if token == (q if tensor == "query" else k)}
             expected = torch.zeros(42, 3, dtype=torch.bool)
             if tensor == "value":
@@ -172,7 +176,7 @@ def test_large_logits_stay_finite(path):
         inputs = tensors(PLAIN_2D.but(head_dim=32), dtype)
         for name in ("query", "key"):
             inputs[name] = inputs[name] * 1e3
-        out = natcupy.na2d(**inputs, **PLAIN_2D.window)
+        out = na2d(**inputs, **PLAIN_2D.window)
         expected, _ = oracle.attention(**inputs, **PLAIN_2D.window)
         assert out.isfinite().all()
         if dtype != torch.float32:  # float32 logits of 1e7 are too coarse to compare weights
@@ -182,7 +186,7 @@ def test_large_logits_stay_finite(path):
 @pytest.mark.parametrize("batch", [0])
 def test_empty_batch_keeps_its_history(batch, path):
     inputs = tensors(PLAIN_2D.but(batch=batch), torch.float32, requires_grad=True)
-    out, lse = natcupy.na2d(**inputs, **PLAIN_2D.window, return_lse=True)
+    out, lse = na2d(**inputs, **PLAIN_2D.window, return_lse=True)
     assert out.shape == (0, 6, 7, 2, 4) and lse.shape == (0, 6, 7, 2)
     (out.sum() + lse.sum()).backward()
     assert inputs["query"].grad.shape == (0, 6, 7, 2, 4)
@@ -203,16 +207,16 @@ def layouts(x):
 
 def test_strided_inputs_equal_contiguous_ones(path):
     inputs = tensors(PLAIN_2D, torch.float32)
-    expected = natcupy.na2d(**inputs, **PLAIN_2D.window)
+    expected = na2d(**inputs, **PLAIN_2D.window)
     for name in ("query", "key", "value"):
         for layout, view in layouts(inputs[name]):
-            out = natcupy.na2d(**(inputs | {name: view}), **PLAIN_2D.window)
+            out = na2d(**(inputs | {name: view}), **PLAIN_2D.window)
             assert torch.equal(out, expected), (name, layout)
 
 
 def test_expanded_inputs_and_gradients(path):
     q = torch.randn(1, 6, 7, 1, 4, dtype=torch.float64, requires_grad=True)
-    out = natcupy.na2d(q.expand(2, 6, 7, 3, 4), *[q.expand(2, 6, 7, 3, 4)] * 2, 3)
+    out = na2d(q.expand(2, 6, 7, 3, 4), *[q.expand(2, 6, 7, 3, 4)] * 2, 3)
     expected, _ = oracle.attention(q.expand(2, 6, 7, 3, 4), *[q.expand(2, 6, 7, 3, 4)] * 2, 3)
     (got,) = torch.autograd.grad(out.sum(), q)
     (want,) = torch.autograd.grad(expected.sum(), q)
@@ -223,7 +227,7 @@ def test_expanded_inputs_and_gradients(path):
 def test_inputs_are_left_alone(path):
     inputs = tensors(PLAIN_2D, torch.float32)
     before = {n: x.clone() for n, x in inputs.items() if isinstance(x, torch.Tensor)}
-    out = natcupy.na2d(**inputs, **PLAIN_2D.window)
+    out = na2d(**inputs, **PLAIN_2D.window)
     for name, x in before.items():
         assert torch.equal(inputs[name], x) and inputs[name]._version == 0
         assert out.untyped_storage().data_ptr() != inputs[name].untyped_storage().data_ptr()
@@ -232,15 +236,15 @@ def test_inputs_are_left_alone(path):
 def test_autocast_casts_every_input():
     inputs = tensors(PLAIN_2D, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        out = natcupy.na2d(**inputs, **PLAIN_2D.window)
-        mixed = natcupy.na2d(**(inputs | {"value": inputs["value"].bfloat16()}), **PLAIN_2D.window)
-        double = natcupy.na2d(**tensors(PLAIN_2D), **PLAIN_2D.window)
+        out = na2d(**inputs, **PLAIN_2D.window)
+        mixed = na2d(**(inputs | {"value": inputs["value"].bfloat16()}), **PLAIN_2D.window)
+        double = na2d(**tensors(PLAIN_2D), **PLAIN_2D.window)
     assert out.dtype == mixed.dtype == torch.bfloat16 and double.dtype == torch.float64
     half = {
         n: x.bfloat16() if n != "rpb" and isinstance(x, torch.Tensor) else x
         for n, x in inputs.items()
     }
-    assert torch.equal(out, natcupy.na2d(**half, **PLAIN_2D.window))
+    assert torch.equal(out, na2d(**half, **PLAIN_2D.window))
 
 
 def test_memory_grows_with_the_window_not_with_the_map():
@@ -250,15 +254,15 @@ def test_memory_grows_with_the_window_not_with_the_map():
         if not finite:
             v = v.clone()
             v[0, 0] = float("nan")
-        out = natcupy.na1d(q, k, v, kernel_size=5, dilation=3)
+        out = na1d(q, k, v, kernel_size=5, dilation=3)
         assert out[0, 100:].isfinite().all() and out.shape == q.shape
 
 
 def test_inference_mode_leaves_nothing_behind(path):
     inputs = tensors(PLAIN_2D.but(shape=(8, 9)), torch.float32, requires_grad=True)
     with torch.inference_mode():
-        quiet = natcupy.na2d(**inputs, **PLAIN_2D.window)
-    out = natcupy.na2d(**inputs, **PLAIN_2D.window)
+        quiet = na2d(**inputs, **PLAIN_2D.window)
+    out = na2d(**inputs, **PLAIN_2D.window)
     out.sum().backward()
     assert torch.equal(out, quiet) and inputs["query"].grad is not None
 

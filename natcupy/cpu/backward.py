@@ -1,0 +1,250 @@
+"""The backward pass: gradients of everything, from weights computed anew.
+
+In: a `Spec` with `backward=True`. Out: its module. With P the weights and dO the gradient of the
+output: dP = dO V^T, dS = P (dP - delta), delta = P . dP - d(lse); dQ = scale dS K, dK = scale
+dS^T Q, dV = P^T dO, and the bias takes the sum of dS over the pairs at its distance.
+"""
+
+from __future__ import annotations
+
+from natcupy.cpu import micro, pack, sums
+from natcupy.cpu.block import Block
+from natcupy.cpu.plan import LANES, RETIRE_WORDS
+
+
+class Backward(Block):
+    """A task is an item for one key head and, one after the other, all query heads that share it.
+
+    Gradients of keys and values are summed in the ring, beside the packed rows. When a row leaves
+    the ring they are stored, or added to what an earlier phase, item or query head has stored.
+    """
+
+    query_tensors = ("query", "grad_out", "grad_query")
+    wide = frozenset({"grad_key", "grad_value"})
+    logit_jobs = (
+        ("key", "keys_across", "query_across", "logits"),
+        ("value", "values_across", "grad_across", "grads"),
+    )
+
+    def _functions(self) -> None:
+        super()._functions()
+        module, machine = self.module, self.machine
+        micro.logit_gradients(module)
+        self.unpack = {
+            channels: pack.unpack(module, machine, self.spec.real, channels)
+            for channels in sorted({*self.channels.values()})
+        }
+        self.sums = self.sum_functions("key")
+        both = self.passes("key") + self.passes("value")
+        self.spreads = {
+            vectors: sums.spread(module, machine, vectors)
+            for vectors in sorted({self._vectors(channels) for _, channels in both})
+        }
+
+    def _vectors(self, channels: int) -> int:
+        return -(-channels // self.machine.width(self.spec.real))
+
+    def _packed(self, what: str) -> tuple[bool, bool]:
+        return True, what == "key"
+
+    def _heads(self, head: str, group: str) -> None:
+        b = self.b
+        self.kv_head = head
+        self.begin_key_head()
+        for what in ("key", "value"):
+            self.locate(f"grad_{what}", head)
+            self.zero(f"extra_{what}_sums", b.mul(self.word("extra"), self.pitches[what]))
+
+        def one(i):
+            self.later_head = b.op(f"zext i1 {b.op(f'icmp ne i64 {i}, 0')} to i64")
+            self.head = b.add(b.mul(head, group), i)
+            self.query_head()
+
+        self.zero("grad_lse_rows", b.mul(2, self.word("query_pitch")))  # in case there is none
+        b.loop(group, one)
+        self._write_extra_gradients()
+
+    def _begin_head(self) -> None:
+        b = self.b
+        rows = self.word("bias_rows")
+
+        def clear():
+            self.zero("bias_sums", b.mul(rows, b.mul(self.word("bias_pitch"), LANES)))
+            self.zero("mirror_sums", b.mul(rows, self.word("mirror_pitch")))
+
+        b.when(self.is_set("want_rpb"), clear)
+
+    def _end_head(self) -> None:
+        self.b.when(self.is_set("want_rpb"), self._write_bias_gradient)
+
+    def _key_row_packed(self, slot: str) -> None:
+        for what in ("key", "value"):
+            size = self.b.mul(self.word("key_columns"), self.pitches[what])
+            self.zero_columns(f"{what}_sums", size, self.b.mul(slot, size))
+
+    def _query_row_packed(self, side: int) -> None:
+        b, width = self.b, self.word("query_pitch")
+        jobs = (("query", "query_along", "key"), ("grad_out", "grad_along", "value"))
+        for tensor, along, what in jobs:
+            to = self.side_buffer(along, side, b.mul(width, self.pitches[what]))
+            args = [("ptr", to), ("i64", self.pitches[what]), *self.query_row(tensor, side)]
+            b.call(self.along[self.channels[what]], *args)
+        channels = self.channels["value"]
+        to = self.side_buffer("grad_across", side, b.mul(width, channels))
+        args = [("ptr", to), ("i64", width), *self.query_row("grad_out", side)]
+        b.call(self.across[channels], *args, (self.spec.real, b.number(1.0)))
+        self._pack_grad_lse(side)
+
+    def _pack_grad_lse(self, side: int) -> None:
+        b = self.b
+        _, x, y, _, _ = self.sides[side]
+        row = self.side_buffer("grad_lse_rows", side, self.word("query_pitch"))
+        pointer = self.pointer("grad_lse")
+
+        def copy():
+            base, step = self.lse_row(pointer, x, y)
+
+            def one(i):
+                value = b.load(b.real, b.at(base, b.mul(i, step)), self.real_bytes)
+                b.do(f"store {b.real} {value}, ptr {b.at(row, i)}, align {self.real_bytes}")
+
+            b.loop(self.item["query_columns"], one)
+
+        b.when(b.op(f"icmp ne ptr {pointer}, null"), copy)
+
+    # -- one of the two query rows of a block -----------------------------------------------------
+
+    def _finish_side(self, side: int, s: str) -> None:
+        b = self.b
+        grads = self.buffer(f"grads_{'ab'[side]}")
+        self._gradients_of_logits(side, s, grads)
+        scale = b.splat(self.real(self.scale()), LANES)
+        b.vstore(scale, self.buffer("factor"), LANES)
+        b.when(
+            self.is_set("want_query"),
+            lambda: self.weighted(self.sums, "key", grads, "grad_query", side),
+        )
+
+        def keys_and_values():
+            self._spread("key", side, grads, "query_along")
+            self._spread("value", side, s, "grad_along")
+
+        b.when(self.is_set("want_key_value"), keys_and_values)
+
+    def _gradients_of_logits(self, side: int, s: str, grads: str) -> None:
+        b = self.b
+        middle = self.bias_middle()
+        tap = b.mul(b.sum(self.word("bias_lead"), middle, self.origin), LANES)
+        lane = b.sub(b.add(self.word("mirror_lead"), middle), self.origin)
+        bias = b.choose(
+            self.is_broadcast,
+            b.at(self.buffer("mirror_sums"), lane),
+            b.at(self.buffer("bias_sums"), tap),
+            "ptr",
+        )
+        steps = self.word("mirror_pitch"), b.mul(self.word("bias_pitch"), LANES)
+        kind = b.choose(self.is_set("want_rpb"), b.add(self.broadcast, 1), 0)
+        grad_lse = self.side_buffer("grad_lse_rows", side, self.word("query_pitch"))
+        grad_lse = b.at(grad_lse, self.column)
+        args = [("ptr", s), ("ptr", grads), ("ptr", self.rows), ("i64", self.row_count)]
+        args += [("i64", self.span), ("i64", self.word("extra_taps"))]
+        args += [("ptr", self.buffer("sum")), ("ptr", grad_lse), ("ptr", self.mask), ("ptr", bias)]
+        args += [("i64", b.choose(self.is_broadcast, *steps)), ("i64", kind)]
+        b.call("logit_gradients", *args)
+
+    def _spread(self, what: str, side: int, s: str, along: str) -> None:
+        """Add each lane's row, weighted, to the sums of the keys it sees."""
+        b, step = self.b, self.pitches[what]
+        source = self.side_buffer(along, side, b.mul(self.word("query_pitch"), step))
+        source = b.at(source, b.mul(self.column, step))
+        slot_step = b.mul(self.word("key_columns"), step)
+        first = b.at(self.buffer(f"{what}_sums"), b.mul(self.place, step))
+        only_slot = self.entry(2)  # a word that is 0
+
+        def call(weights, lane_step, rows, row_count, target, lane, runs, count, channel, channels):
+            args = [("ptr", b.at(weights, b.mul(lane_step, lane))), ("i64", lane_step)]
+            args += [("i64", b.mul(self.span, LANES)), ("ptr", rows), ("i64", row_count)]
+            args += [("ptr", b.at(target, channel)), ("i64", slot_step), ("i64", step)]
+            args += [("ptr", runs), ("i64", count)]
+            args += [("ptr", b.at(source, lane * step + channel)), ("i64", step)]
+            b.call(self.spreads[self._vectors(channels)], *args)
+
+        inside = s, self.lane_step(), self.rows, self.row_count, first
+        self.for_lanes_and_passes(self.cls, what, lambda *rest: call(*inside, *rest))
+
+        def outside():
+            extra = self.behind(s), 1, only_slot, 1, self.buffer(f"extra_{what}_sums")
+            self.for_lanes_and_passes(self.extra_class, what, lambda *rest: call(*extra, *rest))
+
+        b.when(self.is_set("extra"), outside)
+
+    # -- results that leave -----------------------------------------------------------------------
+
+    def _end_step(self, count: str, retired: str) -> None:
+        b = self.b
+
+        def all_rows():
+            b.loop(count, lambda i: self._retire(b.at(retired, b.mul(i, RETIRE_WORDS), "i32")))
+
+        b.when(self.is_set("want_key_value"), all_rows)
+
+    def _retire(self, record: str) -> None:
+        b = self.b
+        slot, x, y, again = (b.table(record, i) for i in range(RETIRE_WORDS))
+        again = b.op(f"or i64 {again}, {self.later_head}")
+        segments = self.entry(self.item["segments_at"])
+
+        def segment(i):
+            first, count, tile_again = (b.table(segments, b.add(b.mul(i, 3), w)) for w in range(3))
+            add = b.op(f"or i64 {again}, {tile_again}")
+            for what in ("key", "value"):
+                tensor, step = f"grad_{what}", self.pitches[what]
+                to = self.element(tensor, x, y, b.add(self.item["key"], first))
+                column = b.add(b.mul(slot, self.word("key_columns")), first)
+                source = b.at(self.buffer(f"{what}_sums"), b.mul(column, step))
+                args = [("ptr", to), ("i64", self.tensors[tensor][1][2]), ("ptr", source)]
+                self._unpack(what, args, count, add)
+
+        b.loop(self.item["segments"], segment)
+
+    def _unpack(self, what: str, args: list, count, add) -> None:
+        factor = self.real(self.scale()) if what == "key" else self.b.number(1.0)
+        args = [*args, ("i64", self.pitches[what]), ("i64", count), (self.spec.real, factor)]
+        self.b.call(self.unpack[self.channels[what]], *args, ("i64", add))
+
+    def _share(self, heads: str, head: str) -> str:
+        """Number of this item's share of a gradient that is summed over items and batch."""
+        b = self.b
+        number = b.add(b.mul(self.batch, self.word("items")), self.item["number"])
+        return b.add(b.mul(number, self.word(heads)), head)
+
+    def _write_extra_gradients(self) -> None:
+        """The item's share of the gradients of additional keys and values."""
+        b = self.b
+        number, extra = self._share("kv_heads", self.kv_head), self.word("extra")
+        for what in ("key", "value"):
+            channels = self.channels[what]
+            to = b.at(self.pointer(f"extra_{what}_grads"), b.mul(number, b.mul(extra, channels)))
+            source = self.buffer(f"extra_{what}_sums")
+            self._unpack(what, [("ptr", to), ("i64", channels), ("ptr", source)], extra, 0)
+
+    def _write_bias_gradient(self) -> None:
+        """The item's share of one head's bias gradient."""
+        b = self.b
+        length, rows = self.word("bias_length"), self.word("bias_rows")
+        number = self._share("heads", self.head)
+        to = b.at(self.pointer("rpb_sums"), b.mul(number, b.mul(rows, length)))
+        bias = b.at(self.buffer("bias_sums"), b.mul(self.word("bias_lead"), LANES))
+        mirror = b.at(self.buffer("mirror_sums"), self.word("mirror_lead"))
+
+        def one(row, i):
+            place = b.mul(b.add(b.mul(row, self.word("bias_pitch")), i), LANES)
+            vector = b.vload(b.at(bias, place), LANES)
+            back = b.sub(b.sub(length, 1), i)
+            place = b.add(b.mul(row, self.word("mirror_pitch")), back)
+            start = b.load(b.real, b.at(mirror, place), self.real_bytes)
+            total = b.add_up(vector, LANES, start)
+            target = b.at(to, b.add(b.mul(row, length), i))
+            b.do(f"store {b.real} {total}, ptr {target}, align {self.real_bytes}")
+
+        b.loop(rows, lambda row: b.loop(length, lambda i: one(row, i)))

@@ -1,0 +1,201 @@
+"""One block of a step: 8 columns of two query rows against all key rows that they see.
+
+In: a step's rows, packed. Out: logits, softmax, weighted sums; `forward.py` and `backward.py` say
+what becomes of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from natcupy.cpu import pack, sums
+from natcupy.cpu.emit import Value
+from natcupy.cpu.plan import ACTIVE, BROADCAST, ENTRY_WORDS, LANES, MASK_AT, ORIGIN, RUNS, SPAN
+from natcupy.cpu.sums import LANE_GROUP
+from natcupy.cpu.task import Task
+
+
+class Block(Task):
+    """Adds the arithmetic that both passes share."""
+
+    #: (keys or values, their buffer, the query side's buffer, the results') of each set of logits
+    logit_jobs: tuple[tuple[str, str, str, str], ...]
+
+    def _finish_side(self, side: int, s: str) -> None:
+        """After the softmax of one of the two query rows; its weights are at `s`."""
+        raise NotImplementedError
+
+    def _block(self, record: str) -> None:
+        b = self.b
+        self.cls = self.entry(b.table(record, 0))
+        self.column = b.table(record, 1)
+        self.span, self.active = b.table(self.cls, SPAN), b.table(self.cls, ACTIVE)
+        self.origin, self.broadcast = b.table(self.cls, ORIGIN), b.table(self.cls, BROADCAST)
+        self.is_broadcast = b.op(f"icmp ne i64 {self.broadcast}, 0")
+        # the block's first query, counted from the item's first key
+        self.place = b.sum(b.sub(self.item["query"], self.item["key"]), self.column)
+        extra_class = b.add(self.word("extra_classes_at"), self.active)
+        self.extra_class = self.entry(b.table(self.table, extra_class))
+        mask_at = b.table(self.cls, MASK_AT)
+        masked = b.op(f"icmp ne i64 {mask_at}, 0")
+        self.mask = b.choose(masked, self.entry(mask_at), "null", "ptr")
+        entry_step = ENTRY_WORDS
+        b.loop(
+            self.entry_count, lambda i: self._entry(b.at(self.entries, b.mul(i, entry_step), "i32"))
+        )
+        self._side(0)
+        b.when(self.has_b, lambda: self._side(1))
+
+    # -- logits -----------------------------------------------------------------------------------
+
+    def _entry(self, record: str) -> None:
+        """Logits of one key row with whichever of the two query rows see it."""
+        b = self.b
+        slot, a_place, b_place, a_bias, b_bias = (b.table(record, i) for i in range(ENTRY_WORDS))
+        has = [b.op(f"icmp sge i64 {place}, 0") for place in (a_place, b_place)]
+        biases = [self._bias_at(a_bias), self._bias_at(b_bias)]
+        for what, keys, queries, results in self.logit_jobs:
+            channels, width = self.channels[what], self.word("key_pitch")
+            start = b.sum(b.mul(slot, b.mul(width, channels)), self.word("key_lead"))
+            keys = b.at(self.buffer(keys), b.sum(start, self.place, self.origin))
+            head = self._logit_args(self.cls, keys, width, what, self.mask)
+            sides = []
+            for side, (place, bias) in enumerate(zip((a_place, b_place), biases, strict=True)):
+                s = self.buffer(f"{results}_{'ab'[side]}")
+                s = b.at(s, b.mul(b.mul(place, self.span), LANES))
+                bias = bias if what == "key" else self._no_bias()
+                sides.append([*self._query_args(queries, channels, side), ("ptr", s)])
+                sides[side].append(("ptr", bias))
+            self._call_logits(has, head, sides)
+
+    def _call_logits(self, has: list[str], head: list, sides: list[list]) -> None:
+        b = self.b
+
+        def with_a():
+            b.when(
+                has[1],
+                lambda: b.call("logits2", *head, *sides[0], *sides[1]),
+                lambda: b.call("logits1", *head, *sides[0]),
+            )
+
+        b.when(has[0], with_a, lambda: b.call("logits1", *head, *sides[1]))
+
+    def _logit_args(self, cls, keys, width, what: str, mask) -> list:
+        """The arguments for either query row; unseen keys weigh nothing and get no gradient."""
+        blank = self.b.number(-math.inf if what == "key" else 0.0)
+        args = [("ptr", cls), ("ptr", self.table), ("i64", self.word("query_pitch"))]
+        args += [("ptr", keys), ("i64", width), ("i64", self.channels[what])]
+        return [*args, ("ptr", mask), (self.spec.real, blank)]
+
+    def _query_args(self, queries: str, channels: int, side: int) -> list:
+        size = self.b.mul(self.word("query_pitch"), channels)
+        return [("ptr", self.b.at(self.side_buffer(queries, side, size), self.column))]
+
+    def _bias_at(self, entry: Value) -> str:
+        """Address of the bias of tap 0 of a key row; in a mirrored row for a broadcast class."""
+        b = self.b
+        middle = self.bias_middle()
+        forward = b.sum(self.word("bias_lead"), middle, self.origin)
+        forward = b.add(forward, b.mul(entry, self.word("bias_pitch")))
+        mirror = b.sub(b.add(self.word("mirror_lead"), middle), self.origin)
+        mirror = b.add(mirror, b.mul(entry, self.word("mirror_pitch")))
+        forward, mirror = b.at(self.buffer("bias"), forward), b.at(self.buffer("mirror"), mirror)
+        bias = b.choose(self.is_broadcast, mirror, forward, "ptr")
+        return b.choose(self.is_set("has_rpb"), bias, self._no_bias(), "ptr")
+
+    def bias_middle(self) -> str:
+        """Index of the bias of a query's own column: kernel_size - 1."""
+        return self.b.op(f"ashr i64 {self.b.sub(self.word('bias_length'), 1)}, 1")
+
+    def _no_bias(self) -> str:
+        """The middle of a buffer of zeros."""
+        return self.b.at(self.buffer("zeros"), self.b.op(f"ashr i64 {self.word('zeros')}, 1"))
+
+    # -- one of the two query rows ----------------------------------------------------------------
+
+    def _side(self, side: int) -> None:
+        b = self.b
+        letter, _, _, self.rows, self.row_count = self.sides[side]
+        s = self.buffer(f"logits_{letter}")
+        self.vectors = b.mul(self.row_count, self.span)
+        b.when(self.is_set("extra"), lambda: self._extra_logits(side))
+        total = b.add(self.vectors, self.word("extra_taps"))
+        results = [("ptr", self.buffer("max")), ("ptr", self.buffer("sum"))]
+        b.call("softmax", ("ptr", s), ("i64", total), *results)
+        self._finish_side(side, s)
+
+    def _extra_logits(self, side: int) -> None:
+        """Logits with the additional keys, behind those of the window."""
+        b = self.b
+        for what, _, queries, results in self.logit_jobs:
+            channels = self.channels[what]
+            s = b.at(self.buffer(f"{results}_{'ab'[side]}"), b.mul(self.vectors, LANES))
+            mask = self.entry(b.table(self.extra_class, MASK_AT))
+            keys, width = self.buffer(f"extra_{what}s_across"), self.word("extra_pitch")
+            args = self._logit_args(self.extra_class, keys, width, what, mask)
+            args += self._query_args(queries, channels, side)
+            b.call("logits1", *args, ("ptr", s), ("ptr", self._no_bias()))
+
+    def behind(self, s: str) -> str:
+        """Where the weights of the additional keys begin."""
+        return self.b.at(s, self.b.mul(self.vectors, LANES))
+
+    def lane_step(self) -> str:
+        """Elements between the weights that two neighboring lanes give to one key."""
+        return self.b.choose(self.is_broadcast, 1, 1 - LANES)
+
+    # -- sums over keys ---------------------------------------------------------------------------
+
+    def passes(self, what: str) -> list[tuple[int, int]]:
+        """Channels cut into what fits in registers, (first channel, channels)."""
+        step = sums.vectors_at_once(self.machine) * self.machine.width(self.spec.real)
+        channels = self.channels[what]
+        return [(c, min(step, channels - c)) for c in range(0, channels, step)]
+
+    def sum_functions(self, what: str) -> dict[int, str]:
+        """Add the functions for `weighted`; their names by number of channels."""
+        width, names = self.machine.width(self.spec.real), {}
+        for channels in sorted({count for _, count in self.passes(what)}):
+            store = pack.Store(self.spec.storage, channels, width)
+            vectors = -(-channels // width)
+            names[channels] = sums.weighted_sum(self.module, self.machine, vectors, store)
+        return names
+
+    def for_lanes_and_passes(self, cls: str, what: str, run: Callable) -> None:
+        """`run(first lane, runs, run count, first channel, channels)` for all that have lanes."""
+        b = self.b
+        for number, lane in enumerate(range(0, LANES, LANE_GROUP)):
+            runs = self.entry(b.table(cls, RUNS + 2 * number))
+            count = b.table(cls, RUNS + 2 * number + 1)
+
+            def all_passes(lane=lane, runs=runs, count=count):
+                for channel, channels in self.passes(what):
+                    run(lane, runs, count, channel, channels)
+
+            b.when(b.less(lane, self.active), all_passes)
+
+    def weighted(self, names: dict[int, str], what: str, s: str, tensor: str, side: int) -> None:
+        """Weighted sums of packed keys or values into the block's part of a row of a tensor."""
+        b, step = self.b, self.pitches[what]
+        _, x, y, _, _ = self.sides[side]
+        values = b.at(self.buffer(f"{what}s_along"), b.mul(self.place, step))
+        extra, extra_s = self.buffer(f"extra_{what}s_along"), self.behind(s)
+        out = self.element(tensor, x, y, b.add(self.item["query"], self.column))
+        out_step = self.tensors[tensor][1][2]
+        slot_step = b.mul(self.word("key_columns"), step)
+        lane_step = self.lane_step()
+
+        def one(lane, runs, count, channel, channels):
+            weights = b.at(s, b.mul(lane_step, lane))
+            args = [("ptr", weights), ("i64", lane_step), ("i64", b.mul(self.span, LANES))]
+            args += [("ptr", self.rows), ("i64", self.row_count)]
+            args += [("ptr", b.at(values, channel)), ("i64", slot_step), ("i64", step)]
+            args += [("ptr", runs), ("i64", count), ("ptr", b.at(extra_s, lane))]
+            args += [("ptr", b.at(extra, channel)), ("i64", self.word("extra"))]
+            args += [("ptr", b.at(self.buffer("factor"), lane))]
+            place = b.at(b.at(out, b.mul(out_step, lane), self.kind), channel, self.kind)
+            args += [("ptr", place), ("i64", out_step), ("i64", b.sub(self.active, lane))]
+            b.call(names[channels], *args)
+
+        self.for_lanes_and_passes(self.cls, what, one)

@@ -1,0 +1,57 @@
+"""The forward pass: outputs and log-sum-exps.
+
+In: a `Spec` with `backward=False`. Out: its module.
+"""
+
+from __future__ import annotations
+
+import math
+
+from natcupy.cpu import micro
+from natcupy.cpu.block import Block
+from natcupy.cpu.emit import Value
+from natcupy.cpu.plan import LANES
+
+
+class Forward(Block):
+    """A task is an item for one query head."""
+
+    query_tensors = ("query", "out")
+    logit_jobs = (("key", "keys_across", "query_across", "logits"),)
+
+    def _functions(self) -> None:
+        super()._functions()
+        self.sums = self.sum_functions("value")
+
+    def _packed(self, what: str) -> tuple[bool, bool]:
+        return what == "key", what == "value"
+
+    def _heads(self, head: str, group: str) -> None:
+        self.head, self.kv_head = head, self.b.op(f"udiv i64 {head}, {group}")
+        self.begin_key_head()
+        self.query_head()
+
+    def _finish_side(self, side: int, s: str) -> None:
+        b = self.b
+        _, x, y, _, _ = self.sides[side]
+        total = b.vload(self.buffer("sum"), LANES)
+        factor = b.arith("fdiv", b.fill(1.0, LANES), total, LANES)
+        b.vstore(factor, self.buffer("factor"), LANES)
+        self._write_lse(x, y, total)
+        self.weighted(self.sums, "value", s, "out", side)
+
+    def _write_lse(self, x: Value, y: Value, total: str) -> None:
+        b = self.b
+        high = b.vload(self.buffer("max"), LANES)
+        lse = b.arith("fadd", high, micro.log2(b, total), LANES)
+        lse = b.arith("fmul", lse, b.fill(math.log(2), LANES), LANES)
+        values = self.buffer("lse")
+        b.vstore(lse, values, LANES)
+        base, step = self.lse_row(self.pointer("lse"), x, y)
+
+        def one(i):
+            number = b.load(b.real, b.at(values, i), self.real_bytes)
+            place = b.at(base, b.mul(b.add(self.column, i), step))
+            b.do(f"store {b.real} {number}, ptr {place}, align {self.real_bytes}")
+
+        b.loop(self.active, one)

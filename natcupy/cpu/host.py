@@ -1,0 +1,189 @@
+"""LLVM IR to a callable function in this process, by llvmlite.
+
+In: the text of a module, made only when needed. Out: the address of its function `run`. Object code
+is kept by `natcupy.cache`, so a second process neither writes IR nor compiles. With NATCUPY_DEBUG=1
+the IR is also written beside the cache's other files, in `ir/`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import sys
+import threading
+from pathlib import Path
+
+from natcupy import cache
+from natcupy.cpu.backward import Backward
+from natcupy.cpu.emit import Machine
+from natcupy.cpu.forward import Forward
+from natcupy.cpu.spec import Spec
+
+DEBUG_VARIABLE = "NATCUPY_DEBUG"
+ROOMS = (
+    "emit",
+    "spec",
+    "plan",
+    "micro",
+    "pack",
+    "task",
+    "block",
+    "forward",
+    "backward",
+)  # their text decides what is generated
+
+_functions: dict[Spec, int] = {}
+_engines: list = []  # owners of the machine code, for the life of the process
+_lock = threading.Lock()
+
+
+def _find_missing() -> str | None:
+    try:
+        import llvmlite.binding  # noqa: F401
+    except ImportError as error:
+        return (
+            f"llvmlite, which compiles the CPU kernels, cannot be imported ({error}); "
+            'install it with pip install "natcupy[cpu]", or use backend="torch".'
+        )
+    if _machine() is None:
+        return (
+            "the CPU kernels need AVX2, FMA and F16C on x86-64, or a 64-bit ARM processor, and "
+            f'this is {platform.machine()} without them; use backend="torch".'
+        )
+    return None
+
+
+def machine() -> Machine:
+    """The vector registers of this host."""
+    found = _machine()
+    if found is None:
+        raise RuntimeError(missing)
+    return found
+
+
+@functools.cache
+def _machine() -> Machine | None:
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        return Machine(32, 16)
+    has = _target()[2]
+    if not (has.get("avx2") and has.get("fma") and has.get("f16c")):
+        return None
+    wide = all(has.get(f"avx512{part}") for part in ("f", "vl", "bw", "dq"))
+    return Machine(32, 64) if wide else Machine(16, 32)
+
+
+@functools.cache
+def _target() -> tuple[str, str, dict]:
+    """Name of the processor, its features as LLVM writes them and as a dictionary."""
+    from llvmlite import binding
+
+    try:
+        features = binding.get_host_cpu_features()
+    except RuntimeError:  # not known to LLVM on this system
+        return binding.get_host_cpu_name(), "", {}
+    return binding.get_host_cpu_name(), features.flatten(), dict(features)
+
+
+def function(spec: Spec) -> int:
+    """The address of the compiled `run` for a spec; at most one thread compiles it."""
+    address = _functions.get(spec)
+    if address is None:
+        with _lock:
+            address = _functions.get(spec)
+            if address is None:
+                address = _functions[spec] = _load(spec)
+    return address
+
+
+def object_code(spec: Spec) -> bytes:
+    """The relocatable object of a spec, from the cache or compiled."""
+    return cache.default_store().get_or_build(_ingredients(spec), lambda: _compile(spec))
+
+
+def module_text(spec: Spec) -> str:
+    """The LLVM assembly of a spec for this host."""
+    return (Backward if spec.backward else Forward)(spec, machine()).text()
+
+
+def _ingredients(spec: Spec) -> dict[str, str]:
+    import llvmlite
+
+    name, features, _ = _target()
+    return {
+        "kind": "cpu",
+        "spec": repr(spec),
+        "machine": repr(machine()),
+        "generator": _generator(),
+        "cpu": name,
+        "features": features,
+        "llvmlite": llvmlite.__version__,
+        "system": f"{sys.platform} {platform.machine()}",
+    }
+
+
+@functools.cache
+def _generator() -> str:
+    """Hash of the code that writes the IR, which with a spec and a machine decides the IR."""
+    digest = hashlib.sha256()
+    for room in ROOMS:
+        loader = sys.modules[f"natcupy.cpu.{room}"].__spec__.loader
+        digest.update(loader.get_data(sys.modules[f"natcupy.cpu.{room}"].__spec__.origin))
+    return digest.hexdigest()
+
+
+def _target_machine():
+    from llvmlite import binding
+
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    name, features, _ = _target()
+    target = binding.Target.from_default_triple()
+    return target.create_target_machine(cpu=name, features=features, opt=2, jit=True)
+
+
+def _compile(spec: Spec) -> bytes:
+    from llvmlite import binding
+
+    text = module_text(spec)
+    if os.environ.get(DEBUG_VARIABLE, "") not in ("", "0"):
+        _keep_text(spec, text)
+    target = _target_machine()
+    module = binding.parse_assembly(text)
+    module.verify()
+    return target.emit_object(module)
+
+
+def _keep_text(spec: Spec, text: str) -> None:
+    folder = cache.default_store().describe()["folder"]
+    if folder is None:
+        return
+    direction = "backward" if spec.backward else "forward"
+    sizes = "-".join(map(str, spec.sizes))
+    name = f"{direction}-{spec.storage}-{spec.head_dim}-{spec.value_dim}-{sizes}.ll"
+    place = Path(folder).parent / "ir"
+    place.mkdir(parents=True, exist_ok=True)
+    (place / name).write_text(text)
+
+
+def _load(spec: Spec) -> int:
+    from llvmlite import binding
+
+    code = object_code(spec)
+    target = _target_machine()
+    module = binding.parse_assembly("")
+    module.triple = target.triple
+    engine = binding.create_mcjit_compiler(module, target)
+    engine.add_object_file(binding.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    address = engine.get_function_address("run")
+    if not address:
+        cache.default_store().discard(_ingredients(spec))
+        raise RuntimeError("a cached CPU kernel has no function 'run'; it was dropped, try again.")
+    _engines.append(engine)
+    return address
+
+
+#: Why nothing can be compiled here, or None. Found on import, so that tracers see a constant.
+missing = _find_missing()

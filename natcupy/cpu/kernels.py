@@ -1,0 +1,180 @@
+"""A kernel ready to be called: the plan, its table, and an argument block without addresses.
+
+In: the sizes of a problem. Out: a `Kernel`, kept for the next call of the same sizes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from math import prod
+
+import torch
+
+from natcupy.cpu import host, plan, sums
+from natcupy.cpu.emit import REAL_BYTES
+from natcupy.cpu.plan import LANES, Plan, Shape, Tuning
+from natcupy.cpu.spec import BUFFERS, WORDS, Spec, pitch
+from natcupy.neighborhood import Neighborhood
+
+STORAGE = {
+    torch.float32: "float",
+    torch.float64: "double",
+    torch.float16: "half",
+    torch.bfloat16: "bfloat",
+}
+ALIGNMENT = 64  # bytes, of each thread's scratch memory
+PLACE = {name: i for i, name in enumerate(WORDS)}
+# Two counters follow the words, each with a cache line to itself.
+COUNTERS = (len(WORDS) + 8, len(WORDS) + 16)
+Block = ctypes.c_int64 * (len(WORDS) + 24)
+
+
+class Kernel:
+    """Everything about a call that does not depend on the tensors' addresses and strides."""
+
+    def __init__(self, spec: Spec, shape: Shape, found: Plan, words: dict[str, int], size: int):
+        self.spec, self.plan = spec, found
+        self.compute = torch.float64 if spec.real == "double" else torch.float32
+        self.thread_bytes = -(-size // ALIGNMENT) * ALIGNMENT
+        #: multiply-adds of one head, times 2
+        self.work = shape.head_dim * prod(shape.lengths) * prod(shape.kernel_size)
+        self._table = torch.tensor(found.words, dtype=torch.int32)
+        self._block = Block()
+        for name, value in words.items():
+            self._block[PLACE[name]] = value
+        self._block[PLACE["table"]] = self._table.data_ptr()
+        self._block[PLACE["thread_bytes"]] = self.thread_bytes
+        self._address = 0
+
+    @property
+    def address(self) -> int:
+        """Of the compiled function."""
+        if not self._address:
+            self._address = host.function(self.spec)
+        return self._address
+
+    def block(self) -> ctypes.Array:
+        """A new argument block with all that is known."""
+        return Block.from_buffer_copy(self._block)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums, of the log-sum-exp and of partial gradients."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def tap_sizes(kernel_size: int, rows: int, registers: int) -> tuple[int, ...]:
+    """Numbers of taps to keep in registers: even shares of an inner and of a border window."""
+    each = max(1, registers // rows)
+    sizes = set()
+    for taps in (kernel_size, kernel_size + kernel_size // 2):
+        sizes.add(-(-taps // -(-taps // each)))
+    return tuple(sorted(sizes))
+
+
+@functools.lru_cache(maxsize=512)
+def kernel(
+    lengths: tuple[int, ...],
+    hood: Neighborhood,
+    head_dim: int,
+    value_dim: int,
+    extra: int,
+    dtype: torch.dtype,
+    backward: bool,
+    stripes: int,
+) -> Kernel:
+    """The kernel for a problem; `stripes` are those asked of a forward plan."""
+    machine, storage = host.machine(), STORAGE[dtype]
+    shape = Shape.of(lengths, hood, head_dim, value_dim, extra)
+    real = "double" if storage == "double" else "float"
+    spare = 6 if machine.registers >= 32 else 4
+    registers = (machine.registers - spare) // machine.registers_of(LANES, real)
+    rows = 2 if shape.lengths[0] * shape.lengths[1] > 1 else 1
+    sizes = tap_sizes(shape.kernel_size[2], rows, registers)
+    spec = Spec(backward, storage, head_dim, value_dim, sizes)
+    pitches = {
+        what: pitch(channels, machine, real)
+        for what, channels in (("key", head_dim), ("value", value_dim))
+    }
+    tuning = Tuning(sizes, sums.LANE_GROUP)
+    item_bytes = REAL_BYTES[real] * (head_dim + pitches["value"])
+    found = plan.make(shape, tuning, backward, item_bytes, stripes)
+    words, size = _constants(shape, found, pitches, backward)
+    return Kernel(spec, shape, found, words, size * REAL_BYTES[real])
+
+
+def _constants(shape: Shape, p: Plan, pitches, backward: bool) -> tuple[dict[str, int], int]:
+    """Words that only depend on the plan, and the number of scratch elements of a thread."""
+    lead = -p.reach[0]
+    key_pitch = _row_pitch(lead + max(p.reach[1], -(-p.key_columns // LANES) * LANES))
+    extra_pitch = -(-max(p.extra_taps, shape.extra) // LANES) * LANES
+    bias_pitch = p.bias_reach[1] - p.bias_reach[0]
+    mirror_pitch = p.mirror_reach[1] - p.mirror_reach[0]
+    query_pitch = p.query_columns
+    d, dv = shape.head_dim, shape.value_dim
+    logits = (p.taps + p.extra_taps) * LANES
+    size = {
+        "zeros": 2 * (p.span + 2 * LANES),
+        "keys_across": p.ring * d * key_pitch,
+        "query_across": 2 * d * query_pitch,
+        "logits_a": logits,
+        "logits_b": logits,
+        "bias": shape.bias_rows * bias_pitch,
+        "mirror": shape.bias_rows * mirror_pitch,
+        "extra_keys_across": d * extra_pitch,
+        **dict.fromkeys(("max", "sum", "factor", "lse"), LANES),
+    }
+    rows = p.ring * p.key_columns
+    if backward:
+        size |= {
+            "values_across": p.ring * dv * key_pitch,
+            "keys_along": rows * pitches["key"],
+            "key_sums": rows * pitches["key"],
+            "value_sums": rows * pitches["value"],
+            "query_along": 2 * query_pitch * pitches["key"],
+            "grad_across": 2 * dv * query_pitch,
+            "grad_along": 2 * query_pitch * pitches["value"],
+            "grads_a": logits,
+            "grads_b": logits,
+            "grad_lse_rows": 2 * query_pitch,
+            "bias_sums": shape.bias_rows * bias_pitch * LANES,
+            "mirror_sums": shape.bias_rows * mirror_pitch,
+            "extra_values_across": dv * extra_pitch,
+            "extra_keys_along": shape.extra * pitches["key"],
+            "extra_key_sums": shape.extra * pitches["key"],
+            "extra_value_sums": shape.extra * pitches["value"],
+        }
+    else:
+        size["values_along"] = rows * pitches["value"]
+        size["extra_values_along"] = shape.extra * pitches["value"]
+    layout = plan.lay_out({name: size.get(name, 0) for name in BUFFERS})
+    words = {f"at_{name}": at for name, at in layout.offsets.items()}
+    words |= {f"dilation{axis}": shape.dilation[axis] for axis in range(3)}
+    words |= {
+        "items": p.items,
+        "zeros": size["zeros"],
+        "extra": shape.extra,
+        "extra_taps": p.extra_taps,
+        "extra_classes_at": p.extra_classes_at,
+        "extra_pitch": extra_pitch,
+        "key_pitch": key_pitch,
+        "key_lead": lead,
+        "key_columns": p.key_columns,
+        "query_pitch": query_pitch,
+        "bias_rows": shape.bias_rows,
+        "bias_length": 2 * shape.kernel_size[2] - 1,
+        "bias_pitch": bias_pitch,
+        "bias_lead": -p.bias_reach[0],
+        "mirror_pitch": mirror_pitch,
+        "mirror_lead": -p.mirror_reach[0],
+    }
+    return words, layout.size
+
+
+def _row_pitch(columns: int) -> int:
+    """Columns of a packed row: whole vectors, and no multiple of 512 bytes, which would put all
+    channels of a column into the same few cache sets.
+    """
+    columns = -(-columns // LANES) * LANES
+    return columns + LANES if columns % 128 == 0 else columns

@@ -1,0 +1,296 @@
+"""The inner kernels whose lanes are 8 neighboring queries: logits, softmax, their gradients.
+
+In: a `Module` and compile-time numbers. Out: functions added to it. They work on scratch memory in
+the compute type, laid out by `launch.py`.
+
+A tap is a distance from the query, so one unaligned load of 8 packed key columns serves all lanes;
+in a broadcast class a tap is one key column for all of them. Tap s of a key row lies at 8 * s.
+"""
+
+from __future__ import annotations
+
+import math
+
+from natcupy.cpu.emit import Builder, Module
+from natcupy.cpu.plan import (
+    BROADCAST,
+    CHUNKS,
+    CHUNKS_AT,
+    LANES,
+    ROW_WORDS,
+)
+
+# 2**x on [-0.5, 0.5] with p(0) = 1, least largest relative error: 1.1e-7
+EXP2_FLOAT = (1.0, 0.6931469776, 0.24022242085, 0.05550733744, 0.00967151265, 0.0013264727)
+EXP2_DOUBLE = tuple(math.log(2) ** n / math.factorial(n) for n in range(14))  # below 1e-17
+# (magic number that rounds to an integer when added, mantissa bits, exponent bias, least exponent)
+FORMAT = {"float": (1.5 * 2.0**23, 23, 127, -126.0), "double": (1.5 * 2.0**52, 52, 1023, -1022.0)}
+LOWEST = {"float": -3.4028234663852886e38, "double": -1.7976931348623157e308}
+
+
+def exp2(b: Builder, x: str) -> str:
+    """2**x for 8 lanes, x <= 0 or NaN (kept); exactly 0 below the least normal number."""
+    magic, mantissa, bias, least = FORMAT[b.real]
+    integer = "i32" if b.real == "float" else "i64"
+    kind, ints = b.vec(LANES), f"<{LANES} x {integer}>"
+    shifted = b.arith("fadd", x, b.fill(magic, LANES), LANES)
+    whole = b.arith("fsub", shifted, b.fill(magic, LANES), LANES)
+    part = b.arith("fsub", x, whole, LANES)
+    powers = EXP2_FLOAT if b.real == "float" else EXP2_DOUBLE
+    y = b.fill(powers[-1], LANES)
+    for power in powers[-2::-1]:
+        y = b.fma(y, part, b.fill(power, LANES), LANES)
+    bits = b.op(f"bitcast {kind} {shifted} to {ints}")
+    bits = b.op(f"add {ints} {bits}, splat ({integer} {bias})")
+    bits = b.op(f"shl {ints} {bits}, splat ({integer} {mantissa})")
+    y = b.arith("fmul", y, b.op(f"bitcast {ints} {bits} to {kind}"), LANES)
+    tiny = b.op(f"fcmp olt {kind} {x}, {b.fill(least, LANES)}")
+    return b.op(f"select <{LANES} x i1> {tiny}, {kind} zeroinitializer, {kind} {y}")
+
+
+def log2(b: Builder, x: str) -> str:
+    """log2(x) for 8 lanes, x >= 0 normal or 0 or NaN; minus infinity for 0."""
+    mantissa = FORMAT[b.real][1]
+    integer = "i32" if b.real == "float" else "i64"
+    kind, ints = b.vec(LANES), f"<{LANES} x {integer}>"
+
+    def whole(value):
+        return f"splat ({integer} {value})"
+
+    half = 0x3F3504F3 if b.real == "float" else 0x3FE6A09E667F3BCD  # sqrt(0.5)
+    bits = b.op(f"bitcast {kind} {x} to {ints}")
+    above = b.op(f"sub {ints} {bits}, {whole(half)}")
+    exponent = b.op(f"ashr {ints} {above}, {whole(mantissa)}")
+    scaled = b.op(f"shl {ints} {exponent}, {whole(mantissa)}")
+    near = b.op(f"bitcast {ints} {b.op(f'sub {ints} {bits}, {scaled}')} to {kind}")
+    one = b.fill(1.0, LANES)
+    s = b.arith("fdiv", b.arith("fsub", near, one, LANES), b.arith("fadd", near, one, LANES), LANES)
+    square = b.arith("fmul", s, s, LANES)
+    terms = range(1, 11 if b.real == "float" else 25, 2)
+    y = "zeroinitializer"
+    for n in reversed(terms):
+        y = b.fma(y, square, b.fill(2 / math.log(2) / n, LANES), LANES)
+    number = b.op(f"sitofp {ints} {exponent} to {kind}")
+    y = b.fma(y, s, number, LANES)
+    y = b.arith("fadd", y, b.arith("fsub", x, x, LANES), LANES)  # keeps NaN
+    empty = b.op(f"fcmp oeq {kind} {x}, zeroinitializer")
+    return b.op(f"select <{LANES} x i1> {empty}, {kind} {b.fill(-math.inf, LANES)}, {kind} {y}")
+
+
+# ------------------------------------------------------------------------------------------------
+# logits
+
+
+def logits(module: Module, rows: int, sizes: tuple[int, ...]) -> None:
+    """`logits{rows}`: all taps of one key row for 8 columns of `rows` query rows.
+
+    s[tap][lane] = bias + sum over channels of at[channel][lane] * keys[channel][tap (+ lane)]
+
+    A tap's bias is one number at bias + tap; in a broadcast class the lanes have one each, from
+    bias - tap on (a mirrored row). `mask` holds a byte per tap, the lanes that see it, or is null;
+    lanes that do not see a tap get `blank` there.
+    """
+    for broadcast in (0, 1):
+        for size in sizes:
+            _chunk(module, rows, broadcast, size)
+    outs = ", ".join(f"ptr at{r}, ptr s{r}, ptr bias{r}" for r in range(rows))
+    b = module.function(
+        f"logits{rows}",
+        "ptr class, ptr table, i64 at_step, ptr keys, i64 key_step, i64 channels, ptr mask, "
+        f"{module.real} blank, {outs}",
+    )
+    broadcast = b.table("%class", BROADCAST)
+    chunks = b.at("%table", b.table("%class", CHUNKS_AT), "i32")
+    sign = b.sub(1, b.mul(broadcast, 2))
+    masked = b.op("icmp ne ptr %mask, null")
+
+    def chunk(i):
+        tap = b.table(chunks, b.mul(i, 2))
+        size = b.table(chunks, b.add(b.mul(i, 2), 1))
+        mask = b.op(f"select i1 {masked}, ptr {b.at('%mask', tap, 'i8')}, ptr null")
+        args = [("i64", "%at_step"), ("ptr", b.at("%keys", tap)), ("i64", "%key_step")]
+        args += [("i64", "%channels"), ("ptr", mask), (b.real, "%blank")]
+        for r in range(rows):
+            args += [("ptr", f"%at{r}"), ("ptr", b.at(f"%s{r}", b.mul(tap, LANES)))]
+            args += [("ptr", b.at(f"%bias{r}", b.mul(tap, sign)))]
+        case = b.add(b.mul(broadcast, len(sizes)), size)
+
+        def run(which):
+            mode, place = divmod(which, len(sizes))
+            b.call(f"chunk{rows}_{mode}_{sizes[place]}", *args)
+
+        b.switch(case, 2 * len(sizes), [], run)
+
+    b.loop(b.table("%class", CHUNKS), chunk)
+    module.finish(b)
+
+
+def _chunk(module: Module, rows: int, broadcast: int, size: int) -> None:
+    """`size` taps in registers for all channels."""
+    outs = ", ".join(f"ptr at{r}, ptr s{r}, ptr bias{r}" for r in range(rows))
+    b = module.function(
+        f"chunk{rows}_{broadcast}_{size}",
+        f"i64 at_step, ptr keys, i64 key_step, i64 channels, ptr mask, {module.real} blank, {outs}",
+    )
+    kind = b.vec(LANES)
+    start = []
+    for r in range(rows):
+        for tap in range(size):
+            if broadcast:
+                start.append(b.vload(b.at(f"%bias{r}", -tap), LANES))
+            else:
+                start.append(b.splat_load(b.at(f"%bias{r}", tap), LANES))
+    pointers = [("ptr", "%keys"), *(("ptr", f"%at{r}") for r in range(rows))]
+
+    def channel(_, values):
+        keys, ats, sums = values[0], values[1 : rows + 1], list(values[rows + 1 :])
+        queries = [b.vload(at, LANES) for at in ats]
+        for tap in range(size):
+            place = b.at(keys, tap)
+            key = b.splat_load(place, LANES) if broadcast else b.vload(place, LANES)
+            for r in range(rows):
+                sums[r * size + tap] = b.fma(queries[r], key, sums[r * size + tap], LANES)
+        return [b.at(keys, "%key_step"), *(b.at(at, "%at_step") for at in ats), *sums]
+
+    sums = b.fold_some("%channels", [*pointers, *((kind, x) for x in start)], channel)[rows + 1 :]
+
+    def plain():
+        for r in range(rows):
+            for tap in range(size):
+                b.vstore(sums[r * size + tap], b.at(f"%s{r}", tap * LANES), LANES)
+
+    def masked():
+        blank = b.splat("%blank", LANES)
+        for tap in range(size):
+            for r in range(rows):
+                x = b.select_bits(b.at("%mask", tap, "i8"), sums[r * size + tap], blank, LANES)
+                b.vstore(x, b.at(f"%s{r}", tap * LANES), LANES)
+
+    b.when(b.op("icmp eq ptr %mask, null"), plain, masked)
+    module.finish(b)
+
+
+def softmax(module: Module) -> None:
+    """`softmax`: s becomes exp2(s - max) in place; max and sum over `count` >= 1 vectors."""
+    b = module.function("softmax", "ptr s, i64 count, ptr max, ptr sum")
+    kind, ways = b.vec(LANES), 4
+    quads = b.op(f"and i64 %count, {-ways}")
+
+    def over(first: float, step):
+        """Four interleaved partial results, then the remaining vectors into the first."""
+
+        def quad(i, parts):
+            base = b.at("%s", b.mul(i, LANES))
+            return [step(b.at(base, j * LANES), part) for j, part in enumerate(parts)]
+
+        parts = b.fold(0, quads, [(kind, b.fill(first, LANES))] * ways, quad, ways)
+        (rest,) = b.fold(
+            quads,
+            "%count",
+            [(kind, parts[0])],
+            lambda i, values: [step(b.at("%s", b.mul(i, LANES)), values[0])],
+        )
+        return [rest, *parts[1:]]
+
+    parts = over(LOWEST[b.real], lambda at, part: b.greater_of(b.vload(at, LANES), part, LANES))
+    high = parts[0]
+    for part in parts[1:]:
+        high = b.greater_of(high, part, LANES)
+
+    def term(at, part):
+        x = exp2(b, b.arith("fsub", b.vload(at, LANES), high, LANES))
+        b.vstore(x, at, LANES)
+        return b.arith("fadd", part, x, LANES)
+
+    parts = over(0.0, term)
+    total = parts[0]
+    for part in parts[1:]:
+        total = b.arith("fadd", total, part, LANES)
+    b.vstore(high, "%max", LANES)
+    b.vstore(total, "%sum", LANES)
+    module.finish(b)
+
+
+def logit_gradients(module: Module) -> None:
+    """`logit_gradients`: s becomes softmax, d (its gradient) becomes the logits' gradient.
+
+    s = s / sum, d = s * (d - delta) with delta = sum of s * d over the keys, minus the lane's
+    `grad_lse`, for `row_count` rows of `span` taps and `extra` more vectors. d is also added to the
+    gradient of the bias, by `bias_kind`: 0 not at all; 1 to 8 sums for each tap, at 8 * tap; 2 to
+    one sum for each distance, lane by lane, from -tap on. `bias_step` lies between two rows.
+    """
+    b = module.function(
+        "logit_gradients",
+        "ptr s, ptr d, ptr rows, i64 row_count, i64 span, i64 extra, ptr sum, ptr grad_lse, "
+        "ptr mask, ptr bias, i64 bias_step, i64 bias_kind",
+    )
+    vectors = b.mul("%row_count", "%span")
+    scale = b.arith("fdiv", b.fill(1.0, LANES), b.vload("%sum", LANES), LANES)
+    delta = b.arith("fmul", _dot(b, b.add(vectors, "%extra")), scale, LANES)
+    delta = b.arith("fsub", delta, b.vload("%grad_lse", LANES), LANES)
+    masked = b.op("icmp ne ptr %mask, null")
+    full = b.op("alloca i8")
+    b.do(f"store i8 -1, ptr {full}")
+
+    def gradient(place):
+        s_at, d_at = b.at("%s", b.mul(place, LANES)), b.at("%d", b.mul(place, LANES))
+        weight = b.arith("fmul", b.vload(s_at, LANES), scale, LANES)
+        change = b.arith("fsub", b.vload(d_at, LANES), delta, LANES)
+        change = b.arith("fmul", weight, change, LANES)
+        b.vstore(weight, s_at, LANES)
+        b.vstore(change, d_at, LANES)
+        return change
+
+    def add_to(pointer, row, tap):
+        change = gradient(b.add(b.mul(row, "%span"), tap))
+        bits = b.op(f"select i1 {masked}, ptr {b.at('%mask', tap, 'i8')}, ptr {full}")
+        change = b.select_bits(bits, change, "zeroinitializer", LANES)
+        b.vstore(b.arith("fadd", b.vload(pointer, LANES), change, LANES), pointer, LANES)
+
+    def bias_row(row):
+        entry = b.table("%rows", b.add(b.mul(row, ROW_WORDS), 1))
+        return b.at("%bias", b.mul(entry, "%bias_step"))
+
+    def by_tap():
+        def one_row(row):
+            place = bias_row(row)
+            b.loop("%span", lambda tap: add_to(b.at(place, b.mul(tap, LANES)), row, tap))
+
+        b.loop("%row_count", one_row)
+
+    def by_lane():
+        # rows inside taps: neighboring taps overlap in memory
+        def one_tap(tap):
+            back = b.op(f"sub i64 0, {tap}")
+            b.loop("%row_count", lambda row: add_to(b.at(bias_row(row), back), row, tap))
+
+        b.loop("%span", one_tap)
+
+    def without():
+        b.loop(vectors, lambda i: gradient(i) and None)
+
+    b.switch("%bias_kind", 3, [], lambda case: (without, by_tap, by_lane)[case]())
+    b.loop("%extra", lambda i: gradient(b.add(vectors, i)) and None)
+    module.finish(b)
+
+
+def _dot(b: Builder, count: str) -> str:
+    """Sum of s * d over `count` vectors, lane by lane."""
+    kind, ways = b.vec(LANES), 4
+    whole = b.op(f"and i64 {count}, {-ways}")
+
+    def term(i, part):
+        s, d = (b.vload(b.at(f"%{name}", b.mul(i, LANES)), LANES) for name in "sd")
+        return b.fma(s, d, part, LANES)
+
+    parts = b.fold(
+        0,
+        whole,
+        [(kind, "zeroinitializer")] * ways,
+        lambda i, parts: [term(b.add(i, j), part) for j, part in enumerate(parts)],
+        ways,
+    )
+    (rest,) = b.fold(whole, count, [(kind, parts[0])], lambda i, part: [term(i, part[0])])
+    for part in parts[1:]:
+        rest = b.arith("fadd", rest, part, LANES)
+    return rest

@@ -1,0 +1,263 @@
+"""The kernels as torch operators: shapes for tracing, autograd, vmap.
+
+In: checked tensors. Out: tensors with history. Two operators, `natcupy::cpu_attention` and
+`natcupy::cpu_attention_backward`. Gradients of gradients go through the plain torch formula, which
+is differentiable any number of times.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from natcupy import reference
+from natcupy.cpu import kernels, launch
+from natcupy.neighborhood import Neighborhood
+
+_library = torch.library.Library("natcupy", "FRAGMENT")
+
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? rpb, Tensor? additional_keys, "
+    "Tensor? additional_values"
+)
+_HOOD = "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, float scale"
+
+_library.define(f"cpu_attention({_INPUTS}, {_HOOD}) -> (Tensor, Tensor)")
+_library.define(
+    f"cpu_attention_backward(Tensor grad_out, Tensor? grad_lse, {_INPUTS}, {_HOOD}, "
+    "bool want_query, bool want_key_value, bool want_rpb) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def attention(
+    query, key, value, hood: Neighborhood, scale, rpb, extra_keys, extra_values, return_lse=True
+):
+    """`reference.attention` by the operators here: (out, lse), with history as there."""
+    tensors = (query, key, value, rpb, extra_keys, extra_values)
+    if _is_eager(tensors):
+        out, lse = _Attention.apply(*tensors, hood, scale)
+    elif _needs_formula(tensors):
+        return reference.attention(
+            query, key, value, hood, scale, rpb, extra_keys, extra_values, return_lse
+        )
+    else:
+        out, lse = torch.ops.natcupy.cpu_attention(*tensors, *_lists(hood), scale)
+    return out, lse if return_lse else None
+
+
+def _lists(hood: Neighborhood) -> tuple[list, ...]:
+    return list(hood.kernel_size), list(hood.stride), list(hood.dilation), list(hood.is_causal)
+
+
+def _hood(kernel_size, stride, dilation, is_causal) -> Neighborhood:
+    return Neighborhood(tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal))
+
+
+def _is_eager(tensors) -> bool:
+    """True where nothing records or transforms operators.
+
+    The way through the dispatcher costs more than a small map's whole attention.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch.autograd.forward_ad._current_level >= 0:
+        return False
+    return all(x is None or type(x) in (Tensor, torch.nn.Parameter) for x in tensors) and not any(
+        x is not None and torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors
+    )
+
+
+def _needs_formula(tensors) -> bool:
+    """True under forward-mode differentiation and `torch.func.grad` and its kin.
+
+    They have to see inside: custom operators have no rule for them.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    forward_ad = torch.autograd.forward_ad
+    present = [x for x in tensors if x is not None]
+    if forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(x).tangent is not None for x in present
+    ):
+        return True
+    return any(_is_tracked(x) for x in present)
+
+
+def _is_tracked(x: Tensor) -> bool:
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_gradtrackingtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
+
+
+# ------------------------------------------------------------------------------------------------
+# the operators
+
+
+def _forward(query, key, value, rpb, extra_keys, extra_values, *rest):
+    *window, scale = rest
+    return launch.forward(query, key, value, _hood(*window), scale, rpb, extra_keys, extra_values)
+
+
+def _backward(grad_out, grad_lse, query, key, value, rpb, extra_keys, extra_values, *rest):
+    *window, scale, want_query, want_key_value, want_rpb = rest
+    found = launch.backward(
+        grad_out, grad_lse, query, key, value, _hood(*window), scale, rpb, extra_keys,
+        extra_values, (want_query, want_key_value, want_rpb),
+    )  # fmt: skip
+    return tuple(query.new_empty(0) if x is None else x for x in found)
+
+
+def _forward_shapes(query, key, value, rpb, extra_keys, extra_values, *rest):
+    out = query.new_empty((*query.shape[:-1], value.shape[-1]))
+    return out, query.new_empty(query.shape[:-1], dtype=kernels.compute_dtype(query.dtype))
+
+
+def _backward_shapes(grad_out, grad_lse, query, key, value, rpb, extra_keys, extra_values, *rest):
+    *_, want_query, want_key_value, want_rpb = rest
+    wanted = (want_query, want_key_value, want_key_value, want_rpb, *[want_key_value] * 2)
+    inputs = (query, key, value, rpb, extra_keys, extra_values)
+    return tuple(
+        x.new_empty(x.shape) if want and x is not None else query.new_empty(0)
+        for x, want in zip(inputs, wanted, strict=True)
+    )
+
+
+_library.impl("cpu_attention", _forward, "CPU")
+_library.impl("cpu_attention_backward", _backward, "CPU")
+torch.library.register_fake("natcupy::cpu_attention", _forward_shapes, lib=_library)
+torch.library.register_fake("natcupy::cpu_attention_backward", _backward_shapes, lib=_library)
+
+
+# ------------------------------------------------------------------------------------------------
+# autograd
+
+
+class _Attention(torch.autograd.Function):
+    """The operators' autograd without the dispatcher; same rules as below."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, rpb, extra_keys, extra_values, hood, scale):
+        out, lse = launch.forward(query, key, value, hood, scale, rpb, extra_keys, extra_values)
+        ctx.save_for_backward(query, key, value, rpb, extra_keys, extra_values)
+        ctx.hood, ctx.scale = hood, scale
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_lse):
+        return (*_gradients(ctx, grad_out, grad_lse, ctx.hood, ctx.scale, _launched), None, None)
+
+
+def _launched(grad_out, grad_lse, inputs, hood, scale, wants):
+    query, key, value, *others = inputs
+    return launch.backward(grad_out, grad_lse, query, key, value, hood, scale, *others, wants)
+
+
+def _dispatched(grad_out, grad_lse, inputs, hood, scale, wants):
+    return torch.ops.natcupy.cpu_attention_backward(
+        grad_out, grad_lse, *inputs, *_lists(hood), scale, *wants
+    )
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:6])
+    *window, scale = inputs[6:]
+    ctx.hood, ctx.scale = _hood(*window), scale
+    ctx.set_materialize_grads(False)
+
+
+def _operator_gradients(ctx, grad_out, grad_lse):
+    found = _gradients(ctx, grad_out, grad_lse, ctx.hood, ctx.scale, _dispatched)
+    return (*found, *[None] * 5)
+
+
+def _gradients(ctx, grad_out, grad_lse, hood, scale, run):
+    """Gradients of the six tensors, by `run` or where they may be differentiated by the formula."""
+    inputs = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:6]
+    if grad_out is None and grad_lse is None:
+        return (None,) * 6
+    if torch.is_grad_enabled() and _may_be_differentiated(inputs, grad_out, grad_lse):
+        return _differentiable_gradients(inputs, needs, grad_out, grad_lse, hood, scale)
+    if grad_out is None:
+        query, _, value, *_ = inputs
+        grad_out = query.new_zeros((*query.shape[:-1], value.shape[-1]))
+    wants = needs[0], any((*needs[1:3], *needs[4:6])), needs[3]
+    found = run(grad_out, grad_lse, inputs, hood, scale, wants)
+    return tuple(x if need else None for x, need in zip(found, needs, strict=True))
+
+
+def _may_be_differentiated(inputs, *grads) -> bool:
+    return any(x is not None and x.requires_grad for x in (*inputs, *grads))
+
+
+def _differentiable_gradients(inputs, needs, grad_out, grad_lse, hood, scale):
+    """The same gradients by plain torch, with a history of their own."""
+    query, key, value, rpb, extra_keys, extra_values = aliases = [
+        None if x is None else x.view_as(x) for x in inputs
+    ]
+    results = reference.attention(query, key, value, hood, scale, rpb, extra_keys, extra_values)
+    pairs = [(r, g) for r, g in zip(results, (grad_out, grad_lse), strict=True) if g is not None]
+    wanted = [x for x, need in zip(aliases, needs, strict=True) if need]
+    found = iter(
+        torch.autograd.grad([r for r, _ in pairs], wanted, [g for _, g in pairs], create_graph=True)
+    )
+    return [next(found) if need else None for need in needs]
+
+
+torch.library.register_autograd(
+    "natcupy::cpu_attention", _operator_gradients, setup_context=_save, lib=_library
+)
+
+
+# ------------------------------------------------------------------------------------------------
+# vmap
+
+
+def _per_sample(operator, tensors, dims, size, rest):
+    """One call per element, stacked: for a bias that differs between them."""
+    columns = [
+        [x] * size if dim is None else x.unbind(dim) for x, dim in zip(tensors, dims, strict=True)
+    ]
+    results = [operator(*row, *rest) for row in zip(*columns, strict=True)]
+    return tuple(torch.stack(column) for column in zip(*results, strict=True))
+
+
+def _into_batch(x: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    """[..., size at dim, ...] or without that axis to [size * batch, ...]."""
+    if x is None:
+        return None
+    x = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+    return x.flatten(0, 1)
+
+
+def _forward_vmap(info, dims, *args):
+    tensors, rest, size = args[:6], args[6:], info.batch_size
+    operator = torch.ops.natcupy.cpu_attention
+    if dims[3] is not None:
+        return _per_sample(operator, tensors, dims[:6], size, rest), (0, 0)
+    tensors = [
+        x if place == 3 else _into_batch(x, dims[place], size) for place, x in enumerate(tensors)
+    ]
+    results = operator(*tensors, *rest)
+    return tuple(x.unflatten(0, (size, -1)) for x in results), (0, 0)
+
+
+def _backward_vmap(info, dims, *args):
+    tensors, rest, size = args[:8], args[8:], info.batch_size
+    operator = torch.ops.natcupy.cpu_attention_backward
+    if tensors[5] is not None:  # gradients of the bias are sums over one sample's batch
+        return _per_sample(operator, tensors, dims[:8], size, rest), (0,) * 6
+    results = operator(
+        *(_into_batch(x, dim, size) for x, dim in zip(tensors, dims[:8], strict=True)), *rest
+    )
+    split = [x.unflatten(0, (size, -1)) if x.dim() > 1 else x.expand(size, 0) for x in results]
+    return tuple(split), (0,) * 6
+
+
+torch.library.register_vmap("natcupy::cpu_attention", _forward_vmap, lib=_library)
+torch.library.register_vmap("natcupy::cpu_attention_backward", _backward_vmap, lib=_library)

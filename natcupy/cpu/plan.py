@@ -1,0 +1,460 @@
+"""From a map's shape and a neighborhood to the table that the kernels follow.
+
+In: plain numbers. Out: a `Plan`: the table of 32-bit integers, and the size of every buffer. All
+window arithmetic of the CPU backend happens here, with `natcupy.neighborhood`; the kernels only
+carry out what the table says, so a wrong address can only come from a wrong table.
+
+A map has three axes here (leading ones of length 1 are added). Rows lie along the last axis. Each
+dilation group is an undilated map of its own, cut into *items*: a stripe of query rows times a tile
+of query columns. The work on an item is a list of *steps*, one per pair of neighboring query rows:
+pack the key rows that are new to the ring of packed rows, compute, hand back the rows that no later
+step needs. Columns are worked on in *blocks* of 8 queries; blocks whose windows look alike share a
+*class*, which says how far from the block's first query its keys begin and which lanes see which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import product
+
+from natcupy.neighborhood import Neighborhood, rpb_index, window
+
+LANES = 8
+TILE_BYTES = 256 << 10  # packed keys and values of one item, about
+
+# Words of a class record, then (address, count) of the runs of each group of lanes.
+SPAN, CHUNKS, CHUNKS_AT, MASK_AT, ACTIVE, ORIGIN, BROADCAST, RUNS = range(8)
+# Words of an item record.
+ITEM = (
+    *("group0", "group1", "group2", "steps_at", "steps", "blocks_at", "blocks"),
+    *("query", "query_columns", "key", "key_columns", "segments_at", "segments", "number"),
+)
+# Words of a step's header; lists of packs, entries, rows of a, rows of b, retired rows follow.
+STEP = ("a0", "a1", "b0", "b1", "packs", "entries", "a_rows", "b_rows", "retired")
+PACK_WORDS, ENTRY_WORDS, ROW_WORDS, RETIRE_WORDS = 3, 5, 2, 4
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The part of a problem's sizes that decides a plan."""
+
+    lengths: tuple[int, int, int]
+    kernel_size: tuple[int, int, int]
+    stride: tuple[int, int, int]
+    dilation: tuple[int, int, int]
+    is_causal: tuple[bool, bool, bool]
+    head_dim: int
+    value_dim: int
+    extra: int  # additional keys
+
+    @classmethod
+    def of(cls, lengths, hood: Neighborhood, head_dim, value_dim, extra) -> Shape:
+        """Add leading axes of length 1."""
+        fill = 3 - hood.rank
+        return cls(
+            (1,) * fill + tuple(lengths),
+            (1,) * fill + hood.kernel_size,
+            (1,) * fill + hood.stride,
+            (1,) * fill + hood.dilation,
+            (False,) * fill + hood.is_causal,
+            head_dim,
+            value_dim,
+            extra,
+        )
+
+    @property
+    def bias_rows(self) -> int:
+        """Rows of one head's bias table, over the two outer axes."""
+        return (2 * self.kernel_size[0] - 1) * (2 * self.kernel_size[1] - 1)
+
+    def windows(self, axis: int, length: int) -> list[tuple[int, int]]:
+        """The window of each query of a group of `length` members."""
+        rule = self.kernel_size[axis], self.stride[axis], self.is_causal[axis]
+        return [window(i, length, *rule) for i in range(length)]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Choices compiled into a kernel that its table must agree with."""
+
+    sizes: tuple[int, ...]  # numbers of taps that one pass keeps in registers
+    lane_group: int  # queries whose outputs are in registers together
+
+
+@dataclass
+class Plan:
+    """Everything about a call but its pointers and strides."""
+
+    words: list[int]
+    phases: list[tuple[int, int]]  # first item and number of items, one phase after the other
+    items: int
+    extra_classes_at: int  # address of nine addresses: of the class for each number of lanes
+    ring: int  # packed rows alive at once
+    key_columns: int  # widest item
+    query_columns: int
+    taps: int  # most vectors of logits of one query row in a block, additional keys excluded
+    span: int  # most taps of one key row
+    extra_taps: int
+    reach: tuple[int, int]  # columns that are read left and right of an item's first key
+    bias_reach: tuple[int, int]  # of [0, 2 * kernel_size - 2], same
+    mirror_reach: tuple[int, int]  # of the mirrored bias row
+
+
+@dataclass
+class _Reach:
+    """Smallest half-open interval that holds all it was shown."""
+
+    low: int = 0
+    high: int = 0
+
+    def show(self, low: int, high: int) -> None:
+        self.low, self.high = min(self.low, low), max(self.high, high)
+
+
+def make(shape: Shape, tuning: Tuning, backward: bool, item_bytes: int, wanted: int) -> Plan:
+    """The plan of a forward or backward pass.
+
+    `item_bytes` is the size of one packed key and value. `wanted` is the number of stripes asked
+    for in a forward pass, whose results do not depend on it; a backward pass has its own fixed
+    number, because gradients of keys are summed stripe by stripe.
+    """
+    maker = _Maker(shape, tuning, backward)
+    maker.add_extra_classes()
+    groups = [range(min(d, n)) for d, n in zip(shape.dilation, shape.lengths, strict=True)]
+    for group in product(*groups):
+        members = [
+            -(-(n - g) // d) for n, g, d in zip(shape.lengths, group, shape.dilation, strict=True)
+        ]
+        maker.add_group(group, tuple(members), item_bytes, wanted)
+    return maker.finish()
+
+
+class _Maker:
+    """Collects the table while walking over groups, stripes and tiles."""
+
+    def __init__(self, shape: Shape, tuning: Tuning, backward: bool):
+        self.shape, self.tuning, self.backward = shape, tuning, backward
+        self.words: list[int] = [0] * 16  # address 0 means "none"
+        self.items: list[tuple[int, list[int]]] = []  # (phase, record)
+        self.pieces: dict = {}
+        self.classes: dict = {}
+        self.ring = self.key_columns = self.query_columns = self.rows = self.span = 0
+        self.reach, self.bias, self.mirror = _Reach(), _Reach(), _Reach()
+        last = 2 * shape.kernel_size[2] - 1
+        self.bias.show(0, last)
+        self.mirror.show(0, last)
+
+    def put(self, words: Sequence[int]) -> int:
+        """Append to the table; the address."""
+        at = len(self.words)
+        self.words.extend(words)
+        return at
+
+    # -- additional keys --------------------------------------------------------------------------
+
+    def add_extra_classes(self) -> None:
+        """One class per number of active lanes: every lane sees every additional key."""
+        count = self.shape.extra
+        chunks = cover(count, self.tuning.sizes)
+        self.extra_taps = sum(self.tuning.sizes[size] for _, size in chunks)
+        bits = bytes([255] * count + [0] * (self.extra_taps - count))
+        chunks_at, mask_at = self._chunks(chunks), self._bytes(bits)
+        addresses = [0]
+        for active in range(1, LANES + 1):
+            record = [self.extra_taps, len(chunks), chunks_at, mask_at, active, 0, 1]
+            windows = [(0, count)] * active
+            addresses.append(self.put(record + self._runs(windows, 0, True)))
+        self.extra_classes_at = self.put(addresses)
+
+    # -- groups, stripes, tiles -------------------------------------------------------------------
+
+    def add_group(self, group, members, item_bytes: int, wanted: int) -> None:
+        """Add the items of one dilation group."""
+        if members not in self.pieces:
+            self.pieces[members] = self._pieces(members, item_bytes, wanted)
+        stripes, tiles = self.pieces[members]
+        tile_phases = 1 + max(phase for phase, _ in tiles)
+        for (stripe_phase, steps), (tile_phase, columns) in product(stripes, tiles):
+            phase = stripe_phase * tile_phases + tile_phase
+            self.items.append((phase, [*group, *steps, *columns]))
+
+    def _pieces(self, members, item_bytes, wanted):
+        planes, rows, columns = members
+        axis = 0 if planes > 1 else 1
+        windows = self.shape.windows(axis, members[axis])
+        stripes = self._stripes(axis, members[axis], wanted)
+        across = rows if axis == 0 else 1
+        ring_before, self.ring = self.ring, 0
+        found = [
+            (phase, self._steps(members, a * across, b * across, earlier))
+            for phase, a, b, earlier in _phases(stripes, windows)
+        ]
+        width = max(64, TILE_BYTES // (self.ring * item_bytes) // LANES * LANES)
+        self.ring = max(self.ring, ring_before)
+        windows = self.shape.windows(2, columns)
+        tiles = [
+            (phase, self._tile(windows, a, b, earlier))
+            for phase, a, b, earlier in _phases(_cut(columns, -(-columns // width), 8), windows)
+        ]
+        return found, tiles
+
+    def _stripes(self, axis: int, length: int, wanted: int) -> list[tuple[int, int]]:
+        kernel_size = self.shape.kernel_size[axis]
+        if self.backward:
+            count = length // max(2 * (kernel_size - 1), 2 if axis == 0 else 14)
+        else:
+            count = min(wanted, length // max(kernel_size, 2 if axis == 0 else 4))
+        return _cut(length, max(1, count), 1 if axis == 0 else 2)
+
+    # -- rows -------------------------------------------------------------------------------------
+
+    def _steps(self, members, first: int, end: int, earlier) -> list[int]:
+        """Table of the steps for query rows first .. end - 1; [address, count]."""
+        planes, rows, _ = members
+        outer, inner = self.shape.windows(0, planes), self.shape.windows(1, rows)
+        kernel = self.shape.kernel_size
+
+        def keys_of(row):
+            a, b = divmod(row, rows)
+            found = {}
+            for x in range(*outer[a]):
+                upper = rpb_index(x, a, kernel[0]) * (2 * kernel[1] - 1)
+                for y in range(*inner[b]):
+                    found[x * rows + y] = upper + rpb_index(y, b, kernel[1])
+            return found
+
+        pairs, row = [], first
+        while row < end:
+            both = row + 1 < end and (row + 1) % rows != 0
+            pairs.append((row, row + 1 if both else None))
+            row += 2 if both else 1
+        seen = [(keys_of(a), keys_of(b) if b is not None else {}) for a, b in pairs]
+        last = {}
+        for number, (a_keys, b_keys) in enumerate(seen):
+            for key in (*a_keys, *b_keys):
+                last[key] = number
+        slots, free, count, words = {}, [], 0, []
+        for number, ((a, b), (a_keys, b_keys)) in enumerate(zip(pairs, seen, strict=True)):
+            union = sorted({*a_keys, *b_keys})
+            new = [key for key in union if key not in slots]
+            for key in new:
+                if not free:
+                    free.append(count)
+                    count += 1
+                slots[key] = free.pop()
+            a_place = {key: i for i, key in enumerate(a_keys)}
+            b_place = {key: i for i, key in enumerate(b_keys)}
+            done = [key for key in slots if last[key] == number]
+            words += [*divmod(a, rows), *(divmod(b, rows) if b is not None else (-1, -1))]
+            words += [len(new), len(union), len(a_keys), len(b_keys), len(done)]
+            for key in new:
+                words += [slots[key], *divmod(key, rows)]
+            for key in union:
+                words += [slots[key], a_place.get(key, -1), b_place.get(key, -1)]
+                words += [a_keys.get(key, 0), b_keys.get(key, 0)]
+            for keys in (a_keys, b_keys):
+                for key, bias in keys.items():
+                    words += [slots[key], bias]
+            for key in sorted(done):
+                place = key // rows if planes > 1 else key
+                words += [slots[key], *divmod(key, rows), int(earlier(place))]
+                free.append(slots[key])
+            for key in done:
+                del slots[key]
+        self.ring = max(self.ring, count)
+        self.rows = max([self.rows, *(len(keys) for pair in seen for keys in pair)])
+        return [self.put(words), len(pairs)]
+
+    # -- columns ----------------------------------------------------------------------------------
+
+    def _tile(self, windows, first: int, end: int, earlier) -> list[int]:
+        """Words of an item from `blocks_at` on, for query columns first .. end - 1."""
+        key, key_end = windows[first][0], windows[end - 1][1]
+        blocks = []
+        for column in range(first, end, LANES):
+            lanes = windows[column : min(column + LANES, end)]
+            relative = tuple((a - column, b - column) for a, b in lanes)
+            at, origin, span = self._class(relative)
+            # a vector of 8 columns is read at each tap, a single column when broadcasting
+            self.reach.show(column + origin - key, column + origin + span + LANES - key)
+            blocks += [at, column - first]
+        count = len(blocks) // 2
+        segments, column = [], key
+        while column < key_end:
+            stop, again = column, earlier(column)
+            while stop < key_end and earlier(stop) == again:
+                stop += 1
+            segments += [column - key, stop - column, int(again)]
+            column = stop
+        self.key_columns = max(self.key_columns, key_end - key)
+        self.query_columns = max(self.query_columns, count * LANES)
+        place = [first, end - first, key, key_end - key]
+        return [self.put(blocks), count, *place, self.put(segments), len(segments) // 3]
+
+    def _class(self, windows: tuple[tuple[int, int], ...]) -> tuple[int, int, int]:
+        """Address, origin and span of the class for windows relative to a block's first query."""
+        if windows in self.classes:
+            return self.classes[windows]
+        kernel = self.shape.kernel_size[2]
+        tap = min(a - i for i, (a, _) in enumerate(windows))
+        taps = max(b - i for i, (_, b) in enumerate(windows)) - tap
+        column = windows[0][0]
+        columns = windows[-1][1] - column
+        by_tap, by_column = (cover(n, self.tuning.sizes) for n in (taps, columns))
+        spans = [sum(self.tuning.sizes[s] for _, s in chunks) for chunks in (by_tap, by_column)]
+        broadcast = spans[1] < spans[0]
+        origin = column if broadcast else tap
+        chunks, span = (by_column, spans[1]) if broadcast else (by_tap, spans[0])
+        bits = []
+        for s in range(span):
+            keys = [origin + s + (0 if broadcast else i) for i in range(len(windows))]
+            seen = (a <= key < b for key, (a, b) in zip(keys, windows, strict=True))
+            bits.append(sum(1 << i for i, yes in enumerate(seen) if yes))
+        mask_at = 0 if all(b == 255 for b in bits) else self._bytes(bytes(bits))
+        if broadcast:  # lane i of key s has mirrored bias kernel - 1 - origin - s + i
+            self.mirror.show(kernel - origin - span, kernel - 1 - origin + LANES)
+        else:
+            self.bias.show(kernel - 1 + origin, kernel - 1 + origin + span)
+        record = [span, len(chunks), self._chunks(chunks), mask_at, len(windows), origin]
+        record += [int(broadcast), *self._runs(windows, origin, broadcast)]
+        self.span = max(self.span, span)
+        self.classes[windows] = self.put(record), origin, span
+        return self.classes[windows]
+
+    def _runs(self, windows, origin: int, broadcast: bool) -> list[int]:
+        """(address, count) of the runs of every group of lanes.
+
+        A run is consecutive keys seen by the same lanes: (column, place among the logits, number of
+        keys, case), where the case names the first and last lane; see `lane_cases`.
+        """
+        size, found = self.tuning.lane_group, []
+        cases = {lanes: i for i, lanes in enumerate(lane_cases(size))}
+        for start in range(0, LANES, size):
+            group = list(enumerate(windows))[start : start + size]
+            runs: list[list[int]] = []
+            low = min((a for _, (a, _) in group), default=0)
+            high = max((b for _, (_, b) in group), default=0)
+            for key in range(low, high):
+                lanes = [i - start for i, (a, b) in group if a <= key < b]
+                if not lanes:
+                    continue
+                assert lanes == list(range(lanes[0], lanes[-1] + 1))
+                case = cases[lanes[0], lanes[-1] + 1]
+                if runs and runs[-1][3] == case and runs[-1][0] + runs[-1][2] == key:
+                    runs[-1][2] += 1
+                else:
+                    runs.append([key, key - origin, 1, case])
+            found += [self.put([word for run in runs for word in run]), len(runs)]
+        return found + [0] * (2 * LANES - len(found))
+
+    def _chunks(self, chunks) -> int:
+        return self.put([word for chunk in chunks for word in chunk])
+
+    def _bytes(self, data: bytes) -> int:
+        data += bytes(-len(data) % 4)
+        return self.put(
+            [int.from_bytes(data[i : i + 4], "little", signed=True) for i in range(0, len(data), 4)]
+        )
+
+    # -- the end ----------------------------------------------------------------------------------
+
+    def finish(self) -> Plan:
+        """Write the item records, phase by phase."""
+        self.items.sort(key=lambda item: item[0])
+        phases: dict[int, int] = {}
+        records = []
+        for number, (phase, record) in enumerate(self.items):
+            phases[phase] = phases.get(phase, 0) + 1
+            records += [*record, number]
+        bounds, first = [], 0
+        for count in phases.values():
+            bounds.append((first, count))
+            first += count
+        if not self.backward:  # without sums over items all may run at once
+            bounds = [(0, first)]
+        items_at = self.put(records)
+        self.words[1] = items_at
+        return Plan(
+            words=self.words,
+            phases=bounds,
+            items=first,
+            extra_classes_at=self.extra_classes_at,
+            ring=self.ring,
+            key_columns=self.key_columns,
+            query_columns=self.query_columns,
+            taps=self.rows * self.span,
+            span=max(self.span, self.extra_taps),
+            extra_taps=self.extra_taps,
+            reach=(self.reach.low, self.reach.high),
+            bias_reach=(self.bias.low, self.bias.high),
+            mirror_reach=(self.mirror.low, self.mirror.high),
+        )
+
+
+def lane_cases(size: int) -> list[tuple[int, int]]:
+    """Every (first lane, end lane) that a run in a group of `size` lanes can have."""
+    return [(a, b) for a in range(size) for b in range(a + 1, size + 1)]
+
+
+def cover(count: int, sizes: tuple[int, ...]) -> list[tuple[int, int]]:
+    """`count` taps as chunks (first tap, index into `sizes`) with the fewest taps too many."""
+    if count == 0:
+        return []
+    largest = max(range(len(sizes)), key=lambda i: sizes[i])
+    chunks, at = [], 0
+    while count - at > 4 * sizes[largest]:
+        chunks.append((at, largest))
+        at += sizes[largest]
+    best: dict[int, tuple[int, int, list[int]]] = {0: (0, 0, [])}
+    for rest in range(1, count - at + 1):
+        options = []
+        for i, size in enumerate(sizes):
+            taps, parts, picks = best[max(0, rest - size)]
+            options.append((taps + size, parts + 1, [*picks, i]))
+        best[rest] = min(options)
+    for i in best[count - at][2]:
+        chunks.append((at, i))
+        at += sizes[i]
+    return chunks
+
+
+def _cut(length: int, count: int, multiple: int) -> list[tuple[int, int]]:
+    """`length` cut into at most `count` nearly equal parts whose starts are multiples."""
+    step = -(-length // count)
+    step = -(-step // multiple) * multiple
+    return [(a, min(length, a + step)) for a in range(0, length, step)]
+
+
+def _phases(parts, windows):
+    """Give each part of the queries a phase, so that parts of one phase share no key.
+
+    Yields (phase, first, end, earlier); `earlier(key)` is True if a part of an earlier phase has
+    already summed into that key.
+    """
+    spans = [(windows[a][0], windows[b - 1][1]) for a, b in parts]
+    phases: list[int] = []
+    for i, (low, high) in enumerate(spans):
+        taken = {phases[j] for j in range(i) if spans[j][0] < high and low < spans[j][1]}
+        phases.append(min(set(range(len(parts))) - taken))
+
+    for i, (a, b) in enumerate(parts):
+        before = [spans[j] for j in range(len(parts)) if phases[j] < phases[i]]
+        yield phases[i], a, b, lambda key, before=before: any(x <= key < y for x, y in before)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each buffer of one thread lies in its scratch memory, in elements."""
+
+    offsets: dict[str, int] = field(hash=False)
+    size: int
+
+
+def lay_out(buffers: dict[str, int]) -> Layout:
+    """Offsets of buffers of the given sizes, each at a multiple of 64 bytes."""
+    offsets, at = {}, 0
+    for name, size in buffers.items():
+        offsets[name] = at
+        at += -(-size // 16) * 16
+    return Layout(offsets, at)

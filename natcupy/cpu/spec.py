@@ -1,0 +1,67 @@
+"""What decides a kernel, and the block of numbers that one call hands to it.
+
+In: nothing. Out: `Spec`, and the order of the words of the argument block, which `task.py` reads
+and `launch.py` writes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from natcupy.cpu.emit import Machine
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+TENSORS = _names("query key value out grad_out grad_query grad_key grad_value")
+STRIDES = _names("batch head axis0 axis1 axis2")
+# Scratch memory of one thread. `_a` and `_b` belong to the two query rows of a step. "across" means
+# channel by channel with columns as neighbors, "along" column by column with channels as neighbors.
+BUFFERS = _names("""
+    zeros keys_across values_across keys_along values_along key_sums value_sums
+    query_across query_along grad_across grad_along logits_a logits_b grads_a grads_b
+    max sum grad_lse_rows factor lse bias mirror bias_sums mirror_sums
+    extra_keys_across extra_values_across extra_keys_along extra_values_along
+    extra_key_sums extra_value_sums
+""")
+# All 64 bits wide. Strides and sizes count elements, except that `thread_bytes` counts bytes.
+WORDS = (
+    *TENSORS,
+    *_names("""
+        lse grad_lse rpb rpb_sums extra_keys extra_values extra_key_grads extra_value_grads
+        table scratch next threads thread_bytes tasks first_item phase_items items heads kv_heads
+        scale dilation0 dilation1 dilation2 lse_batch lse_axis0 lse_axis1 lse_axis2
+        extra extra_taps extra_classes_at extra_pitch
+        extra_key_batch extra_key_token extra_key_head
+        extra_value_batch extra_value_token extra_value_head
+        key_pitch key_lead key_columns query_pitch zeros
+        bias_rows bias_length bias_pitch bias_lead mirror_pitch mirror_lead
+        has_rpb want_query want_key_value want_rpb
+    """),
+    *(f"{tensor}_{stride}" for tensor in TENSORS for stride in STRIDES),
+    *(f"at_{buffer}" for buffer in BUFFERS),
+)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What decides the machine code of a kernel, beside the machine itself."""
+
+    backward: bool
+    storage: str  # type of the tensors: "float", "double", "half" or "bfloat"
+    head_dim: int
+    value_dim: int
+    sizes: tuple[int, ...]  # taps of the logit kernels
+
+    @property
+    def real(self) -> str:
+        """The type everything is computed in."""
+        return "double" if self.storage == "double" else "float"
+
+
+def pitch(channels: int, machine: Machine, real: str) -> int:
+    """Elements from one packed column to the next where channels lie along."""
+    width = machine.width(real)
+    return -(-channels // width) * width

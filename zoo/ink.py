@@ -1,8 +1,9 @@
 """Find what is drawn on a picture and lift it off the paper.
 
-In: a PIL picture of any mode and size with one drawing on a fairly even ground. Out: a PIL picture of
-mode "L": the drawing alone, bright on black, centred, filling the frame but for a margin, in its own
-proportions. Dark on bright, bright on dark and coloured drawings come out alike. Pillow and NumPy only.
+In: a PIL picture of any mode and size with one drawing on a fairly even ground. Out: a PIL
+picture of mode "L": the drawing alone, bright on black, centred, filling the frame but for a
+margin, in its own proportions. Dark on bright, bright on dark and coloured drawings come out
+alike. Pillow and NumPy only.
 """
 
 from __future__ import annotations
@@ -93,9 +94,7 @@ def _bounding_box(image: Image.Image, view: Box, ground: Ground) -> Box:
     )
 
 
-def _frame(
-    image: Image.Image, drawn: Box, ground: Ground, size: tuple[int, int]
-) -> Image.Image:
+def _frame(image: Image.Image, drawn: Box, ground: Ground, size: tuple[int, int]) -> Image.Image:
     """The drawing in the middle of a black frame, at full strength."""
     height, width = size
     zoom = (1 - 2 * MARGIN) * min(

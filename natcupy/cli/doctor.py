@@ -1,0 +1,191 @@
+"""`natcupy doctor`: what is installed, which devices and backends there are, and if they are right.
+
+In: nothing. Out: facts, as text or JSON. Exit status 1 if a backend gives wrong answers. No token
+is ever printed, only whether there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants, get_token
+from torch import Tensor
+
+import natcupy
+from natcupy import backends, cache
+from natcupy.cli import console, runtime
+from natcupy.cuda import jit
+from natcupy.functional import neighborhood
+from natcupy.hub import embedded_names
+
+PACKAGES = ("torch", "numpy", "pillow", "safetensors", "huggingface_hub", "llvmlite")
+KERNEL, SHAPE, DIM = 3, (7, 9), 16  # of the check
+ALLOWED = 1e-4  # largest difference from float64 that the check in float32 lets pass
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Gather and print."""
+    found = gather()
+    if arguments.json:
+        console.print_json(found)
+    else:
+        print("\n\n".join(_readable(found)))
+    wrong = [b for b in found["backends"] if b["error"] is not None and b["error"] > ALLOWED]
+    return 1 if wrong else 0
+
+
+def gather() -> dict[str, Any]:
+    """Everything, JSON-able."""
+    devices = _devices()
+    return {
+        "versions": _versions(),
+        "devices": devices,
+        "backends": [
+            _backend(name, torch.device(device["name"]))
+            for device in devices
+            for name in backends.BACKENDS
+        ],
+        "chosen": {
+            device["name"]: runtime.chosen_backend(torch.device(device["name"]))
+            for device in devices
+        },
+        "cuda": jit.probe(),
+        "binaries": cache.default_store().describe(),
+        "hub": _hub(),
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {
+        "natcupy": natcupy.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+    }
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def _devices() -> list[dict[str, str]]:
+    """The CPU and every CUDA device that torch sees."""
+    threads = torch.get_num_threads()
+    found = [{"name": "cpu", "what": f"{_processor()}, {threads} threads"}]
+    for index in range(torch.cuda.device_count()):
+        found.append({"name": f"cuda:{index}", "what": torch.cuda.get_device_name(index)})
+    return found
+
+
+def _processor() -> str:
+    best = torch.backends.cpu.get_cpu_capability()
+    return f"{platform.machine()} with {best}"
+
+
+def _backend(name: str, device: torch.device) -> dict[str, Any]:
+    """Whether a backend runs na2d on a device, how far from float64; or why it does not run."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 1, *SHAPE, 2, DIM, generator=generator)
+    hood = neighborhood(2, KERNEL, 1, 1, False)
+    tensors = [x.to(device) for x in (query, key, value)]
+    reason = backends.BACKENDS[name].unsupported_reason(*tensors, hood, None, None, None)
+    record = {"backend": name, "device": str(device), "why_not": reason, "error": None}
+    if reason is None:
+        try:
+            out = natcupy.na2d(*tensors, KERNEL, backend=name)
+        except RuntimeError as failure:
+            return record | {"why_not": " ".join(str(failure).split())}
+        record["error"] = (out.double().cpu() - _dense(query, key, value)).abs().max().item()
+    return record
+
+
+def _dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Neighborhood attention as masked full attention in float64, apart from the backends."""
+    allowed = torch.ones(1, 1, dtype=torch.bool)
+    for length in SHAPE:
+        place = torch.arange(length)
+        start = (place - KERNEL // 2).clamp(0, length - KERNEL)[:, None]
+        axis = (place >= start) & (place < start + KERNEL)
+        allowed = torch.kron(allowed, axis)
+    q, k, v = (x.double().flatten(1, 2).transpose(1, 2) for x in (query, key, value))
+    logits = (q @ k.transpose(-1, -2) * DIM**-0.5).masked_fill(~allowed, float("-inf"))
+    return (logits.softmax(-1) @ v).transpose(1, 2).unflatten(1, SHAPE)
+
+
+def _hub() -> dict[str, Any]:
+    """Where the Hub client keeps its files, and whether it has a token."""
+    folder = Path(constants.HF_HUB_CACHE)
+    return {
+        "cache": str(folder),
+        "cache_exists": folder.is_dir(),
+        "token": get_token() is not None,
+        "offline": bool(constants.HF_HUB_OFFLINE),
+        "bundled_models": embedded_names(),
+    }
+
+
+def _readable(found: dict[str, Any]) -> list[str]:
+    store, hub = found["binaries"], found["hub"]
+    return [
+        "Versions\n" + _facts((k, v or "not installed") for k, v in found["versions"].items()),
+        "Devices\n" + _facts((d["name"], d["what"]) for d in found["devices"]),
+        "Neighborhood attention\n" + _facts(map(_backend_line, found["backends"])),
+        "Chosen when nothing is asked for\n" + _facts(_chosen(found)),
+        "CUDA kernels\n" + _facts(_cuda(found["cuda"])),
+        "Files\n"
+        + _facts(
+            [
+                ("binaries", f"{store['folder']} ({store['state']}, {store['entries']} entries)"),
+                ("Hub cache", hub["cache"] + ("" if hub["cache_exists"] else " (not there yet)")),
+                ("Hub token", "yes" if hub["token"] else "no"),
+                ("Hub offline", "yes (HF_HUB_OFFLINE)" if hub["offline"] else "no"),
+                ("bundled", ", ".join(hub["bundled_models"])),
+            ]
+        ),
+    ]
+
+
+def _facts(pairs: Any) -> str:
+    lines = console.facts([(str(name), value) for name, value in pairs]).splitlines()
+    return "\n".join("  " + line for line in lines)
+
+
+def _backend_line(record: dict[str, Any]) -> tuple[str, str]:
+    name = f"{record['backend']} on {record['device']}"
+    if record["why_not"] is not None:
+        return name, f"no: {record['why_not']}"
+    verdict = "right" if record["error"] <= ALLOWED else "WRONG"
+    return name, f"{verdict}: largest difference from float64 {record['error']:.1e}"
+
+
+def _chosen(found: dict[str, Any]) -> list[tuple[str, str]]:
+    lines = []
+    for device, chosen in found["chosen"].items():
+        others = [
+            f"{record['backend']}: {record['why_not']}"
+            for record in found["backends"]
+            if record["device"] == device and record["why_not"]
+        ]
+        why = "the fastest that runs there"
+        lines.append(
+            (device, f"{chosen}, {why}" + (f"; not {'; not '.join(others)}" * bool(others)))
+        )
+    return lines
+
+
+def _cuda(facts: dict[str, Any]) -> list[tuple[str, object]]:
+    pairs: list[tuple[str, object]] = [("torch built for CUDA", facts["torch_cuda"] or "no")]
+    for key in ("cupy", "nvrtc", "driver_cuda"):
+        if facts.get(key):
+            pairs.append((key.replace("_", " "), facts[key]))
+    for device in facts.get("devices", ()):
+        text = device.get("problem") or f"{device['name']}, compiled for {device['target']}"
+        pairs.append((f"cuda:{device['index']}", text))
+    pairs += [("problem", " ".join(str(problem).split())) for problem in facts["problems"]]
+    return pairs

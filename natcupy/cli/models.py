@@ -1,0 +1,89 @@
+"""`natcupy models`: every model by name, with the published numbers and where its weights are.
+
+In: a wildcard pattern. Out: a table or JSON. Nothing is built or fetched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import fnmatch
+
+from natcupy.cli import console
+from natcupy.hub import WEIGHTS, Row, embedded_names
+from natcupy.zoo import PUBLISHED, list_models
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """List the models that match."""
+    names = matching(arguments.pattern)
+    if arguments.json:
+        console.print_json([record(name) for name in names])
+        return 0
+    rows = [
+        (
+            row["name"],
+            f"{row['parameters_millions']} M" if row["parameters_millions"] else "-",
+            f"{row['gmacs']} G" if row["gmacs"] else "-",
+            row["image_size"] or "-",
+            f"{row['top1']} %" if row["top1"] else "-",
+            row["weights"],
+            row["licence"] or "-",
+        )
+        for row in map(record, names)
+    ]
+    headings = ("name", "params", "MACs", "pixels", "top-1", "weights", "licence")
+    print(console.table(headings, rows))
+    return 0
+
+
+def matching(pattern: str) -> list[str]:
+    """Names that match, bundled ones first. Raises ValueError with the nearest if none does."""
+    wanted = pattern.replace("_", "-").lower()
+    known = [*embedded_names(), *(name.replace("_", "-") for name in list_models())]
+    names = [name for name in known if fnmatch.fnmatchcase(name, wanted)]
+    if names:
+        return names
+    near = difflib.get_close_matches(wanted, known, n=3) or known[:3]
+    raise ValueError(
+        f"PATTERN must match a model, got {pattern!r}; near: {', '.join(near)}. "
+        f'Wildcards: "dinat*".'
+    )
+
+
+def record(name: str) -> dict[str, object]:
+    """What is known of a model without building it."""
+    if name in embedded_names():
+        return {
+            "name": name,
+            "parameters_millions": None,
+            "gmacs": None,
+            "image_size": None,
+            "top1": None,
+            "weights": "in the package",
+            "licence": "mit",
+        }
+    printed = PUBLISHED[name.replace("-", "_")]
+    row = weights_row(name)
+    return {
+        "name": name,
+        "parameters_millions": printed.params,
+        "gmacs": printed.gmacs,
+        "image_size": printed.img_size,
+        "top1": printed.top1,
+        "weights": source(row),
+        "licence": row.license if row else None,
+    }
+
+
+def weights_row(name: str) -> Row | None:
+    """The released weights of an architecture, if any."""
+    arch = name.replace("-", "_")
+    return next((row for row in WEIGHTS.values() if row.arch == arch), None)
+
+
+def source(row: Row | None) -> str:
+    """Where weights come from, in words."""
+    if row is None:
+        return "none released"
+    return f"Hub: {row.repo}" if row.repo else "authors' .pth file"

@@ -1,0 +1,143 @@
+"""What commands that run a model share: the device, the model, the backend, the answers.
+
+In: names and paths from the command line. Out: a model on its device, and the `Answer`s it gives.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from natcupy import backends
+from natcupy.functional import neighborhood
+from natcupy.hub import from_pretrained
+from natcupy.zoo import ImageModel
+
+# What Pillow raises for files that are no picture, broken, or too large to be meant.
+UNREADABLE = (OSError, ValueError, TypeError, SyntaxError, EOFError, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One of the labels a model gives a picture."""
+
+    label: str
+    index: int
+    probability: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one file: answers, best first, or the reason why there are none."""
+
+    file: str
+    answers: tuple[Answer, ...] = ()
+    seconds: float = 0.0
+    error: str = ""
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device asked for, or the GPU where there is one. Raises ValueError for a bad name."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(
+            f"--device must name a device such as cpu or cuda:0, got {name!r}."
+        ) from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device must name a device that is there, got {name!r} with "
+            f"{torch.cuda.device_count()} CUDA devices; `natcupy doctor` tells why."
+        )
+    return device
+
+
+def load(name: str, device: torch.device) -> ImageModel:
+    """A model with its weights, ready to answer."""
+    return from_pretrained(name, device=device)
+
+
+def load_classifier(name: str, device: torch.device) -> ImageModel:
+    """A model that has a classifier. Raises ValueError for one without."""
+    model = load(name, device)
+    if model.num_classes < 1 or model.config.out_indices is not None:
+        raise ValueError(f"--model must be a classifier, got {name!r}, which gives features only.")
+    return model
+
+
+def chosen_backend(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """The name of the backend that runs neighborhood attention of a usual shape on this device."""
+    q = torch.zeros(1, 8, 8, 1, 16, dtype=dtype, device=device)
+    hood = neighborhood(2, 3, 1, 1, False)
+    module = backends.choose(None, q, q, q, hood, None, None, None)
+    names = (name for name, known in backends.BACKENDS.items() if known is module)
+    return next(names, module.__name__)
+
+
+def describe(model: ImageModel, name: str, device: torch.device) -> str:
+    """One line on what runs where."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    kind = {"embedded": "bundled", "hub": "from the Hub"}.get(model.source.kind, "from disk")
+    return f"{name} ({kind}, {count:,} parameters) on {device}, backend {chosen_backend(device)!r}"
+
+
+def classify(
+    model: ImageModel, files: Sequence[Path], topk: int, batch_size: int
+) -> Iterator[Outcome]:
+    """The outcome for every file, in order. A file that is no picture does not stop the others."""
+    for start in range(0, len(files), batch_size):
+        yield from _classify_batch(model, files[start : start + batch_size], topk)
+
+
+def label_of(model: ImageModel, index: int) -> str:
+    """The name of a class, where the weights came with names."""
+    names = model.pretrained_cfg.get("label_names")
+    return names[index] if names else f"class {index}"
+
+
+def _classify_batch(model: ImageModel, files: Sequence[Path], topk: int) -> list[Outcome]:
+    begun = time.perf_counter()
+    read = [_read(model, file) for file in files]
+    pictures = [picture for picture in read if isinstance(picture, Tensor)]
+    answers = iter(_answers(model, torch.cat(pictures), topk) if pictures else ())
+    each = (time.perf_counter() - begun) / len(files)
+    return [
+        Outcome(str(file), next(answers), each)
+        if isinstance(picture, Tensor)
+        else Outcome(str(file), error=picture)
+        for file, picture in zip(files, read, strict=True)
+    ]
+
+
+def _read(model: ImageModel, file: Path) -> Tensor | str:
+    """The prepared picture, or what is wrong with the file."""
+    try:
+        return model.preprocess(os.fspath(file))
+    except FileNotFoundError:
+        return "there is no such file"
+    except Image.UnidentifiedImageError:
+        return "this is not a picture in a format that Pillow knows"
+    except UNREADABLE as error:
+        return " ".join(str(error).split()) or type(error).__name__
+
+
+@torch.inference_mode()
+def _answers(model: ImageModel, pictures: Tensor, topk: int) -> list[tuple[Answer, ...]]:
+    chances = model(pictures).float().softmax(-1)
+    best = chances.topk(min(topk, model.num_classes))
+    return [
+        tuple(
+            Answer(label_of(model, index), index, chance)
+            for index, chance in zip(indices, values, strict=True)
+        )
+        for indices, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]

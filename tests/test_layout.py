@@ -14,14 +14,15 @@ PACKAGES = {"natcupy": "natcupy", "zoo": "natcupy.zoo", "hub": "natcupy.hub"}
 
 # lower floors first; a room may import its own floor and the floors before it
 FLOORS = [
-    ("natcupy.cache", "natcupy.neighborhood", "natcupy.kernels"),
+    ("natcupy.cache", "natcupy.neighborhood", "natcupy.kernels", "natcupy.interop"),
     ("natcupy.cuda.source", "natcupy.cuda.arch", "natcupy.cuda.nvrtc", "natcupy.cuda.launch"),
     ("natcupy.cuda.jit",),
     ("natcupy.cuda.plan",),
     ("natcupy.tiles", "natcupy.reference", "natcupy.cuda", "natcupy.cpu"),
     ("natcupy.backends",),
     ("natcupy.functional",),
-    ("natcupy.modules",),
+    ("natcupy.modules", "natcupy.maps"),
+    ("natcupy.warmup",),
     ("natcupy.zoo",),
     ("natcupy.hub", "natcupy.digits"),
     ("natcupy.cli", "natcupy.__main__"),

@@ -20,7 +20,6 @@ import natcupy
 from natcupy import backends, cache
 from natcupy.cli import console, runtime
 from natcupy.cuda import jit
-from natcupy.functional import neighborhood
 from natcupy.hub import embedded_names
 
 PACKAGES = ("torch", "numpy", "pillow", "safetensors", "huggingface_hub", "llvmlite")
@@ -92,14 +91,12 @@ def _backend(name: str, device: torch.device) -> dict[str, Any]:
     """Whether a backend runs na2d on a device, how far from float64; or why it does not run."""
     generator = torch.Generator().manual_seed(0)
     query, key, value = torch.randn(3, 1, *SHAPE, 2, DIM, generator=generator)
-    hood = neighborhood(2, KERNEL, 1, 1, False)
-    tensors = [x.to(device) for x in (query, key, value)]
-    reason = backends.BACKENDS[name].unsupported_reason(*tensors, hood, None, None, None)
+    reason = runtime.why_not(name, device)
     record = {"backend": name, "device": str(device), "why_not": reason, "error": None}
     if reason is None:
         try:
-            out = natcupy.na2d(*tensors, KERNEL, backend=name)
-        except RuntimeError as failure:
+            out = natcupy.na2d(*(x.to(device) for x in (query, key, value)), KERNEL, backend=name)
+        except (RuntimeError, ImportError) as failure:
             return record | {"why_not": " ".join(str(failure).split())}
         record["error"] = (out.double().cpu() - _dense(query, key, value)).abs().max().item()
     return record
@@ -165,17 +162,18 @@ def _backend_line(record: dict[str, Any]) -> tuple[str, str]:
 
 
 def _chosen(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """The backend that each device gets, and why it is not the one made for that device."""
     lines = []
     for device, chosen in found["chosen"].items():
-        others = [
-            f"{record['backend']}: {record['why_not']}"
+        own = [
+            record["why_not"]
             for record in found["backends"]
-            if record["device"] == device and record["why_not"]
+            if record["device"] == device and record["backend"] == torch.device(device).type
         ]
-        why = "the fastest that runs there"
-        lines.append(
-            (device, f"{chosen}, {why}" + (f"; not {'; not '.join(others)}" * bool(others)))
-        )
+        because = "made for this device and fastest there"
+        if chosen != torch.device(device).type:
+            because = f"since {torch.device(device).type!r} cannot run: {'; '.join(map(str, own))}"
+        lines.append((device, f"{chosen}: {because}"))
     return lines
 
 

@@ -74,13 +74,27 @@ def load_classifier(name: str, device: torch.device) -> ImageModel:
     return model
 
 
-def chosen_backend(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
-    """The name of the backend that runs neighborhood attention of a usual shape on this device."""
-    q = torch.zeros(1, 8, 8, 1, 16, dtype=dtype, device=device)
-    hood = neighborhood(2, 3, 1, 1, False)
-    module = backends.choose(None, q, q, q, hood, None, None, None)
-    names = (name for name, known in backends.BACKENDS.items() if known is module)
-    return next(names, module.__name__)
+def why_not(backend: str, device: torch.device) -> str | None:
+    """None if a backend runs neighborhood attention on a device, else the reason."""
+    try:
+        backends.choose(backend, *_usual_call(device))
+    except RuntimeError as error:
+        return " ".join(str(error).partition("cannot run this call: ")[2].split()) or str(error)
+    return None
+
+
+def chosen_backend(device: torch.device) -> str:
+    """The name of the backend that a call on this device gets when it asks for none."""
+    call = _usual_call(device)
+    chosen = backends.choose(None, *call)
+    able = (name for name in backends.BACKENDS if why_not(name, device) is None)
+    return next(name for name in able if backends.choose(name, *call) is chosen)
+
+
+def _usual_call(device: torch.device) -> tuple:
+    """Arguments of a small call of the usual kind."""
+    query = torch.zeros(1, 8, 8, 1, 16, device=device)
+    return query, query, query, neighborhood(2, 3, 1, 1, False), None, None, None
 
 
 def describe(model: ImageModel, name: str, device: torch.device) -> str:

@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from ..cache import default_store
-from .arch import DeviceError, Target, choose_target, with_suffix
-from .launch import (
+from natcupy.cache import default_store
+from natcupy.cuda.arch import DeviceError, Target, choose_target, with_suffix
+from natcupy.cuda.launch import (
     CuPyLauncher,
     CuPyRuntime,
     Launch,
@@ -32,7 +32,7 @@ from .launch import (
     nothing_to_do,
     use_launcher,
 )
-from .nvrtc import (
+from natcupy.cuda.nvrtc import (
     Compiled,
     CompileError,
     Usage,
@@ -43,7 +43,7 @@ from .nvrtc import (
     resource_usage,
     toolkit,
 )
-from .source import WORDS, Spec, source_text, use_sources
+from natcupy.cuda.source import WORDS, Spec, source_text, use_sources
 
 __all__ = [
     "WORDS",

@@ -18,9 +18,9 @@ from typing import Any, Protocol
 
 import torch
 
-from .arch import Target, choose_target
-from .nvrtc import extra, import_cupy, toolkit
-from .source import Spec
+from natcupy.cuda.arch import Target, choose_target
+from natcupy.cuda.nvrtc import extra, import_cupy, toolkit
+from natcupy.cuda.source import Spec
 
 LARGEST_GRID = (2**31 - 1, 65535, 65535)
 LARGEST_BLOCK = (1024, 1024, 64)

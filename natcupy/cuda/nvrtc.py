@@ -125,9 +125,17 @@ def _broken(error: Exception) -> ImportError:
     )
 
 
-@functools.lru_cache(maxsize=1)
 def toolkit() -> Toolkit:
     """Load NVRTC once and ask what it is; ImportError says which extra to install."""
+    with _loading:  # NVRTC's very first compile fails when two threads make it
+        return _load_toolkit()
+
+
+_loading = threading.Lock()
+
+
+@functools.lru_cache(maxsize=1)
+def _load_toolkit() -> Toolkit:
     import_cupy()
     try:
         nvrtc = importlib.import_module("cupy_backends.cuda.libs.nvrtc")

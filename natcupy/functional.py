@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from natcupy import backends, reference
+from natcupy.interop import accepts_arrays
 from natcupy.neighborhood import Neighborhood
 
 IntOrAxes = int | Sequence[int]
@@ -24,6 +25,7 @@ BoolOrAxes = bool | Sequence[bool]
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+@accepts_arrays
 def na1d(
     query: Tensor,  # [B, L, H, D]
     key: Tensor,  # [B, L, Hkv, D]
@@ -46,6 +48,7 @@ def na1d(
     )  # fmt: skip
 
 
+@accepts_arrays
 def na2d(
     query: Tensor,  # [B, H, W, heads, D]
     key: Tensor,  # [B, H, W, kv_heads, D]
@@ -86,7 +89,9 @@ def na2d(
         return_lse: also return the log-sum-exp of the logits.
         backend: `"torch"`, `"cpu"` or `"cuda"`; None takes the fastest that can run this call.
 
-    Every int or bool may also be a sequence with one entry per axis.
+    Every int or bool may also be a sequence with one entry per axis. Instead of tensors, all arrays
+    may come from one other library that speaks DLPack, such as CuPy or numpy: memory is shared, and
+    the results are that library's arrays, without gradients.
 
     Returns:
         `[batch, height, width, heads, value_dim]` in the query's dtype, and with `return_lse` also
@@ -103,6 +108,7 @@ def na2d(
     )  # fmt: skip
 
 
+@accepts_arrays
 def na3d(
     query: Tensor,  # [B, T, H, W, heads, D]
     key: Tensor,  # [B, T, H, W, kv_heads, D]
@@ -125,6 +131,7 @@ def na3d(
     )  # fmt: skip
 
 
+@accepts_arrays
 def na1d_qk(
     query: Tensor,
     key: Tensor,
@@ -140,6 +147,7 @@ def na1d_qk(
     return _qk(1, query, key, kernel_size, stride, dilation, is_causal, scale, rpb, additional_keys)
 
 
+@accepts_arrays
 def na2d_qk(
     query: Tensor,
     key: Tensor,
@@ -160,6 +168,7 @@ def na2d_qk(
     return _qk(2, query, key, kernel_size, stride, dilation, is_causal, scale, rpb, additional_keys)
 
 
+@accepts_arrays
 def na3d_qk(
     query: Tensor,
     key: Tensor,
@@ -175,6 +184,7 @@ def na3d_qk(
     return _qk(3, query, key, kernel_size, stride, dilation, is_causal, scale, rpb, additional_keys)
 
 
+@accepts_arrays
 def na1d_av(
     attn: Tensor,
     value: Tensor,
@@ -188,6 +198,7 @@ def na1d_av(
     return _av(1, attn, value, kernel_size, stride, dilation, is_causal, additional_values)
 
 
+@accepts_arrays
 def na2d_av(
     attn: Tensor,
     value: Tensor,
@@ -209,6 +220,7 @@ def na2d_av(
     return _av(2, attn, value, kernel_size, stride, dilation, is_causal, additional_values)
 
 
+@accepts_arrays
 def na3d_av(
     attn: Tensor,
     value: Tensor,

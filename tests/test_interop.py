@@ -1,61 +1,183 @@
-"""CuPy arrays in and out, with numpy standing in for CuPy where there is no GPU."""
+"""Arrays of other libraries in and out: numpy's, and those of a library made up here."""
 
-import importlib.util
+import subprocess
+import sys
+import types
+import weakref
 
 import numpy as np
 import pytest
 import torch
 
-from natcupy.cuda import interop
+import natcupy
+from natcupy.interop import accepts_arrays, is_foreign
+
+na1d, na2d, na3d = (accepts_arrays(f) for f in (natcupy.na1d, natcupy.na2d, natcupy.na3d))
 
 
-class ndarray(np.ndarray):  # noqa: N801 (named as CuPy's class)
-    """An array that says it is CuPy's."""
+def arrays(*shape, count=3, dtype=np.float32, seed=0):
+    make = np.random.default_rng(seed)
+    return [make.standard_normal(shape).astype(dtype) for _ in range(count)]
 
 
-ndarray.__module__ = "cupy"
+class Array:
+    """An array of a library of its own, `otherlib`, over a tensor's memory."""
+
+    def __init__(self, tensor):
+        self.tensor, self.exports = tensor, 0
+
+    def __dlpack__(self, **asked):
+        self.exports += 1
+        return self.tensor.__dlpack__(**asked)
+
+    def __dlpack_device__(self):
+        return self.tensor.__dlpack_device__()
 
 
-def array(*shape):
-    return np.arange(np.prod(shape), dtype=np.float32).reshape(shape).view(ndarray)
+Array.__module__ = "otherlib.core"
 
 
-def test_arrays_become_tensors_over_the_same_memory():
-    given = array(2, 3)
-    (tensor, nothing), _ = interop.enter(given, None)
-    assert isinstance(tensor, torch.Tensor) and nothing is None
-    tensor[0, 0] = 7
+@pytest.fixture
+def otherlib(monkeypatch):
+    library = types.ModuleType("otherlib")
+    library.from_dlpack = lambda tensor: Array(torch.from_dlpack(tensor))
+    monkeypatch.setitem(sys.modules, "otherlib", library)
+
+
+@pytest.mark.parametrize("attend, shape", [(na1d, (9,)), (na2d, (6, 7)), (na3d, (4, 5, 4))])
+def test_numpy_in_numpy_out(attend, shape):
+    q, k, v = arrays(1, *shape, 2, 8)
+    out = attend(q, k, v, 3)
+    expected = attend.__wrapped__(*map(torch.from_numpy, (q, k, v)), 3)
+    assert type(out) is np.ndarray and out.dtype == np.float32
+    assert np.array_equal(out, expected.numpy())
+
+
+def test_every_array_argument_and_result():
+    q, k, v = arrays(2, 7, 4, 8, dtype=np.float64)
+    rpb = arrays(4, 5, count=1, dtype=np.float64)[0]
+    extra_k, extra_v = arrays(2, 3, 4, 8, count=2, dtype=np.float64)
+    out, lse = na1d(
+        q, k, v, 3, rpb=rpb, additional_keys=extra_k, additional_values=extra_v, return_lse=True
+    )
+    tensors = map(torch.from_numpy, (q, k, v))
+    expected, sums = natcupy.na1d(
+        *tensors, 3, rpb=torch.from_numpy(rpb), additional_keys=torch.from_numpy(extra_k),
+        additional_values=torch.from_numpy(extra_v), return_lse=True,
+    )  # fmt: skip
+    assert type(out) is type(lse) is np.ndarray
+    assert np.array_equal(out, expected.numpy()) and np.array_equal(lse, sums.numpy())
+
+
+def test_nothing_is_copied():
+    seen = []
+
+    @accepts_arrays
+    def keep(x, y=None):
+        seen.append((x, y))
+        return x, x.new_ones(2)
+
+    given, named = arrays(3, 4, count=2)
+    same, fresh = keep(given, y=named)
+    (x, y) = seen[0]
+    assert x.data_ptr() == given.ctypes.data and y.data_ptr() == named.ctypes.data
+    assert same.ctypes.data == given.ctypes.data and same.shape == (3, 4)
+    assert fresh.tolist() == [1, 1]
+    x[0, 0] = 7
     assert given[0, 0] == 7
 
 
-def test_results_go_back(monkeypatch):
-    monkeypatch.setattr(interop, "import_cupy", lambda name: np)
-    _, leave = interop.enter(array(2))
-    result = torch.ones(3, requires_grad=True)
-    back = leave(result)
-    assert isinstance(back, np.ndarray) and back.tolist() == [1, 1, 1]
-    assert back.ctypes.data == result.data_ptr()
+def test_a_result_outlives_its_inputs():
+    given = arrays(4, count=1)[0]
+    gone = weakref.ref(given)
+    result = accepts_arrays(lambda x: x * 2)(given)
+    expected = given * 2
+    del given
+    assert gone() is None
+    assert np.array_equal(result, expected)
 
 
-def test_tensors_are_left_alone():
-    tensor = torch.ones(2)
-    arguments, leave = interop.enter(tensor, None)
-    assert arguments[0] is tensor and leave(tensor) is tensor
+def test_any_library_with_dlpack(otherlib):
+    tensors = torch.randn(3, 1, 9, 2, 4)
+    given = [Array(x) for x in tensors]
+    out = na1d(*given, 5)
+    assert type(out) is Array
+    assert torch.equal(out.tensor, natcupy.na1d(*tensors, 5))
+    assert all(x.exports == 1 for x in given)
 
 
-def test_mixing_is_refused():
-    with pytest.raises(TypeError, match="got both"):
-        interop.enter(array(2), torch.ones(2))
+def test_strided_arrays_are_read_in_place():
+    packed = arrays(1, 6, 7, 3, 2, 8, count=1)[0]
+    q, k, v = (packed[..., i, :, :] for i in range(3))
+    out = na2d(q, k, v, 3)
+    assert np.array_equal(out, na2d(q.copy(), k.copy(), v.copy(), 3))
 
 
-@pytest.mark.gpu
-def test_real_arrays():
-    if not torch.cuda.is_available() or importlib.util.find_spec("cupy") is None:
-        pytest.skip("needs a CUDA GPU and CuPy")
-    import cupy
+def test_tensors_pass_untouched():
+    q, k, v = torch.randn(3, 1, 9, 2, 4)
+    q.requires_grad_()
+    out = na1d(q, k, v, 3, rpb=torch.nn.Parameter(torch.zeros(2, 5)))
+    out.sum().backward()
+    assert isinstance(out, torch.Tensor) and q.grad is not None
 
-    given = cupy.arange(6, dtype=cupy.float32)
-    (tensor,), leave = interop.enter(given)
-    back = leave(tensor * 2)
-    assert isinstance(back, cupy.ndarray) and back.get().tolist() == [0, 2, 4, 6, 8, 10]
-    assert back.data.ptr != given.data.ptr and tensor.data_ptr() == given.data.ptr
+
+def test_numbers_and_lists_are_no_arrays():
+    plain = (1, 1.0, True, None, "cpu", [1], (1,), np.float32(1), np.int64(3), torch.ones(1))
+    assert not any(map(is_foreign, plain))
+    q, k, v = arrays(1, 9, 2, 4)
+    assert type(na1d(q, k, v, np.int64(3), scale=np.float32(0.5))) is np.ndarray
+
+
+def test_libraries_do_not_mix(otherlib):
+    q, k, v = arrays(1, 9, 2, 4)
+    with pytest.raises(TypeError, match="numpy and torch"):
+        na1d(q, k, torch.from_numpy(v), 3)
+    with pytest.raises(TypeError, match="numpy and torch"):
+        na1d(*map(torch.from_numpy, (q, k, v)), 3, rpb=np.zeros((2, 5), np.float32))
+    with pytest.raises(TypeError, match="numpy and otherlib"):
+        na1d(q, k, Array(torch.from_numpy(v)), 3)
+
+
+def test_what_torch_cannot_take_is_refused():
+    q, k, v = arrays(1, 9, 2, 4)
+    with pytest.raises(ValueError, match="backward in memory"):
+        na1d(q[:, ::-1], k, v, 3)
+    with pytest.raises(ValueError, match=r"torch\.from_dlpack takes"):
+        na1d(q.astype(">f4"), k, v, 3)
+    with pytest.raises(TypeError, match="has none"):  # otherlib is not imported
+        na1d(*(Array(torch.from_numpy(x)) for x in (q, k, v)), 3)
+
+
+def test_rules_are_those_of_tensors():
+    q, k, v = arrays(1, 9, 2, 4)
+    with pytest.raises(ValueError, match="kernel_size"):
+        na1d(q, k, v, 11)
+    with pytest.raises(TypeError, match="float16"):
+        na1d(*(x.astype(np.int32) for x in (q, k, v)), 3)
+
+
+def test_compiles_as_one_graph():
+    compiled = torch.compile(na1d, backend="eager", fullgraph=True)
+    q, k, v = torch.randn(3, 1, 9, 2, 4)
+    assert torch.equal(
+        compiled(q, k, v, 3), torch.compile(natcupy.na1d, backend="eager")(q, k, v, 3)
+    )
+
+
+def test_the_call_keeps_its_face():
+    assert na2d.__name__ == "na2d" and na2d.__doc__ == natcupy.na2d.__doc__
+
+
+IMPORT = """
+import sys
+import natcupy.interop
+assert "cupy" not in sys.modules, "CuPy was imported"
+import numpy as np, natcupy
+q = np.ones((1, 5, 1, 4), np.float32)
+natcupy.interop.accepts_arrays(natcupy.na1d)(q, q, q, 3, backend="torch")
+assert "cupy" not in sys.modules, "CuPy was imported for numpy arrays"
+"""
+
+
+def test_cupy_is_not_imported_for_others():
+    subprocess.run([sys.executable, "-c", IMPORT], check=True)

@@ -17,6 +17,7 @@ FLOORS = [
     ("natcupy.cache", "natcupy.neighborhood", "natcupy.kernels", "natcupy.interop"),
     ("natcupy.cuda.source", "natcupy.cuda.arch", "natcupy.cuda.nvrtc", "natcupy.cuda.launch"),
     ("natcupy.cuda.jit",),
+    ("natcupy.cuda.params", "natcupy.cuda.tiling"),
     ("natcupy.cuda.plan",),
     ("natcupy.tiles", "natcupy.reference", "natcupy.cuda", "natcupy.cpu"),
     ("natcupy.backends",),

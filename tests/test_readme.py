@@ -1,0 +1,62 @@
+"""The README: its Python runs, its table is the library's, its file tree and commands exist."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import readme_table
+
+from natcupy.cli.parser import build_parser
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("snippet", re.findall(r"```python\n(.*?)```", README, re.S))
+def test_python_snippets_run(snippet):
+    done = subprocess.run(
+        [sys.executable, "-c", snippet],
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_models_table_is_current():
+    between = re.search(r"<!-- models.*?-->\n(.*?)\n<!-- end of models -->", README, re.S)
+    assert between.group(1) == readme_table.table()
+
+
+def test_every_named_file_exists():
+    tree = re.search(r"## Where everything is\n\n```\n(.*?)```", README, re.S).group(1)
+    folder = ROOT
+    for line in tree.splitlines():
+        names = re.split(r" {2,}", line.strip())[0]
+        if not line.startswith(" "):
+            folder = ROOT / names
+            assert folder.is_dir(), names
+            continue
+        for name in names.split(", "):
+            assert (folder / name).exists(), f"{folder.name}/{name}"
+
+
+def test_every_named_command_parses():
+    rows = re.findall(r"^\| `natcupy (.*?)`(?:, `natcupy (.*?)`)?", README, re.M)
+    commands = [command for row in rows for command in row if command]
+    assert len(commands) >= 6
+    for command in commands:
+        words = command.replace("IMAGE...", "a.png").replace("IMAGE", "a.png").split()
+        assert build_parser().parse_args(words).command == words[0]
+
+
+def test_set_up_commands_are_what_ci_runs():
+    lines = [line for line in README.splitlines() if line.startswith("pip install ")]
+    assert len(lines) == 2
+    assert lines[0].endswith("&& natcupy demo") and lines[1].endswith("&& python -m pytest")
+    assert all("-c constraints.txt" in line for line in lines)
+    assert "README.md" in (ROOT / ".ci/run").read_text()

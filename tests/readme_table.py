@@ -1,4 +1,4 @@
-"""The README's table of models, made from the library's own tables: `python tests/readme_table.py`."""
+"""The README's table of models, from the library's own: `python tests/readme_table.py`."""
 
 from natcupy.hub.weights import WEIGHTS
 from natcupy.zoo import MODELS, model_config

@@ -22,6 +22,10 @@ FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 PLAIN = Problem((6, 7), (3, 3), (1, 1), (2, 1), (False, False), rpb=True, extra=2, groups=2)
 NAT = Problem((14, 14), (7, 7), (1, 1), (1, 1), (False, False), rpb=True, head_dim=32, value_dim=32)
 STRIPES = NAT.but(shape=(57, 19), kv_heads=2, groups=2, extra=1, batch=2)
+# 256 channels fill the ring of packed rows, so that planes are cut as well as rows
+VIDEO = Problem(
+    (8, 20, 9), (3, 3, 3), (1, 2, 1), (1, 1, 1), (False, True, False), head_dim=256, value_dim=256
+)
 PROBLEMS = {
     "NAT level": NAT.but(shape=(28, 28), kv_heads=2),
     "last level": NAT.but(shape=(7, 7), kv_heads=3),
@@ -34,6 +38,8 @@ PROBLEMS = {
     "long": Problem((700,), (63,), (1,), (1,), (False,), head_dim=64, value_dim=64, rpb=True),
     "long causal": Problem((333,), (40,), (3,), (2,), (True,), head_dim=16, value_dim=40, extra=9),
     "stripes": STRIPES,
+    "tall video": Problem((6, 41, 5), (3, 3, 3), (1, 1, 1), (1, 1, 1), (False, False, False)),
+    "large video": VIDEO,
     "one key": Problem((5, 40), (1, 1), (1, 1), (1, 1), (False, False), head_dim=8, value_dim=8),
     "wide window": Problem((9, 50), (1, 41), (1, 7), (1, 1), (False, False), rpb=True),
     "many extra": PLAIN.but(extra=100),
@@ -257,7 +263,7 @@ def any_size(monkeypatch):
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("p", [STRIPES, PROBLEMS["dilated"], PROBLEMS["long"]], ids=str)
+@pytest.mark.parametrize("p", [STRIPES, VIDEO, PROBLEMS["dilated"], PROBLEMS["long"]], ids=str)
 def test_same_bits_for_any_number_of_threads(any_size, p):
     inputs = tensors(p, torch.float32, requires_grad=True)
     _, cotangents = ask_oracle(p, inputs)

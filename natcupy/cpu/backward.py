@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from natcupy.cpu import micro, pack, sums
 from natcupy.cpu.block import Block
-from natcupy.cpu.plan import LANES, RETIRE_WORDS
+from natcupy.cpu.plan import LANES
+from natcupy.cpu.rows import RETIRE_WORDS
 
 
 class Backward(Block):

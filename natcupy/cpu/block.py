@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 from natcupy.cpu import pack, sums
 from natcupy.cpu.emit import Value
-from natcupy.cpu.plan import ACTIVE, BROADCAST, ENTRY_WORDS, LANES, MASK_AT, ORIGIN, RUNS, SPAN
+from natcupy.cpu.plan import ACTIVE, BROADCAST, LANES, MASK_AT, ORIGIN, RUNS, SPAN
+from natcupy.cpu.rows import ENTRY_WORDS
 from natcupy.cpu.sums import LANE_GROUP
 from natcupy.cpu.task import Task
 

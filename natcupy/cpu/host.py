@@ -13,6 +13,7 @@ import os
 import platform
 import sys
 import threading
+from importlib import resources
 from pathlib import Path
 
 from natcupy import cache
@@ -22,17 +23,6 @@ from natcupy.cpu.forward import Forward
 from natcupy.cpu.spec import Spec
 
 DEBUG_VARIABLE = "NATCUPY_DEBUG"
-ROOMS = (
-    "emit",
-    "spec",
-    "plan",
-    "micro",
-    "pack",
-    "task",
-    "block",
-    "forward",
-    "backward",
-)  # their text decides what is generated
 
 _functions: dict[Spec, int] = {}
 _engines: list = []  # owners of the machine code, for the life of the process
@@ -125,11 +115,11 @@ def _ingredients(spec: Spec) -> dict[str, str]:
 
 @functools.cache
 def _generator() -> str:
-    """Hash of the code that writes the IR, which with a spec and a machine decides the IR."""
+    """Hash of this package's code, which with a spec and a machine decides the IR."""
     digest = hashlib.sha256()
-    for room in ROOMS:
-        loader = sys.modules[f"natcupy.cpu.{room}"].__spec__.loader
-        digest.update(loader.get_data(sys.modules[f"natcupy.cpu.{room}"].__spec__.origin))
+    files = (file for file in resources.files("natcupy.cpu").iterdir() if file.name.endswith(".py"))
+    for file in sorted(files, key=lambda file: file.name):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()
 
 

@@ -12,13 +12,8 @@ from __future__ import annotations
 import math
 
 from natcupy.cpu.emit import Builder, Module
-from natcupy.cpu.plan import (
-    BROADCAST,
-    CHUNKS,
-    CHUNKS_AT,
-    LANES,
-    ROW_WORDS,
-)
+from natcupy.cpu.plan import BROADCAST, CHUNKS, CHUNKS_AT, LANES
+from natcupy.cpu.rows import ROW_WORDS
 
 # 2**x on [-0.5, 0.5] with p(0) = 1, least largest relative error: 1.1e-7
 EXP2_FLOAT = (1.0, 0.6931469776, 0.24022242085, 0.05550733744, 0.00967151265, 0.0013264727)

@@ -18,10 +18,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
-from natcupy.neighborhood import Neighborhood, rpb_index, window
+from natcupy.cpu.cuts import cover, cut, lane_cases, phases
+from natcupy.cpu.rows import steps
+from natcupy.neighborhood import Neighborhood, window
 
 LANES = 8
-TILE_BYTES = 256 << 10  # packed keys and values of one item, about
+TILE_BYTES = 160 << 10  # packed keys and values of one item, where its columns can be cut
+LEAST_COLUMNS = 64  # of an item
+RING_BYTES = 768 << 10  # packed keys and values of a video's rows
 
 # Words of a class record, then (address, count) of the runs of each group of lanes.
 SPAN, CHUNKS, CHUNKS_AT, MASK_AT, ACTIVE, ORIGIN, BROADCAST, RUNS = range(8)
@@ -30,9 +34,6 @@ ITEM = (
     *("group0", "group1", "group2", "steps_at", "steps", "blocks_at", "blocks"),
     *("query", "query_columns", "key", "key_columns", "segments_at", "segments", "number"),
 )
-# Words of a step's header; lists of packs, entries, rows of a, rows of b, retired rows follow.
-STEP = ("a0", "a1", "b0", "b1", "packs", "entries", "a_rows", "b_rows", "retired")
-PACK_WORDS, ENTRY_WORDS, ROW_WORDS, RETIRE_WORDS = 3, 5, 2, 4
 
 
 @dataclass(frozen=True)
@@ -175,96 +176,58 @@ class _Maker:
             self.pieces[members] = self._pieces(members, item_bytes, wanted)
         stripes, tiles = self.pieces[members]
         tile_phases = 1 + max(phase for phase, _ in tiles)
-        for (stripe_phase, steps), (tile_phase, columns) in product(stripes, tiles):
+        for (stripe_phase, rows), (tile_phase, columns) in product(stripes, tiles):
             phase = stripe_phase * tile_phases + tile_phase
-            self.items.append((phase, [*group, *steps, *columns]))
+            self.items.append((phase, [*group, *rows, *columns]))
 
     def _pieces(self, members, item_bytes, wanted):
-        planes, rows, columns = members
-        axis = 0 if planes > 1 else 1
-        windows = self.shape.windows(axis, members[axis])
-        stripes = self._stripes(axis, members[axis], wanted)
-        across = rows if axis == 0 else 1
-        ring_before, self.ring = self.ring, 0
-        found = [
-            (phase, self._steps(members, a * across, b * across, earlier))
-            for phase, a, b, earlier in _phases(stripes, windows)
-        ]
-        width = max(64, TILE_BYTES // (self.ring * item_bytes) // LANES * LANES)
-        self.ring = max(self.ring, ring_before)
-        windows = self.shape.windows(2, columns)
+        """Stripes of rows and tiles of columns, each a list of (phase, words of the item)."""
+        windows = [self.shape.windows(axis, length) for axis, length in enumerate(members)]
+        planes = list(phases(self._planes(members[0], wanted), windows[0]))
+        across = min(members[2], LEAST_COLUMNS) * item_bytes
+        rows = list(phases(self._rows(members, across, wanted), windows[1]))
+        row_phases = 1 + max(phase for phase, *_ in rows)
+        stripes, ring = [], 0
+        for plane_phase, a, b, plane_earlier in planes:
+            for row_phase, c, d, row_earlier in rows:
+
+                def earlier(x, y, by_plane=plane_earlier, by_row=row_earlier):
+                    return by_plane(x) or by_row(y)
+
+                stripe = range(a, b), range(c, d)
+                found = steps(tuple(windows[:2]), self.shape.kernel_size[:2], stripe, earlier)
+                phase = plane_phase * row_phases + row_phase
+                stripes.append((phase, [self.put(found.words), found.count]))
+                ring, self.rows = max(ring, found.ring), max(self.rows, found.most)
+        self.ring = max(self.ring, ring)
+        width = max(LEAST_COLUMNS, TILE_BYTES // (ring * item_bytes) // LANES * LANES)
+        parts = cut(members[2], -(-members[2] // width), LANES)
         tiles = [
-            (phase, self._tile(windows, a, b, earlier))
-            for phase, a, b, earlier in _phases(_cut(columns, -(-columns // width), 8), windows)
+            (phase, self._tile(windows[2], a, b, earlier))
+            for phase, a, b, earlier in phases(parts, windows[2])
         ]
-        return found, tiles
+        return stripes, tiles
 
-    def _stripes(self, axis: int, length: int, wanted: int) -> list[tuple[int, int]]:
-        kernel_size = self.shape.kernel_size[axis]
+    def _planes(self, length: int, wanted: int) -> list[tuple[int, int]]:
+        """Stripes of axis 0."""
+        kernel_size = self.shape.kernel_size[0]
         if self.backward:
-            count = length // max(2 * (kernel_size - 1), 2 if axis == 0 else 14)
+            count = length // max(2 * (kernel_size - 1), 2)
         else:
-            count = min(wanted, length // max(kernel_size, 2 if axis == 0 else 4))
-        return _cut(length, max(1, count), 1 if axis == 0 else 2)
+            count = min(wanted, length // max(kernel_size, 2))
+        return cut(length, max(1, count), 1)
 
-    # -- rows -------------------------------------------------------------------------------------
-
-    def _steps(self, members, first: int, end: int, earlier) -> list[int]:
-        """Table of the steps for query rows first .. end - 1; [address, count]."""
-        planes, rows, _ = members
-        outer, inner = self.shape.windows(0, planes), self.shape.windows(1, rows)
-        kernel = self.shape.kernel_size
-
-        def keys_of(row):
-            a, b = divmod(row, rows)
-            found = {}
-            for x in range(*outer[a]):
-                upper = rpb_index(x, a, kernel[0]) * (2 * kernel[1] - 1)
-                for y in range(*inner[b]):
-                    found[x * rows + y] = upper + rpb_index(y, b, kernel[1])
-            return found
-
-        pairs, row = [], first
-        while row < end:
-            both = row + 1 < end and (row + 1) % rows != 0
-            pairs.append((row, row + 1 if both else None))
-            row += 2 if both else 1
-        seen = [(keys_of(a), keys_of(b) if b is not None else {}) for a, b in pairs]
-        last = {}
-        for number, (a_keys, b_keys) in enumerate(seen):
-            for key in (*a_keys, *b_keys):
-                last[key] = number
-        slots, free, count, words = {}, [], 0, []
-        for number, ((a, b), (a_keys, b_keys)) in enumerate(zip(pairs, seen, strict=True)):
-            union = sorted({*a_keys, *b_keys})
-            new = [key for key in union if key not in slots]
-            for key in new:
-                if not free:
-                    free.append(count)
-                    count += 1
-                slots[key] = free.pop()
-            a_place = {key: i for i, key in enumerate(a_keys)}
-            b_place = {key: i for i, key in enumerate(b_keys)}
-            done = [key for key in slots if last[key] == number]
-            words += [*divmod(a, rows), *(divmod(b, rows) if b is not None else (-1, -1))]
-            words += [len(new), len(union), len(a_keys), len(b_keys), len(done)]
-            for key in new:
-                words += [slots[key], *divmod(key, rows)]
-            for key in union:
-                words += [slots[key], a_place.get(key, -1), b_place.get(key, -1)]
-                words += [a_keys.get(key, 0), b_keys.get(key, 0)]
-            for keys in (a_keys, b_keys):
-                for key, bias in keys.items():
-                    words += [slots[key], bias]
-            for key in sorted(done):
-                place = key // rows if planes > 1 else key
-                words += [slots[key], *divmod(key, rows), int(earlier(place))]
-                free.append(slots[key])
-            for key in done:
-                del slots[key]
-        self.ring = max(self.ring, count)
-        self.rows = max([self.rows, *(len(keys) for pair in seen for keys in pair)])
-        return [self.put(words), len(pairs)]
+    def _rows(self, members, row_bytes: int, wanted: int) -> list[tuple[int, int]]:
+        """Stripes of axis 1: of a map for more tasks, of a video to bound the ring of rows."""
+        length, kernel_size = members[1], self.shape.kernel_size[1]
+        if members[0] > 1:
+            fit = RING_BYTES // (row_bytes * min(members[0], self.shape.kernel_size[0]))
+            count = -(-length // max(fit - kernel_size, kernel_size, 8))
+        elif self.backward:
+            count = length // max(2 * (kernel_size - 1), 14)
+        else:
+            count = min(wanted, length // max(kernel_size, 4))
+        return cut(length, max(1, count), 2)
 
     # -- columns ----------------------------------------------------------------------------------
 
@@ -362,13 +325,13 @@ class _Maker:
     def finish(self) -> Plan:
         """Write the item records, phase by phase."""
         self.items.sort(key=lambda item: item[0])
-        phases: dict[int, int] = {}
+        sizes: dict[int, int] = {}
         records = []
         for number, (phase, record) in enumerate(self.items):
-            phases[phase] = phases.get(phase, 0) + 1
+            sizes[phase] = sizes.get(phase, 0) + 1
             records += [*record, number]
         bounds, first = [], 0
-        for count in phases.values():
+        for count in sizes.values():
             bounds.append((first, count))
             first += count
         if not self.backward:  # without sums over items all may run at once
@@ -390,57 +353,6 @@ class _Maker:
             bias_reach=(self.bias.low, self.bias.high),
             mirror_reach=(self.mirror.low, self.mirror.high),
         )
-
-
-def lane_cases(size: int) -> list[tuple[int, int]]:
-    """Every (first lane, end lane) that a run in a group of `size` lanes can have."""
-    return [(a, b) for a in range(size) for b in range(a + 1, size + 1)]
-
-
-def cover(count: int, sizes: tuple[int, ...]) -> list[tuple[int, int]]:
-    """`count` taps as chunks (first tap, index into `sizes`) with the fewest taps too many."""
-    if count == 0:
-        return []
-    largest = max(range(len(sizes)), key=lambda i: sizes[i])
-    chunks, at = [], 0
-    while count - at > 4 * sizes[largest]:
-        chunks.append((at, largest))
-        at += sizes[largest]
-    best: dict[int, tuple[int, int, list[int]]] = {0: (0, 0, [])}
-    for rest in range(1, count - at + 1):
-        options = []
-        for i, size in enumerate(sizes):
-            taps, parts, picks = best[max(0, rest - size)]
-            options.append((taps + size, parts + 1, [*picks, i]))
-        best[rest] = min(options)
-    for i in best[count - at][2]:
-        chunks.append((at, i))
-        at += sizes[i]
-    return chunks
-
-
-def _cut(length: int, count: int, multiple: int) -> list[tuple[int, int]]:
-    """`length` cut into at most `count` nearly equal parts whose starts are multiples."""
-    step = -(-length // count)
-    step = -(-step // multiple) * multiple
-    return [(a, min(length, a + step)) for a in range(0, length, step)]
-
-
-def _phases(parts, windows):
-    """Give each part of the queries a phase, so that parts of one phase share no key.
-
-    Yields (phase, first, end, earlier); `earlier(key)` is True if a part of an earlier phase has
-    already summed into that key.
-    """
-    spans = [(windows[a][0], windows[b - 1][1]) for a, b in parts]
-    phases: list[int] = []
-    for i, (low, high) in enumerate(spans):
-        taken = {phases[j] for j in range(i) if spans[j][0] < high and low < spans[j][1]}
-        phases.append(min(set(range(len(parts))) - taken))
-
-    for i, (a, b) in enumerate(parts):
-        before = [spans[j] for j in range(len(parts)) if phases[j] < phases[i]]
-        yield phases[i], a, b, lambda key, before=before: any(x <= key < y for x, y in before)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,10 @@ query that must not see it.
 
 from __future__ import annotations
 
+from natcupy.cpu.cuts import lane_cases
 from natcupy.cpu.emit import Builder, Machine, Module
-from natcupy.cpu.plan import LANES, ROW_WORDS, lane_cases
+from natcupy.cpu.plan import LANES
+from natcupy.cpu.rows import ROW_WORDS
 
 LANE_GROUP = 4  # queries whose outputs are in registers together
 

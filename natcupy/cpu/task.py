@@ -14,14 +14,8 @@ import math
 
 from natcupy.cpu import micro, pack
 from natcupy.cpu.emit import REAL_BYTES, STORAGE, Machine, Module, Value
-from natcupy.cpu.plan import (
-    ENTRY_WORDS,
-    ITEM,
-    PACK_WORDS,
-    RETIRE_WORDS,
-    ROW_WORDS,
-    STEP,
-)
+from natcupy.cpu.plan import ITEM
+from natcupy.cpu.rows import ENTRY_WORDS, PACK_WORDS, RETIRE_WORDS, ROW_WORDS, STEP
 from natcupy.cpu.spec import STRIDES, WORDS, Spec, pitch
 
 

@@ -1,0 +1,57 @@
+"""Cutting: taps into chunks, axes into parts, parts into phases that may run at once.
+
+In: plain numbers. Out: plain numbers.
+"""
+
+from __future__ import annotations
+
+
+def lane_cases(size: int) -> list[tuple[int, int]]:
+    """Every (first lane, end lane) that a run in a group of `size` lanes can have."""
+    return [(a, b) for a in range(size) for b in range(a + 1, size + 1)]
+
+
+def cover(count: int, sizes: tuple[int, ...]) -> list[tuple[int, int]]:
+    """`count` taps as chunks (first tap, index into `sizes`) with the fewest taps too many."""
+    if count == 0:
+        return []
+    largest = max(range(len(sizes)), key=lambda i: sizes[i])
+    chunks, at = [], 0
+    while count - at > 4 * sizes[largest]:
+        chunks.append((at, largest))
+        at += sizes[largest]
+    best: dict[int, tuple[int, int, list[int]]] = {0: (0, 0, [])}
+    for rest in range(1, count - at + 1):
+        options = []
+        for i, size in enumerate(sizes):
+            taps, parts, picks = best[max(0, rest - size)]
+            options.append((taps + size, parts + 1, [*picks, i]))
+        best[rest] = min(options)
+    for i in best[count - at][2]:
+        chunks.append((at, i))
+        at += sizes[i]
+    return chunks
+
+
+def cut(length: int, count: int, multiple: int) -> list[tuple[int, int]]:
+    """`length` cut into at most `count` nearly equal parts whose starts are multiples."""
+    step = -(-length // count)
+    step = -(-step // multiple) * multiple
+    return [(a, min(length, a + step)) for a in range(0, length, step)]
+
+
+def phases(parts, windows):
+    """Give each part of the queries a phase, so that parts of one phase share no key.
+
+    Yields (phase, first, end, earlier); `earlier(key)` is True if a part of an earlier phase has
+    already summed into that key.
+    """
+    spans = [(windows[a][0], windows[b - 1][1]) for a, b in parts]
+    found: list[int] = []
+    for i, (low, high) in enumerate(spans):
+        taken = {found[j] for j in range(i) if spans[j][0] < high and low < spans[j][1]}
+        found.append(min(set(range(len(parts))) - taken))
+
+    for i, (a, b) in enumerate(parts):
+        before = [spans[j] for j in range(len(parts)) if found[j] < found[i]]
+        yield found[i], a, b, lambda key, before=before: any(x <= key < y for x, y in before)

@@ -1,0 +1,91 @@
+"""The work on one stripe of query rows, as a list of steps with two query rows each.
+
+In: the sizes of a dilation group, the stripe. Out: words of the plan's table.
+
+The two rows of a step are neighbors and see almost the same key rows, so each packed key row is
+loaded once for both. Packed key rows live in a ring of slots: a step packs what is new to it, and
+hands back the slots of the rows that no later step needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from natcupy.neighborhood import rpb_index
+
+# Words of a step's header; lists of packs, entries, rows of a, rows of b, retired rows follow.
+STEP = ("a0", "a1", "b0", "b1", "packs", "entries", "a_rows", "b_rows", "retired")
+PACK_WORDS, ENTRY_WORDS, ROW_WORDS, RETIRE_WORDS = 3, 5, 2, 4
+
+Row = tuple[int, int]  # indices on the two outer axes
+Windows = list[tuple[int, int]]
+
+
+@dataclass
+class Steps:
+    """The steps of a stripe."""
+
+    words: list[int]
+    count: int
+    ring: int  # slots in use at once
+    most: int  # most key rows that one query row sees
+
+
+def steps(
+    windows: tuple[Windows, Windows],
+    kernel_size: tuple[int, int],
+    stripe: tuple[range, range],
+    earlier: Callable[[int, int], bool],
+) -> Steps:
+    """Steps for all query rows of `stripe`, given the windows of the two outer axes.
+
+    `earlier(x, y)` says whether a stripe of an earlier phase has summed into that key row.
+    """
+    pairs: list[tuple[Row, Row | None]] = []
+    for x in stripe[0]:
+        for y in stripe[1][::2]:
+            pairs.append(((x, y), (x, y + 1) if y + 1 in stripe[1] else None))
+    seen = [
+        tuple({} if row is None else _keys_of(row, windows, kernel_size) for row in pair)
+        for pair in pairs
+    ]
+    last = {key: number for number, keys in enumerate(seen) for side in keys for key in side}
+    slots: dict[Row, int] = {}
+    free: list[int] = []
+    ring, words = 0, []
+    for number, (pair, (a_keys, b_keys)) in enumerate(zip(pairs, seen, strict=True)):
+        union = sorted({*a_keys, *b_keys})
+        new = [key for key in union if key not in slots]
+        for key in new:
+            if not free:
+                free.append(ring)
+                ring += 1
+            slots[key] = free.pop()
+        done = sorted(key for key in slots if last[key] == number)
+        words += [*pair[0], *(pair[1] or (-1, -1))]
+        words += [len(new), len(union), len(a_keys), len(b_keys), len(done)]
+        for key in new:
+            words += [slots[key], *key]
+        a_place, b_place = ({key: i for i, key in enumerate(keys)} for keys in (a_keys, b_keys))
+        for key in union:
+            words += [slots[key], a_place.get(key, -1), b_place.get(key, -1)]
+            words += [a_keys.get(key, 0), b_keys.get(key, 0)]
+        for keys in (a_keys, b_keys):
+            for key, bias in keys.items():
+                words += [slots[key], bias]
+        for key in done:
+            words += [slots[key], *key, int(earlier(*key))]
+            free.append(slots.pop(key))
+    most = max(len(keys) for pair in seen for keys in pair)
+    return Steps(words, len(pairs), ring, most)
+
+
+def _keys_of(row: Row, windows, kernel_size) -> dict[Row, int]:
+    """Key rows that a query row sees, in ascending order, with the row of the bias table."""
+    found = {}
+    for x in range(*windows[0][row[0]]):
+        upper = rpb_index(x, row[0], kernel_size[0]) * (2 * kernel_size[1] - 1)
+        for y in range(*windows[1][row[1]]):
+            found[x, y] = upper + rpb_index(y, row[1], kernel_size[1])
+    return found

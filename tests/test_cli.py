@@ -1,6 +1,7 @@
 """The command `natcupy`: what it prints, and the exit status, for right and for wrong use."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -198,8 +199,6 @@ def test_classify_with_a_saved_model_without_names(run, digits, tmp_path):
     ("arguments", "words"),
     [
         (("--model", "nat-tny"), "nat_tiny"),
-        (("--model", "nat-tiny"), "not in the cache"),
-        (("--model", "somebody/else"), "Hub"),
         (("--model", "./no-such-folder"), "no-such-folder"),
         (("--device", "gpu9"), "--device"),
     ],
@@ -207,6 +206,23 @@ def test_classify_with_a_saved_model_without_names(run, digits, tmp_path):
 def test_what_cannot_be_done_is_one_line(run, digits, arguments, words):
     status, out, err = run("classify", digits / "a.png", *arguments)
     assert (status, out) == (1, "") and words in one_error_line(err)
+
+
+@pytest.mark.parametrize("model", ["nat-tiny", "somebody/else"])
+def test_offline_and_not_in_the_cache(digits, tmp_path, model):
+    """In a process of its own: the Hub client reads its environment once, at import."""
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "natcupy", "classify", str(digits / "a.png"), "--model", model],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**kept, **offline},
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    line = one_error_line(done.stderr)
+    assert "not in the cache" in line and "natcupy demo" in line
 
 
 def test_a_folder_without_pictures(run, tmp_path):

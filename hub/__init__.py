@@ -1,9 +1,11 @@
 """Pretrained weights: found by name, fetched, checked, loaded, saved and converted.
 
-In: names, folders, files. Out: models (`from_pretrained`), folders (`save_pretrained`), state dicts
-in other layouts (`convert`). The rooms: `weights` is the table of released checkpoints, `locate`
-finds files, `download` speaks to the Hub, `tensors` and `pickles` read files, `config` and `schema`
-read config.json, `architecture` and `pretrained` put a model together, `files` writes.
+In: names, folders, files. Out: models (`from_pretrained`), folders (`save_pretrained`),
+repositories (`push_to_hub`), state dicts in other layouts (`convert`). The rooms: `weights` is the
+table of released checkpoints, `locate` finds files, `client` speaks to the Hub, `download` and
+`push` say what; `tensors`, `shards` and `pickles` read files, `config` and `schema` read
+config.json, `architecture` and `pretrained` put a model together, `facts` and `card` describe it,
+`saving` and `files` write it.
 """
 
 from natcupy.hub import convert
@@ -11,18 +13,24 @@ from natcupy.hub.errors import (
     BadToken,
     CheckpointError,
     ConfigError,
+    Conflict,
     Corrupt,
+    Forbidden,
     Gated,
     HtmlPage,
     HubError,
     LfsPointer,
     NotFound,
     Offline,
+    RevisionNotFound,
     Truncated,
     Unavailable,
     UnsafePickle,
 )
-from natcupy.hub.pretrained import Source, from_pretrained, save_pretrained
+from natcupy.hub.facts import Metric
+from natcupy.hub.pretrained import Source, from_pretrained
+from natcupy.hub.push import Pushed, push_to_hub
+from natcupy.hub.saving import save_pretrained
 from natcupy.hub.weights import WEIGHTS, Row, embedded_names
 
 __all__ = [
@@ -30,13 +38,18 @@ __all__ = [
     "BadToken",
     "CheckpointError",
     "ConfigError",
+    "Conflict",
     "Corrupt",
+    "Forbidden",
     "Gated",
     "HtmlPage",
     "HubError",
     "LfsPointer",
+    "Metric",
     "NotFound",
     "Offline",
+    "Pushed",
+    "RevisionNotFound",
     "Row",
     "Source",
     "Truncated",
@@ -45,5 +58,6 @@ __all__ = [
     "convert",
     "embedded_names",
     "from_pretrained",
+    "push_to_hub",
     "save_pretrained",
 ]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from natcupy import zoo
-from natcupy.hub import convert, schema
+from natcupy.hub import convert, preprocessor, schema
 from natcupy.hub.config import parse_config
 from natcupy.hub.errors import CheckpointError
 from natcupy.hub.files import read_bytes
@@ -50,7 +50,7 @@ def describe(
     config, stated = parse_config(data, found.config, max_parameters)
     if found.preprocessor is not None and "input_size" not in stated:
         limit = schema.MAX_CONFIG_BYTES
-        recipe = schema.parse_preprocessor(
+        recipe = preprocessor.parse_preprocessor(
             read_bytes(found.preprocessor, limit), found.preprocessor
         )
         stated = {**recipe, **stated}

@@ -1,21 +1,24 @@
 """The model card: a README.md that says only what is known.
 
-In: a checked config, a checked pretrained_cfg and, where there is one, the source of the weights.
-Out: Markdown with the metadata block that the Hub reads. Every value that enters has passed the
-closed schema, so a hostile config cannot put markup or links into a card.
+In: a checked config, a checked pretrained_cfg and checked facts. Out: Markdown with the metadata
+block that the Hub reads. Every value that enters has passed the closed schema or the checks of
+`facts`, so neither a hostile config nor a hostile argument can put markup or links into a card.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from natcupy.hub.config import model_type
+from natcupy.hub.facts import Facts, Metric
+from natcupy.zoo import count_macs
 from natcupy.zoo.config import ModelConfig, num_parameters
 
-_REPO = re.compile(r"[A-Za-z0-9][\w.\-]{0,95}/[A-Za-z0-9][\w.\-]{0,95}", re.ASCII)
+_SEAL = "<!-- written by natcupy, unedited: {} -->"
 _NAT = """@inproceedings{hassani2023neighborhood,
   title     = {Neighborhood Attention Transformer},
   author    = {Ali Hassani and Steven Walton and Jiachen Li and Shen Li and Humphrey Shi},
@@ -31,55 +34,79 @@ _DINAT = """@article{hassani2022dilated,
 }"""
 
 
-class Origin(Protocol):
-    """What a card needs to know of where weights came from."""
-
-    repo: str | None
-    commit: str | None
-    license: str | None
-
-
-def render(config: ModelConfig, cfg: Mapping[str, Any], origin: Origin | None = None) -> str:
-    """The card's text.
+def render(config: ModelConfig, cfg: Mapping[str, Any], facts: Facts) -> str:
+    """The card's text; its last line lets `is_generated` see whether somebody edited it.
 
     Args:
         config: the model's numbers.
         cfg: a pretrained_cfg that passed the schema.
-        origin: the loaded weights' source; its repository becomes the base model, its licence is
-            inherited.
+        facts: what the author states.
     """
-    base = origin.repo if origin and origin.repo and _REPO.fullmatch(origin.repo) else None
-    license_ = cfg.get("license") or (origin.license if origin else None)
-    name = cfg.get("architecture", config.family)
+    name = facts.repo.split("/")[1] if facts.repo else cfg.get("architecture", config.family)
     sections = [
-        _metadata(config, license_, base),
+        _metadata(config, name, facts),
         f"# {name}",
-        _what(config),
-        _use(config),
+        _what(config, cfg),
+        _use(config, facts.repo),
+        _results(facts.metrics),
         _pictures(config, cfg),
-        _origin(base, origin.commit if base and origin else None, license_),
+        _origin(facts),
         _citation(config),
     ]
-    return "\n\n".join(sections) + "\n"
+    text = "\n\n".join(section for section in sections if section) + "\n"
+    return f"{text}\n{_SEAL.format(_hash(text))}\n"
 
 
-def _metadata(config: ModelConfig, license_: str | None, base: str | None) -> str:
+def is_generated(text: str) -> bool:
+    """Whether a card is as `render` made it, so that a newer one may replace it."""
+    body, _, last = text.removesuffix("\n").rpartition("\n")
+    return last == _SEAL.format(_hash(body.removesuffix("\n") + "\n"))
+
+
+def stated(text: str) -> dict[str, Any]:
+    """The metadata of a card that `render` made; unchecked values."""
+    values = {}
+    for line in text.split("\n---\n")[0].splitlines()[1:]:
+        key, _, value = line.partition(": ")
+        values[key] = json.loads(value)
+    return values
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _metadata(config: ModelConfig, name: str, facts: Facts) -> str:
     task = "image-classification" if _classifies(config) else "image-feature-extraction"
     values: list[tuple[str, Any]] = [("library_name", "natcupy"), ("pipeline_tag", task)]
-    if license_:
-        values.append(("license", license_))
-    if base:
-        values.append(("base_model", base))
-    values.append(("tags", ["natcupy", "neighborhood-attention", model_type(config)]))
+    if facts.license:
+        values.append(("license", facts.license))
+    if facts.base_model:
+        values.append(("base_model", facts.base_model))
+    if facts.datasets:
+        values.append(("datasets", list(facts.datasets)))
+    own = ("natcupy", "neighborhood-attention", model_type(config))
+    values.append(("tags", list(dict.fromkeys((*own, *facts.tags)))))
+    if facts.metrics:
+        results = [_result(metric, task) for metric in facts.metrics]
+        values.append(("model-index", [{"name": name, "results": results}]))
     # JSON is YAML, and quotes whatever needs quoting.
     return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in values), "---"])
+
+
+def _result(metric: Metric, task: str) -> dict[str, Any]:
+    dataset = {"type": metric.dataset, "name": metric.dataset_name or metric.dataset}
+    if metric.split:
+        dataset["split"] = metric.split
+    measured = {"type": metric.type, "value": metric.value, "name": metric.name or metric.type}
+    return {"task": {"type": task}, "dataset": dataset, "metrics": [measured]}
 
 
 def _classifies(config: ModelConfig) -> bool:
     return config.num_classes > 0 and config.out_indices is None
 
 
-def _what(config: ModelConfig) -> str:
+def _what(config: ModelConfig, cfg: Mapping[str, Any]) -> str:
     kind = {"nat": "NAT", "dinat": "DiNAT", "dinat_s": "DiNAT-s"}.get(
         model_type(config), "Isotropic neighborhood attention transformer"
     )
@@ -90,6 +117,7 @@ def _what(config: ModelConfig) -> str:
         job = "turns pictures into features"
     rows = [
         ("parameters", f"{num_parameters(config):,}"),
+        *_work(config, cfg),
         ("channels per level", _numbers(config.dims)),
         ("blocks per level", _numbers(config.depths)),
         ("heads per level", _numbers(config.num_heads)),
@@ -109,17 +137,54 @@ def _what(config: ModelConfig) -> str:
     return f"{kind} that {job}.\n\n" + _table(rows)
 
 
-def _use(config: ModelConfig) -> str:
+def _work(config: ModelConfig, cfg: Mapping[str, Any]) -> list[tuple[str, str]]:
+    if config.out_indices is not None or "input_size" not in cfg:
+        return []
+    _, height, width = cfg["input_size"]
+    macs = count_macs(config, height, width).papers
+    amount = f"{macs / 1e9:.2f} G" if macs >= 1e8 else f"{macs / 1e6:.2f} M"
+    return [(f"multiply-adds at {height} x {width}", amount)]
+
+
+def _use(config: ModelConfig, repo: str | None) -> str:
     last = (
         "print(model(model.preprocess(image)).softmax(-1).topk(min(5, model.num_classes)))"
         if _classifies(config)
         else "print(model(model.preprocess(image)))"
     )
-    return (
+    name = repo or "path/to/this/folder"
+    text = (
         "## Use\n\n```python\nimport natcupy\n\n"
-        'model = natcupy.from_pretrained("path/to/this/folder")  # or this repository\'s name\n'
-        f'image = "picture.png"\n{last}\n```'
+        f'model = natcupy.from_pretrained("{name}")\nimage = "picture.png"\n{last}\n```'
     )
+    if repo is None:
+        return text
+    kind = "AutoModelForImageClassification" if config.num_classes else "AutoModel"
+    if config.out_indices is not None:
+        kind = "AutoBackbone"
+    text += (
+        "\n\nThe same with transformers:\n\n```python\nimport natcupy.transformers\n"
+        f"from transformers import AutoImageProcessor, {kind}\n\n"
+        f'processor = AutoImageProcessor.from_pretrained("{repo}")\n'
+        f'model = {kind}.from_pretrained("{repo}")\n```'
+    )
+    if config.out_indices is None:
+        text += (
+            "\n\nAnd with timm:\n\n```python\nimport natcupy.timm\nimport timm\n\n"
+            f'model = timm.create_model("hf-hub:{repo}", pretrained=True).eval()\n```'
+        )
+    return text
+
+
+def _results(metrics: tuple[Metric, ...]) -> str:
+    if not metrics:
+        return ""
+    lines = ["## Results", "", "| dataset | metric | value |", "| --- | --- | --- |"]
+    for metric in metrics:
+        where = metric.dataset_name or metric.dataset
+        where += f", {metric.split}" if metric.split else ""
+        lines.append(f"| {where} | {metric.name or metric.type} | {metric.value:g} |")
+    return "\n".join(lines)
 
 
 def _pictures(config: ModelConfig, cfg: Mapping[str, Any]) -> str:
@@ -132,16 +197,27 @@ def _pictures(config: ModelConfig, cfg: Mapping[str, Any]) -> str:
     return "## Pictures\n\n`model.preprocess(image)` prepares them so:\n\n" + _table(rows)
 
 
-def _origin(base: str | None, commit: str | None, license_: str | None) -> str:
+def _origin(facts: Facts) -> str:
     lines = ["## Origin and licence", ""]
-    if base:
+    if facts.converted:
+        place = f" of `{facts.converted.repo}`" if facts.converted.repo else ""
+        lines.append(
+            f"Converted from `{facts.converted.file}`{place}, SHA-256 "
+            f"`{facts.converted.sha256}`: the same numbers under natcupy's names."
+        )
+    elif facts.base_model:
+        commit = facts.base_commit
         at = f", commit `{commit}`" if commit and re.fullmatch(r"[0-9a-f]{40}", commit) else ""
-        lines.append(f"Started from the weights of `{base}`{at}.")
+        lines.append(f"Started from the weights of `{facts.base_model}`{at}.")
+    if facts.datasets:
+        lines.append("Trained on " + ", ".join(f"`{name}`" for name in facts.datasets) + ".")
     lines.append(
-        f"Licence of the weights: `{license_}`."
-        if license_
+        f"Licence of the weights: `{facts.license}`."
+        if facts.license
         else "No licence is stated for these weights."
     )
+    if facts.base_license and facts.base_license != facts.license:
+        lines.append(f"The weights it started from are under `{facts.base_license}`.")
     return "\n".join(lines)
 
 

@@ -14,8 +14,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
+from natcupy import zoo
 from natcupy.hub import schema
 from natcupy.hub.schema import PretrainedCfg
 from natcupy.zoo.config import MAX_PARAMETERS, SINGLE_LEVEL, ConfigError, ModelConfig
@@ -63,7 +65,7 @@ _IGNORED = frozenset({
 # fmt: on
 _OWN_FIELDS = tuple(ModelConfig.__dataclass_fields__)
 _OWN_KEYS = frozenset(
-    {*_OWN_FIELDS, "natcupy_version", "architecture", "label_names", "pretrained_cfg"}
+    {*_OWN_FIELDS, "natcupy_version", "architecture", "label_names", "pretrained_cfg", "model_args"}
     | {"layer_scale_init_value", "num_channels", "feature_indices"}
 ) - {"out_indices"}
 
@@ -77,7 +79,7 @@ def parse_config(
     """Read a config.json of either layout.
 
     Args:
-        data: the file's bytes, at most 1 MB.
+        data: the file's bytes, at most 4 MB.
         where: how errors call the file.
         max_parameters: refuse configs that describe a larger model.
 
@@ -125,7 +127,7 @@ def _read_own(values: dict[str, Any], limit: int) -> tuple[ModelConfig, Pretrain
         )
     cfg = schema.check_pretrained_cfg(values.get("pretrained_cfg", {}), config)
     if "architecture" in values:
-        cfg["architecture"] = schema.word("architecture", values["architecture"])
+        cfg.setdefault("architecture", schema.word("architecture", values["architecture"]))
     if values.get("label_names") is not None:
         cfg["label_names"] = schema.labels("label_names", values["label_names"], config.num_classes)
     return config, cfg
@@ -235,7 +237,7 @@ def config_text(config: ModelConfig, cfg: Mapping[str, Any], version: str) -> st
     labels = kept.pop("label_names", None)
     values = {
         "natcupy_version": version,
-        "architecture": kept.get("architecture", config.family),
+        **_timm_keys(config, kept.setdefault("architecture", config.family)),
         **_transformers_keys(config, labels),
         **{key: value for key, value in config.to_dict().items() if key != "out_indices"},
         "num_features": config.dims[-1],
@@ -246,7 +248,32 @@ def config_text(config: ModelConfig, cfg: Mapping[str, Any], version: str) -> st
         values["feature_indices"] = list(config.out_indices)
     if labels:
         values["label_names"] = labels
-    return json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    if len(text.encode()) > schema.MAX_CONFIG_BYTES:
+        raise ConfigError(
+            f"config.json may take {schema.MAX_CONFIG_BYTES:,} bytes, the class names make it "
+            f"{len(text.encode()):,}; shorten label_names in the model's pretrained_cfg."
+        )
+    return text
+
+
+def _timm_keys(config: ModelConfig, name: str) -> dict[str, Any]:
+    """Which entry point of `natcupy.timm` builds the model, and with which arguments.
+
+    The name that natcupy calls the model by is in pretrained_cfg.
+    """
+    known = _zoo_config(name)
+    mine, base = config.to_dict(), known.to_dict() if known else {}
+    if known is None or known.family != config.family:
+        name, base = f"natcupy_{config.family}", {}
+    aside = ("family", "num_classes", "in_chans", "out_indices")
+    args = {k: v for k, v in mine.items() if k not in aside and (not base or v != base[k])}
+    return {"architecture": name, **({"model_args": args} if args else {})}
+
+
+@cache
+def _zoo_config(name: str) -> ModelConfig | None:
+    return zoo.model_config(name) if name in zoo.MODELS else None
 
 
 def model_type(config: ModelConfig) -> str:
@@ -272,7 +299,8 @@ def _transformers_keys(config: ModelConfig, labels: list[str] | None) -> dict[st
     if config.family not in SINGLE_LEVEL and config.out_indices is not None:
         values["out_features"] = [f"stage{index + 1}" for index in config.out_indices]
     if config.num_classes and config.out_indices is None:
-        names = labels or [f"LABEL_{index}" for index in range(config.num_classes)]
-        values["id2label"] = {str(index): name for index, name in enumerate(names)}
-        values["label2id"] = {name: index for index, name in enumerate(names)}
+        values["num_labels"] = config.num_classes
+        if labels:
+            values["id2label"] = {str(index): name for index, name in enumerate(labels)}
+            values["label2id"] = {name: index for index, name in enumerate(labels)}
     return values

@@ -16,13 +16,16 @@ __all__ = [
     "BadToken",
     "CheckpointError",
     "ConfigError",
+    "Conflict",
     "Corrupt",
+    "Forbidden",
     "Gated",
     "HtmlPage",
     "HubError",
     "LfsPointer",
     "NotFound",
     "Offline",
+    "RevisionNotFound",
     "Truncated",
     "Unavailable",
     "UnsafePickle",
@@ -37,12 +40,24 @@ class NotFound(HubError, FileNotFoundError):
     """No such model name, folder, file, repository or revision."""
 
 
+class RevisionNotFound(NotFound):
+    """The repository exists, the branch, tag or commit does not."""
+
+
 class Gated(HubError, PermissionError):
     """The repository exists, but this account may not read it (yet)."""
 
 
 class BadToken(HubError, PermissionError):
-    """The Hub did not accept the token that was sent."""
+    """The Hub did not accept the token that was sent, or there is none to send."""
+
+
+class Forbidden(HubError, PermissionError):
+    """This account may not write there."""
+
+
+class Conflict(HubError, RuntimeError):
+    """The remote is not what a push expects: it changed meanwhile, or contradicts the call."""
 
 
 class Offline(HubError, ConnectionError):

@@ -4,12 +4,12 @@ In: paths. Out: bytes, hashes, or a written folder. Knows nothing of tensors or 
 
 Saving a folder is one transaction. Every new file is first written beside the old one under a
 temporary name and synced; then a journal that maps final names to temporary ones appears by one
-rename: that instant is the commit. Only then are the files renamed, and the journal removed. A
-process killed before the commit leaves the old folder; killed after it, `member` (the only way
-natcupy opens a file of a model folder) reads through the journal and sees the new one complete.
-The next save finishes what was left. Processes that save into one folder take turns where the
-system can lock a folder (not on Windows and some network drives; there they may only do so with
-the same content, as the ranks of one training run do).
+rename: that instant is the commit. Only then are files renamed (or, where the new ones make them
+void, removed), and the journal itself. A process killed before the commit leaves the old folder;
+killed after it, `member` (the only way natcupy opens a file of a model folder) reads through the
+journal and sees the new one complete. The next save finishes what was left. Processes that save
+into one folder take turns where the system can lock a folder (not on Windows and some network
+drives; there they may only do so with the same content, as the ranks of one training run do).
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ from natcupy.hub.errors import Corrupt, HtmlPage, LfsPointer, NotFound, Truncate
 JOURNAL = ".natcupy-save.json"
 MAX_JOURNAL_BYTES = 64 * 1024
 LEFTOVER_AGE_S = 3600.0  # without a lock: a temporary file this old belongs to no living save
+REMOVED = ""  # in the journal, in place of a temporary name
 _CHUNK = 1 << 20
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_REMOVABLE = re.compile(r"model[0-9a-z-]*\.safetensors(\.index\.json)?")
 _TEMPORARY = re.compile(r"\.(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,127})\.[0-9a-f]{32}\.tmp")
 
 
@@ -127,6 +129,8 @@ def member(folder: Path | str, name: str) -> Path:
     """The path to read for file `name` of a model folder, through an unfinished save if any."""
     folder = Path(folder)
     temporary = _journal(folder).get(name)
+    if temporary == REMOVED:
+        return folder / f".{name}.removed"  # a name that no file has
     if temporary is not None and (folder / temporary).is_file():
         return folder / temporary
     return folder / name
@@ -141,8 +145,12 @@ def _journal(folder: Path) -> dict[str, str]:
         entries = json.loads(data)
         good = isinstance(entries, dict) and all(
             isinstance(temporary, str)
-            and (match := _TEMPORARY.fullmatch(temporary)) is not None
-            and match["name"] == name
+            and (
+                (temporary == REMOVED and _REMOVABLE.fullmatch(name))
+                or (
+                    (match := _TEMPORARY.fullmatch(temporary)) is not None and match["name"] == name
+                )
+            )
             for name, temporary in entries.items()
         )
     except (ValueError, RecursionError):
@@ -158,12 +166,18 @@ def _journal(folder: Path) -> dict[str, str]:
 # ---------------------------------------------------------------- writing
 
 
-def write_folder(folder: Path | str, writers: dict[str, Callable[[Path], None]]) -> None:
+def write_folder(
+    folder: Path | str,
+    writers: dict[str, Callable[[Path], None]],
+    outdated: Callable[[str], bool] = lambda name: False,
+) -> None:
     """Replace the named files of a folder, all or none (see the opening paragraph).
 
     Args:
         folder: made if missing; other files in it are left alone.
         writers: plain file name -> function that writes the content to the path it is given.
+        outdated: which of the other weights files (model*.safetensors and index) the new ones make
+            void; they go in the same transaction.
     """
     folder = Path(folder)
     for name in writers:
@@ -175,7 +189,9 @@ def write_folder(folder: Path | str, writers: dict[str, Callable[[Path], None]])
     with _turn(folder) as alone:
         _finish(folder)
         _sweep(folder, 0.0 if alone else LEFTOVER_AGE_S)
-        _write(folder, writers)
+        others = {path.name for path in folder.iterdir()} - writers.keys()
+        gone = sorted(n for n in others if _REMOVABLE.fullmatch(n) and outdated(n))
+        _write(folder, writers, gone)
 
 
 @contextlib.contextmanager
@@ -199,13 +215,13 @@ def _turn(folder: Path) -> Iterator[bool]:
         os.close(handle)
 
 
-def _write(folder: Path, writers: dict[str, Callable[[Path], None]]) -> None:
+def _write(folder: Path, writers: dict[str, Callable[[Path], None]], gone: list[str]) -> None:
     pending = {name: f".{name}.{uuid4().hex}.tmp" for name in writers}
     try:
         for name, temporary in pending.items():
             writers[name](folder / temporary)
             _sync(folder / temporary)
-        _commit(folder, pending)
+        _commit(folder, pending | dict.fromkeys(gone, REMOVED))
     except BaseException:
         committed = _journal(folder).values()  # an interrupt may strike just after the commit
         for temporary in pending.values():
@@ -234,9 +250,12 @@ def _finish(folder: Path) -> None:
     if not entries:
         return
     for name, temporary in entries.items():
-        # Absent means that this rename was done before the kill, or by another process.
+        # Absent means that this was done before the kill, or by another process.
         with contextlib.suppress(FileNotFoundError):
-            os.replace(folder / temporary, folder / name)
+            if temporary == REMOVED:
+                (folder / name).unlink()
+            else:
+                os.replace(folder / temporary, folder / name)
     _sync_folder(folder)
     (folder / JOURNAL).unlink(missing_ok=True)
 

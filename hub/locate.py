@@ -10,9 +10,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from natcupy.hub import download, files, weights
-from natcupy.hub.download import Access
-from natcupy.hub.errors import Corrupt, NotFound, UnsafePickle
+from natcupy.hub import download, files, shards, weights
+from natcupy.hub.client import Access
+from natcupy.hub.download import Snapshot
+from natcupy.hub.errors import Corrupt, NotFound, UnsafePickle, some
 from natcupy.hub.pickles import SUFFIXES
 from natcupy.hub.weights import ORIGINAL_HOST, Row
 
@@ -20,7 +21,16 @@ CONFIG = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 PREPROCESSOR = "preprocessor_config.json"
 PICKLE = "pytorch_model.bin"
-_SHARDS = (f"{WEIGHTS_FILE}.index.json", f"{PICKLE}.index.json")
+_PICKLE_INDEX = f"{PICKLE}.index.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One of several files of weights: its path, the tensors in it, its hash where known."""
+
+    path: Path
+    tensors: tuple[str, ...]
+    sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -29,11 +39,13 @@ class Located:
 
     Attributes:
         kind: "embedded", "hub", "folder" or "file".
-        weights: the file with the tensors.
+        weights: the file with the tensors, or the index of several.
         config, preprocessor: JSON files beside it, where there are any.
         row: the released checkpoint this is, where it is one.
         repo, commit: of a Hub repository.
         sha256: what the weights file must hash to, where known.
+        shards: the files that an index names; empty where there is one file.
+        snapshot: of a Hub repository, everything in that commit.
     """
 
     kind: str
@@ -44,6 +56,8 @@ class Located:
     repo: str | None = None
     commit: str | None = None
     sha256: str | None = None
+    shards: tuple[Shard, ...] = ()
+    snapshot: Snapshot | None = None
 
 
 def locate(name: str | os.PathLike[str], revision: str | None, access: Access) -> Located:
@@ -95,7 +109,7 @@ def _without_revision(found: Located, revision: str | None) -> Located:
 def _spelled_like_path(name: str) -> bool:
     return (
         name.startswith((".", "~", "/", "\\"))
-        or name.endswith((".safetensors", *SUFFIXES, "/", "\\"))
+        or name.endswith((".safetensors", shards.INDEX, *SUFFIXES, "/", "\\"))
         or Path(name).is_absolute()
     )
 
@@ -128,6 +142,8 @@ def _at_path(path: Path) -> Located:
         return _in_folder(path, "folder")
     if not path.is_file():
         raise NotFound(f"no such file or folder: {path}. Check the path.")
+    if path.name == shards.INDEX:
+        return _in_folder(path.parent, "folder")
     if path.suffix not in (".safetensors", *SUFFIXES):
         with open(path, "rb") as file:
             files.refuse_lookalikes(file.read(1024), path)
@@ -145,11 +161,10 @@ def _at_path(path: Path) -> Located:
 
 
 def _in_folder(folder: Path, kind: str) -> Located:
-    found = next(
-        (p for p in (files.member(folder, n) for n in (WEIGHTS_FILE, PICKLE)) if p.is_file()), None
-    )
+    choices = (files.member(folder, name) for name in (WEIGHTS_FILE, shards.INDEX, PICKLE))
+    found = next((path for path in choices if path.is_file()), None)
     if found is None:
-        _refuse_shards({path.name for path in folder.iterdir()}, str(folder))
+        _refuse_pickle_shards({path.name for path in folder.iterdir()}, str(folder))
         raise NotFound(
             f"{folder} must hold {WEIGHTS_FILE} (or {PICKLE}), got "
             f"{', '.join(sorted(p.name for p in folder.iterdir())[:10]) or 'an empty folder'}. "
@@ -160,18 +175,33 @@ def _in_folder(folder: Path, kind: str) -> Located:
         weights=found,
         config=_if_file(files.member(folder, CONFIG)),
         preprocessor=_if_file(folder / PREPROCESSOR),
+        shards=_shards_in(folder, found),
     )
+
+
+def _shards_in(folder: Path, found: Path) -> tuple[Shard, ...]:
+    if found != files.member(folder, shards.INDEX):
+        return ()
+    index = shards.parse_index(files.read_bytes(found, shards.MAX_INDEX_BYTES), found)
+    parts = [(files.member(folder, name), names) for name, names in index.items()]
+    missing = [path.name for path, _ in parts if not path.is_file()]
+    if missing:
+        raise NotFound(
+            f"{folder} must hold every file its index names; missing: {some(missing)}. Fetch the "
+            "folder again."
+        )
+    return tuple(Shard(path, tuple(names)) for path, names in parts)
 
 
 def _if_file(path: Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def _refuse_shards(names: set[str], where: str) -> None:
-    if names & set(_SHARDS):
+def _refuse_pickle_shards(names: set[str], where: str) -> None:
+    if _PICKLE_INDEX in names:
         raise NotFound(
-            f"{where} holds its weights in several shards, natcupy reads one {WEIGHTS_FILE}. Save "
-            "it again unsharded."
+            f"{where} holds its weights in several pickles, natcupy reads shards of safetensors "
+            f"only. Save it again as {WEIGHTS_FILE}."
         )
 
 
@@ -182,29 +212,47 @@ def _in_repo(repo: str, revision: str | None, access: Access) -> Located:
     """Pin the commit, then fetch config and weights of that commit."""
     row = weights.find_repo(repo)
     snapshot = download.resolve(repo, revision, access)
-    name = next((n for n in (WEIGHTS_FILE, PICKLE) if n in snapshot.files), None)
+    choices = (WEIGHTS_FILE, shards.INDEX, PICKLE)
+    name = next((choice for choice in choices if choice in snapshot.files), None)
     if name is None or CONFIG not in snapshot.files:
-        _refuse_shards(set(snapshot.files), repo)
+        _refuse_pickle_shards(set(snapshot.files), repo)
         raise NotFound(
             f"{repo}@{snapshot.commit} must hold {CONFIG} and {WEIGHTS_FILE} to be loaded here, it "
             f"has {', '.join(sorted(snapshot.files)[:10]) or 'no files'}."
         )
     config = download.fetch(snapshot, CONFIG, access)
-    if name == PICKLE and b'"natcupy_version"' in config.read_bytes():
+    own = b'"natcupy_version"' in config.read_bytes()
+    if name == PICKLE and own:
         raise UnsafePickle(
             f"{repo}: a natcupy repository holds {WEIGHTS_FILE}, this one only {PICKLE}, which is "
             "read from foreign repositories alone. Ask its owner to save it with natcupy."
         )
-    # The table's preprocessing is the one the published accuracy belongs to, not the Hub file's.
-    wants_recipe = row is None and PREPROCESSOR in snapshot.files
+    # A natcupy config says it all. Of a released model, the table's preprocessing is the one that
+    # the published accuracy belongs to, not the Hub file's.
+    wants_recipe = row is None and not own and PREPROCESSOR in snapshot.files
     sha256 = row.sha256 if row and name == row.file else None
+    fetched = download.fetch(snapshot, name, access, sha256)
     return Located(
         kind="hub",
-        weights=download.fetch(snapshot, name, access, sha256),
+        weights=fetched,
         config=config,
         preprocessor=download.fetch(snapshot, PREPROCESSOR, access) if wants_recipe else None,
         row=row,
         repo=repo,
         commit=snapshot.commit,
         sha256=sha256 or snapshot.files[name].sha256,
+        shards=_fetched_shards(snapshot, fetched, access) if name == shards.INDEX else (),
+        snapshot=snapshot,
+    )
+
+
+def _fetched_shards(snapshot: Snapshot, index: Path, access: Access) -> tuple[Shard, ...]:
+    data = files.read_bytes(index, shards.MAX_INDEX_BYTES)
+    return tuple(
+        Shard(
+            download.fetch(snapshot, name, access),
+            tuple(names),
+            snapshot.files[name].sha256,
+        )
+        for name, names in shards.parse_index(data, shards.INDEX).items()
     )

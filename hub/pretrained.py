@@ -1,7 +1,7 @@
-"""The two verbs: a name becomes a model with its weights, a model becomes a folder.
+"""Loading: a name becomes a model with its weights.
 
 In: what `locate` understands, and the caller's wishes. Out: a model in eval mode with `source`
-recorded; or a folder with config.json, model.safetensors and README.md.
+recorded.
 
 Nothing is allocated before it is known to fit: config through the closed schema, parameters counted
 by arithmetic, names and shapes compared with the model on the meta device, and only then the data.
@@ -20,21 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natcupy.hub import card, convert, schema
+from natcupy.hub import convert, shards
 from natcupy.hub.architecture import describe
-from natcupy.hub.config import config_text
-from natcupy.hub.download import Access
+from natcupy.hub.client import Access
 from natcupy.hub.errors import CheckpointError, Corrupt, some
-from natcupy.hub.files import write_folder
-from natcupy.hub.locate import CONFIG, WEIGHTS_FILE, Located, locate
+from natcupy.hub.files import sha256_of
+from natcupy.hub.locate import Located, Shard, locate
 from natcupy.hub.pickles import SUFFIXES, read_pickle
-from natcupy.hub.tensors import Weights, read_header, read_tensors, write_tensors
+from natcupy.hub.tensors import Weights, read_header, read_tensors
 from natcupy.zoo import ImageModel, build_model
 from natcupy.zoo.config import MAX_PARAMETERS, SINGLE_LEVEL, ModelConfig
 
 log = logging.getLogger("natcupy.hub")
 
-README = "README.md"
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -44,7 +42,8 @@ class Source:
 
     Attributes:
         kind: "embedded", "hub", "folder" or "file".
-        path, sha256: the weights file that was read, and the hash of the bytes that were used.
+        path, sha256: the weights file that was read, and the hash of the bytes that were used. Of
+            several files, their index, and the hash of what `sha256sum model-*` prints.
         repo, revision, commit: of a Hub repository: what was asked for and what it stood for.
         tag: the released checkpoint, where it is one (`nat_small.in1k`).
         license: of those weights, where known.
@@ -116,50 +115,105 @@ def from_pretrained(
     global_pool = wishes.pop("global_pool", None)
     access = Access(token, cache_dir, local_files_only)
     found = locate(name, revision, access)
+    model = load(
+        found,
+        wishes,
+        architecture,
+        target,
+        check_finite=check_finite,
+        max_parameters=max_parameters,
+    )
+    if global_pool is not None:
+        model.set_global_pool(global_pool)
+    model.source = _source(found, model.source.sha256, revision, name)
+    return model.to(device=device).eval()
+
+
+def load(
+    found: Located,
+    wishes: Mapping[str, Any] | None = None,
+    architecture: str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    check_finite: bool = False,
+    max_parameters: int = MAX_PARAMETERS,
+) -> ImageModel:
+    """The model of files that were found: `from_pretrained` after its search, on the CPU.
+
+    `wishes` are changed fields of the config, `dtype` None keeps the file's.
+    """
     reader = _Reader(found)
     have, cfg = describe(found, reader.shapes, architecture, max_parameters)
-    want = _wanted(have, wishes)
+    want = _wanted(have, wishes or {})
     if want.num_classes != have.num_classes:
         cfg.pop("label_names", None)
     cfg["num_classes"] = want.num_classes
     if want.num_classes != have.num_classes or want.out_indices != have.out_indices:
         cfg["tag"] = ""  # the tag names complete weights
     model, fresh = _matched(reader.shapes, have, want, cfg, found.weights)
-    model = _filled(model, reader, have, want, fresh, target, check_finite)
-    if global_pool is not None:
-        model.set_global_pool(global_pool)
+    model = _filled(model, reader, have, want, fresh, dtype, check_finite)
     if fresh:
         log.warning("not in %s, initialised afresh: %s.", found.weights.name, some(sorted(fresh)))
-    model.source = _source(found, reader.sha256, revision, name)
-    return model.to(device=device).eval()
+    model.source = _source(found, reader.sha256, None, found.weights)
+    return model.eval()
+
+
+def read_state(found: Located) -> dict[str, Tensor]:
+    """The verified tensors of files that were found, in natcupy's names."""
+    return _Reader(found).tensors()
 
 
 class _Reader:
-    """A weights file, read as late as its format allows: header first, or (pickles) all at once."""
+    """The weights, read as late as their format allows: header first, or (pickles) all at once."""
 
     def __init__(self, found: Located):
-        self._found = found
-        self._weights: Weights | None = None
-        if found.weights.suffix in SUFFIXES:
-            self._weights = self._verified(read_pickle(found.weights))
-            self.shapes = convert.to_natcupy(_meta(self._weights.tensors))
-        else:
-            self.shapes = convert.to_natcupy(read_header(found.weights).shapes)
+        self._parts = found.shards or (Shard(found.weights, (), found.sha256),)
+        self._several = bool(found.shards)
+        self._read: dict[str, Tensor] | None = None
         self.sha256 = ""
+        if found.weights.suffix in SUFFIXES:
+            self._read = self._verified(self._parts[0], read_pickle(found.weights)).tensors
+            shapes = _meta(self._read)
+        else:
+            shapes = self._joined([read_header(part.path).shapes for part in self._parts])
+        self.shapes = convert.to_natcupy(shapes)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors, in natcupy's names; can be taken once."""
-        read = self._weights or self._verified(read_tensors(self._found.weights))
-        self._weights, self.sha256 = None, read.sha256
-        return convert.to_natcupy(read.tensors)
+        if self._read is None:
+            read = [self._verified(part, read_tensors(part.path)) for part in self._parts]
+            self._read = self._joined([weights.tensors for weights in read])
+            self.sha256 = _hash_of_several([w.sha256 for w in read], self._parts)
+        read, self._read = self._read, None
+        return convert.to_natcupy(read)
 
-    def _verified(self, read: Weights) -> Weights:
-        if self._found.sha256 and read.sha256 != self._found.sha256:
+    def _joined(self, parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """All tensors, once every file holds exactly those the index says."""
+        for part, tensors in zip(self._parts, parts, strict=True):
+            wrong = tensors.keys() ^ set(part.tensors) if self._several else ()
+            if wrong:
+                raise Corrupt(
+                    f"{part.path} must hold the tensors that the index names, it differs in "
+                    f"{some(sorted(wrong), 5)}. Fetch the weights again."
+                )
+        return {name: tensor for tensors in parts for name, tensor in tensors.items()}
+
+    def _verified(self, part: Shard, read: Weights) -> Weights:
+        if part.sha256 and read.sha256 != part.sha256:
             raise Corrupt(
-                f"{self._found.weights} must have SHA-256 {self._found.sha256}, got {read.sha256}. "
+                f"{part.path} must have SHA-256 {part.sha256}, got {read.sha256}. "
                 "It changed after it was fetched; load again."
             )
+        self.sha256 = read.sha256
         return read
+
+
+def _hash_of_several(hashes: list[str], parts: tuple[Shard, ...]) -> str:
+    """Of one file its hash; of several the hash of the list that `sha256sum` prints for them."""
+    if len(hashes) == 1:
+        return hashes[0]
+    lines = (f"{h}  {name}\n" for h, name in zip(hashes, shards.names(len(parts)), strict=True))
+    return sha256_of("".join(lines).encode())
 
 
 def _meta(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -184,7 +238,7 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return dtype
 
 
-def _wanted(have: ModelConfig, wishes: dict[str, Any]) -> ModelConfig:
+def _wanted(have: ModelConfig, wishes: Mapping[str, Any]) -> ModelConfig:
     """The file's config with the caller's wishes, checked like any config."""
     wishes = dict(wishes)
     features_only = wishes.pop("features_only", None)
@@ -320,46 +374,3 @@ def _source(
         tag=found.row.tag if found.row else None,
         license=found.row.license if found.row else None,
     )
-
-
-# ---------------------------------------------------------------- saving
-
-
-def save_pretrained(
-    model: ImageModel, folder: str | os.PathLike[str], *, overwrite_card: bool = False
-) -> Path:
-    """Write config.json, model.safetensors and README.md, all or none.
-
-    A kill at any moment leaves the old folder or the new one, as `from_pretrained` reads it; saving
-    into the folder the model was loaded from is safe. Tensors keep their dtype.
-
-    Args:
-        model: any model of the zoo.
-        folder: made if missing; other files in it stay.
-        overwrite_card: also replace a README.md that is there.
-
-    Returns:
-        The folder.
-
-    Raises:
-        CheckpointError: the model was rebuilt by hand and is not what its config describes.
-        ConfigError: its pretrained_cfg holds a value that could not be read back.
-        OSError: the folder cannot be written.
-    """
-    from natcupy import __version__
-
-    folder = Path(folder).expanduser()
-    state = model.state_dict()
-    with torch.device("meta"):
-        compare(state, build_model(model.config).state_dict(), where=f"this {model.name}")
-    text = config_text(model.config, model.pretrained_cfg, __version__)
-    writers = {
-        WEIGHTS_FILE: lambda path: write_tensors(state, path),
-        CONFIG: lambda path: path.write_text(text, encoding="utf-8"),
-    }
-    if overwrite_card or not (folder / README).exists():
-        facts = schema.clean_pretrained_cfg(model.pretrained_cfg, model.config)
-        readme = card.render(model.config, facts, getattr(model, "source", None))
-        writers[README] = lambda path: path.write_text(readme, encoding="utf-8")
-    write_folder(folder, writers)
-    return folder

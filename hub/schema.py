@@ -15,7 +15,7 @@ from typing import Any
 from natcupy.zoo.config import ConfigError, ModelConfig
 from natcupy.zoo.preprocess import CROP_MODES, INTERPOLATIONS
 
-MAX_CONFIG_BYTES = 1_000_000
+MAX_CONFIG_BYTES = 4_000_000  # 22,000 class names, in the three places that want them
 MAX_DEPTH = 6
 MAX_LABELS = 1_000_000
 
@@ -25,12 +25,12 @@ _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,95}")
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
-def parse_json(data: bytes, where: object) -> dict[str, Any]:
+def parse_json(data: bytes, where: object, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     """A JSON object from untrusted bytes: size, depth, duplicate names and odd numbers checked."""
-    if len(data) > MAX_CONFIG_BYTES:
+    if len(data) > limit:
         raise ConfigError(
-            f"{where} may take {MAX_CONFIG_BYTES:,} bytes, got {len(data):,}. This is not a model "
-            "config; fetch it again."
+            f"{where} may take {limit:,} bytes, got {len(data):,}. This is not what belongs there; "
+            "fetch it again."
         )
     try:
         values = json.loads(
@@ -89,43 +89,6 @@ def clean_pretrained_cfg(cfg: Mapping[str, Any], config: ModelConfig) -> Pretrai
     kept = {key: plain(value) for key, value in cfg.items() if key in _CFG_SCHEMA}
     kept["num_classes"] = config.num_classes
     return check_pretrained_cfg(kept, config)
-
-
-def parse_preprocessor(data: bytes, where: object) -> PretrainedCfg:
-    """The pretrained_cfg that a transformers preprocessor_config.json amounts to.
-
-    Its image processors resize the whole picture to the wanted size, unless they crop.
-    """
-    values = parse_json(data, where)
-    try:
-        return _preprocessor(values)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
-
-
-def _preprocessor(values: dict[str, Any]) -> PretrainedCfg:
-    out: PretrainedCfg = {}
-    size = values.get("size", 224)
-    crops = values.get("do_center_crop") is True
-    if isinstance(size, dict):
-        size = size.get("height", size.get("shortest_edge"))
-    size = integer("size", size, 1, 8192)
-    final = size
-    if crops:
-        crop = values.get("crop_size", size)
-        final = integer(
-            "crop_size", crop.get("height") if isinstance(crop, dict) else crop, 1, 8192
-        )
-        out["crop_pct"] = min(1.0, final / size)
-    out["crop_mode"] = "center" if crops else "squash"
-    out["input_size"] = (3, final, final)
-    for theirs, ours in (("image_mean", "mean"), ("image_std", "std")):
-        if values.get(theirs) is not None:
-            out[ours] = _triple(theirs, values[theirs], None)
-    names = dict(enumerate(("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")))
-    if values.get("resample") is not None:
-        out["interpolation"] = names[integer("resample", values["resample"], 0, 5)]
-    return out
 
 
 # ---------------------------------------------------------------- one value at a time
@@ -193,7 +156,8 @@ def _flag(key: str, value: object, *_: object) -> bool:
     return value
 
 
-def _triple(key: str, value: object, config: ModelConfig | None) -> tuple[float, ...]:
+def per_channel(key: str, value: object, config: ModelConfig | None) -> tuple[float, ...]:
+    """Finite numbers, one for all channels or one for each."""
     count = config.in_chans if config else 3
     if not isinstance(value, list | tuple) or len(value) not in {1, 3, count}:
         raise ConfigError(f"{key} must be a list of one number per channel, got {str(value)[:60]}.")
@@ -235,8 +199,8 @@ _CFG_SCHEMA: dict[str, Callable[[str, Any, ModelConfig], Any]] = {
     "crop_pct": lambda key, value, _: number(key, value, 0.01, 1.0),
     "crop_mode": _choice(tuple(CROP_MODES)),
     "interpolation": _choice(INTERPOLATIONS),
-    "mean": _triple,
-    "std": _triple,
+    "mean": per_channel,
+    "std": per_channel,
     "first_conv": word,
     "classifier": word,
 }

@@ -248,6 +248,10 @@ class ImageModel(nn.Module):
         """timm's other name for `pretrained_cfg`."""
         return self.pretrained_cfg
 
+    @default_cfg.setter
+    def default_cfg(self, cfg: dict[str, Any]) -> None:
+        self.pretrained_cfg = cfg
+
     def preprocess(self, image: Any) -> Tensor:
         """One picture as this model wants it: `[1, C, H, W]` on the model's device, in its dtype.
 

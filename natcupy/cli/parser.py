@@ -30,6 +30,11 @@ def build_parser() -> argparse.ArgumentParser:
     _info(commands)
     _doctor(commands)
     _train_digits(commands)
+    _pull(commands)
+    _push(commands)
+    _convert(commands)
+    _verify(commands)
+    _publish(commands)
     return parser
 
 
@@ -123,6 +128,73 @@ def _train_digits(commands: argparse._SubParsersAction) -> None:
         )
 
 
+def _pull(commands: argparse._SubParsersAction) -> None:
+    parser = _command(commands, "pull", "pull", "fetch a model's files from the Hub, verified")
+    parser.add_argument("name", metavar="NAME", help="nat-tiny, or org/name[@revision]")
+    parser.add_argument("folder", nargs="?", metavar="FOLDER", help="copy them there as well")
+    _add_hub(parser)
+
+
+def _push(commands: argparse._SubParsersAction) -> None:
+    parser = _command(commands, "push", "push", "upload a model to the Hub, as one commit")
+    parser.add_argument("model", metavar="MODEL", help="folder, file, or any name that loads")
+    parser.add_argument("repo", metavar="REPO", help="owner/name; made if missing")
+    visibility = parser.add_mutually_exclusive_group()
+    visibility.add_argument("--private", action="store_true", default=None, dest="private")
+    visibility.add_argument("--public", action="store_false", default=None, dest="private")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    parser.add_argument("--message", metavar="TEXT", help="of the commit")
+    parser.add_argument("--license", metavar="ID", help="such as mit, apache-2.0, cc-by-4.0")
+    parser.add_argument(
+        "--metric",
+        action="append",
+        default=[],
+        type=_metric,
+        metavar="NAME=VALUE",
+        help="measured on --dataset; may be repeated",
+    )
+    parser.add_argument("--dataset", metavar="NAME", help="what the metrics were measured on")
+    parser.add_argument("--trained-on", action="append", default=[], metavar="NAME")
+    parser.add_argument("--tag", action="append", default=[], metavar="WORD")
+    parser.add_argument("--base-model", metavar="REPO", help="whose weights were finetuned")
+    parser.add_argument(
+        "--overwrite-card", action="store_true", help="also replace a README.md edited on the Hub"
+    )
+    _add_hub(parser)
+
+
+def _convert(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands, "convert", "convert", "turn a checkpoint into a safetensors folder, proven equal"
+    )
+    parser.add_argument("source", metavar="IN", help=".pth, .bin, .safetensors, folder or name")
+    parser.add_argument("folder", metavar="OUT", help="folder to write")
+    parser.add_argument(
+        "--architecture", metavar="NAME", help="the model, where the file leaves it open"
+    )
+    parser.add_argument("--license", metavar="ID", help="of the weights, for the card")
+    _add_hub(parser)
+
+
+def _verify(commands: argparse._SubParsersAction) -> None:
+    parser = _command(commands, "verify", "verify", "check the hashes of a folder or repository")
+    parser.add_argument("name", metavar="NAME", help="folder, or org/name[@revision]")
+    parser.add_argument("--against", metavar="REPO", help="the repository a folder is a copy of")
+    _add_hub(parser)
+
+
+def _publish(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands, "publish", "publish", "convert released weights and push them with their cards"
+    )
+    parser.add_argument("names", nargs="+", metavar="NAME", help="nat-tiny, dinat-large-384 ...")
+    parser.add_argument("--org", required=True, metavar="ORG", help="user or organisation")
+    parser.add_argument("--dry-run", action="store_true", help="everything but the push")
+    parser.add_argument("--originals", metavar="FOLDER", help="the authors' .pth files")
+    parser.add_argument("--private", action="store_true", default=None)
+    _add_hub(parser)
+
+
 def _command(
     commands: argparse._SubParsersAction, name: str, room: str, text: str
 ) -> argparse.ArgumentParser:
@@ -143,6 +215,20 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _add_hub(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit (default: main)")
+    parser.add_argument("--cache-dir", metavar="FOLDER", help="default: as the Hub's client has it")
+    _add_json(parser)
+
+
+def _metric(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be NAME=NUMBER, got {text!r}") from None
 
 
 def _positive(text: str) -> int:

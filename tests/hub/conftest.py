@@ -53,10 +53,10 @@ def no_sockets(monkeypatch):
 @pytest.fixture
 def hub(monkeypatch):
     """The local Hub, empty, and retries that do not wait; the list `hub.pauses` holds the waits."""
-    from natcupy.hub import download
+    from natcupy.hub import client
 
     HUB.reset()
     HUB.pauses = []
-    monkeypatch.setattr(download.time, "sleep", HUB.pauses.append)
+    monkeypatch.setattr(client.time, "sleep", HUB.pauses.append)
     yield HUB
     HUB.reset()

@@ -1,13 +1,17 @@
 """A small Hub on 127.0.0.1, for the real client: repositories, commits, large files, faults.
 
-In: repositories made by `LocalHub.commit`. Out: the read endpoints of the Hub (model info, file
-tree, resolve with ETag, commit and redirect of large files to another origin, ranges, 401/403/404
-with the Hub's error codes), as `huggingface_hub` asks for them through HF_ENDPOINT.
+In: repositories made by `LocalHub.commit` or pushed by the client. Out: the endpoints of the Hub
+(model info, file tree, resolve with ETag, commit and redirect of large files to another origin,
+ranges, 401/403/404 with the Hub's error codes; writing is in `server_write`), as `huggingface_hub`
+asks for them through HF_ENDPOINT.
 
     hub = LocalHub()                               # environment: hub.environment(home)
     first = hub.commit("org/name", {"config.json": b"{}", "model.safetensors": data})
-    hub.fault(r"/blobs/", flip=True, times=2)      # also status=, cut=, headers=
+    hub.fault(r"/blobs/", flip=True, times=2)      # also status=, cut=, drop=, lost=, headers=
+    hub.weather = lambda method, path: None        # a fault for any request, or None
     hub.requests                                   # (method, path, status, token) of every request
+
+Run as a script it serves until stopped, for a look by hand: `python tests/hub/server.py`.
 """
 
 from __future__ import annotations
@@ -16,11 +20,14 @@ import contextlib
 import hashlib
 import json
 import re
+import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from server_write import RefusedError, Writing
 
 LARGE = (".safetensors", ".bin", ".pth")
 
@@ -32,6 +39,8 @@ class Repo:
     private: bool = False
     gated: bool = False
     readers: set[str] = field(default_factory=set)
+    messages: dict[str, str] = field(default_factory=dict)
+    requests: list[dict] = field(default_factory=list)  # pull requests
 
 
 @dataclass
@@ -44,12 +53,10 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     cut: int | None = None  # send so many bytes of the body, then drop the connection
     flip: bool = False  # one bit of the body changes, its size does not
+    drop: bool = False  # the connection ends before anything is done
+    lost: bool = False  # it is done, but the connection ends before the answer
+    whole: bool = False  # a wanted range is ignored and everything sent
     call: Callable[[], None] | None = None  # run before answering (a push by somebody else)
-
-
-class RefusedError(Exception):
-    def __init__(self, status: int, code: str = "", message: str = "refused"):
-        self.status, self.code, self.message = status, code, message
 
 
 class LocalHub:
@@ -66,12 +73,17 @@ class LocalHub:
         self.other_origin = f"http://localhost:{self.port}"
         self.repos: dict[str, Repo] = {}
         self.tokens = {"hf_alice": "alice", "hf_bob": "bob"}
+        self.rights = {"alice": {"alice", "me"}, "bob": {"bob"}}  # who may write to which names
+        self.lock = threading.RLock()
         self.reset()
 
     def reset(self) -> None:
         self.repos.clear()
         self.requests: list[tuple[str, str, int, str]] = []
         self.faults: list[Fault] = []
+        self.weather: Callable[[str, str], Fault | None] = lambda method, path: None
+        self.blobs: dict[str, bytes] = {}  # uploaded, perhaps in no commit yet
+        self.multipart_over = 10_000_000
 
     def close(self) -> None:
         self._server.shutdown()
@@ -96,22 +108,33 @@ class LocalHub:
         """Add a commit that changes `files`, and move the branch to it."""
         repo = self.repos.setdefault(repo_id, Repo())
         tree = {**repo.commits.get(repo.refs.get(branch, ""), {}), **files}
+        return self.add_commit(repo_id, branch, tree)
+
+    def add_commit(self, repo_id: str, branch: str, tree: dict[str, bytes], title: str = "") -> str:
+        repo = self.repos.setdefault(repo_id, Repo())
         oid = hashlib.sha1(f"{repo_id} {len(repo.commits)}".encode()).hexdigest()
-        repo.commits[oid] = tree
-        repo.refs[branch] = oid
+        repo.commits[oid], repo.refs[branch], repo.messages[oid] = tree, oid, title
         return oid
+
+    def tree(self, repo_id: str, branch: str = "main") -> dict[str, bytes]:
+        """The files of a branch; empty where there is none."""
+        repo = self.repos.get(repo_id, Repo())
+        return repo.commits.get(repo.refs.get(branch, ""), {})
 
     def fault(self, pattern: str, times: int = 1, **what) -> None:
         self.faults.append(Fault(pattern, times, **what))
 
-    def take_fault(self, path: str) -> Fault:
-        for fault in self.faults:
-            if fault.times > 0 and re.search(fault.pattern, path):
-                fault.times -= 1
-                return fault
-        return Fault("", 0)
+    def take_fault(self, method: str, path: str) -> Fault:
+        with self.lock:
+            for fault in self.faults:
+                if fault.times > 0 and re.search(fault.pattern, path):
+                    fault.times -= 1
+                    return fault
+            return self.weather(method, path) or Fault("", 0)
 
     def blob(self, sha256: str) -> bytes | None:
+        if sha256 in self.blobs:
+            return self.blobs[sha256]
         trees = (tree for repo in self.repos.values() for tree in repo.commits.values())
         contents = (data for tree in trees for data in tree.values())
         return next((d for d in contents if hashlib.sha256(d).hexdigest() == sha256), None)
@@ -121,9 +144,10 @@ def git_id(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Writing, BaseHTTPRequestHandler):
     hub: LocalHub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or every answer of two writes waits for an acknowledgement
 
     def log_message(self, *args) -> None:
         pass
@@ -134,17 +158,28 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self._answer()
 
+    def do_POST(self) -> None:
+        self._answer()
+
+    def do_PUT(self) -> None:
+        self._answer()
+
     def _answer(self) -> None:
-        path = unquote(urlsplit(self.path).path)
+        url = urlsplit(self.path)
+        path, self.query = unquote(url.path), parse_qs(url.query)
         self.status = 0
-        self.broken = self.hub.take_fault(path)
+        self.sent = self._read_body()
+        self.broken = self.hub.take_fault(self.command, path)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             try:
                 if self.broken.call:
                     self.broken.call()
-                if self.broken.status:
+                if self.broken.drop:
+                    self._hang_up()
+                elif self.broken.status:
                     raise RefusedError(self.broken.status)
-                self._route(path)
+                else:
+                    self._route(path)
             except RefusedError as refusal:
                 headers = {"X-Error-Message": refusal.message, **self.broken.headers}
                 if refusal.code:
@@ -153,7 +188,29 @@ class _Handler(BaseHTTPRequestHandler):
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         self.hub.requests.append((self.command, path, self.status, token))
 
+    def _hang_up(self) -> None:
+        self.close_connection = True
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+    def _read_body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        parts = []
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
     def _route(self, path: str) -> None:
+        if self.command not in ("GET", "HEAD"):
+            with self.hub.lock:
+                return self.write(path)
+        if path == "/api/whoami-v2":
+            return self._whoami()
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/discussions", path):
+            return self._discussions(match[1])
         if match := re.fullmatch(r"/blobs/([0-9a-f]{64})", path):
             return self._blob(match[1])
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+?)(?:/revision/(.+))?", path):
@@ -236,7 +293,7 @@ class _Handler(BaseHTTPRequestHandler):
             data = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
         status, total = 200, len(data)
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if wanted:
+        if wanted and not self.broken.whole:
             start, stop = int(wanted[1]), int(wanted[2] or total - 1)
             if start >= total:
                 return self._send(416, b"", {"Content-Range": f"bytes */{total}"})
@@ -244,8 +301,19 @@ class _Handler(BaseHTTPRequestHandler):
             headers = {**headers, "Content-Range": f"bytes {start}-{start + len(data) - 1}/{total}"}
         self._send(status, data, headers)
 
+    def _json(
+        self, value: object, status: int = 200, headers: dict[str, str] | None = None
+    ) -> None:
+        self._send(
+            status,
+            json.dumps(value).encode(),
+            {"Content-Type": "application/json", **(headers or {})},
+        )
+
     def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         self.status = status
+        if self.broken.lost:
+            return self._hang_up()
         self.send_response(status)
         for key, value in headers.items():
             self.send_header(key, value)
@@ -256,3 +324,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body if cut is None else body[:cut])
             if cut is not None:
                 self.close_connection = True
+
+
+if __name__ == "__main__":
+    served = LocalHub()
+    for name, value in {**served.environment("/nonexistent"), "HF_TOKEN": "hf_alice"}.items():
+        print(f"export {name}={value}")
+    with contextlib.suppress(KeyboardInterrupt):
+        threading.Event().wait()

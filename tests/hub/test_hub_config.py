@@ -8,7 +8,8 @@ import pytest
 from small import CONFIGS
 
 from natcupy.hub.config import config_text, model_type, parse_config
-from natcupy.hub.schema import MAX_CONFIG_BYTES, parse_preprocessor
+from natcupy.hub.preprocessor import parse_preprocessor
+from natcupy.hub.schema import MAX_CONFIG_BYTES
 from natcupy.zoo import ConfigError, ModelConfig, model_config
 
 THEIRS = {
@@ -73,12 +74,12 @@ def test_round_trip(name):
 
 def test_one_file_for_three_libraries():
     values = own("dinat", **{})
-    labels = {str(i): f"LABEL_{i}" for i in range(4)}
     assert values["model_type"] == "dinat"
     assert values["architectures"] == ["DinatForImageClassification"]
-    assert values["id2label"] == labels and values["label2id"] == {
-        v: int(k) for k, v in labels.items()
-    }
+    assert values["num_labels"] == 4 and "id2label" not in values  # nothing is made up
+    named = json.loads(config_text(CONFIGS["dinat"], {"label_names": list("abcd")}, "0.1.0"))
+    assert named["id2label"] == {"0": "a", "1": "b", "2": "c", "3": "d"}
+    assert named["label2id"]["d"] == 3 and named["label_names"] == ["a", "b", "c", "d"]
     assert values["layer_scale_init_value"] == 0.5 and values["num_channels"] == 1
     assert values["num_classes"] == 4 and values["num_features"] == 32
     assert values["architecture"] and values["global_pool"] == "avg" and values["pretrained_cfg"]

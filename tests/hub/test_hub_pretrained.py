@@ -53,6 +53,7 @@ def test_round_trip(tmp_path, name):
         "README.md",
         "config.json",
         "model.safetensors",
+        "preprocessor_config.json",
     ]
     again = natcupy.from_pretrained(folder)
     same(again.state_dict(), model.state_dict())
@@ -375,7 +376,7 @@ def test_bad_folders_and_files(tmp_path):
     with pytest.raises(Corrupt, match=r"\.safetensors"):
         hub.from_pretrained(tmp_path / "weights.onnx")
     (empty / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(NotFound, match="shards"):
+    with pytest.raises(Corrupt, match="weight_map"):
         hub.from_pretrained(empty)
     _, folder = saved(tmp_path)
     (folder / "config.json").write_text("{")

@@ -1,0 +1,179 @@
+"""Converting: any known checkpoint becomes a folder of natcupy's, proven to hold the same numbers.
+
+In: what `from_pretrained` reads; .pth and .bin go through the sandbox first. Out: a folder, and a
+`Conversion` that says what was read, what was written and that both are equal.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natcupy.hub import convert, facts, weights
+from natcupy.hub.client import Access
+from natcupy.hub.errors import CheckpointError, some
+from natcupy.hub.facts import Converted
+from natcupy.hub.files import sha256_file
+from natcupy.hub.locate import WEIGHTS_FILE, Located, locate
+from natcupy.hub.pickles import SUFFIXES
+from natcupy.hub.pretrained import from_pretrained, load
+from natcupy.hub.sandbox import convert_pickle
+from natcupy.hub.saving import pack, state_facts, write
+from natcupy.hub.tensors import read_tensors
+from natcupy.zoo import ImageModel
+
+_UNUSED = (".relative_position_index",)  # buffers some files leave out
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion did.
+
+    Attributes:
+        source, source_sha256: the file that was read, and its hash.
+        layout: how its tensors were named.
+        folder, sha256: what was written, and the hash of its weights.
+        architecture: the model's name.
+        parameters: how many.
+        tensors: how many were compared, bit by bit.
+        largest_difference: between the logits before and after, on one random picture.
+    """
+
+    source: str
+    source_sha256: str
+    layout: str
+    folder: str
+    sha256: str
+    architecture: str
+    parameters: int
+    tensors: int
+    largest_difference: float
+
+
+def convert_checkpoint(
+    name: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    architecture: str | None = None,
+    access: Access | None = None,
+    **stated: Any,
+) -> Conversion:
+    """Convert a checkpoint to a folder with config, safetensors and card, and prove it equal.
+
+    Args:
+        name, revision, architecture: as for `from_pretrained`.
+        folder: where to; made if missing.
+        access: how to reach the Hub.
+        **stated: for the card (license, metrics, datasets, repo …).
+
+    Raises:
+        HubError: as `from_pretrained`, before anything is written.
+        CheckpointError: what was written is not what was read (then `folder` is not to be used).
+    """
+    found = locate(name, revision, access or Access())
+    with TemporaryDirectory(prefix="natcupy-convert-") as place:
+        safe, source_hash = _safe_copy(found, Path(place) / WEIGHTS_FILE)
+        original = {} if safe.shards else read_tensors(safe.weights).tensors
+        model = load(safe, architecture=architecture)
+        converted = Converted(_plain_name(found.weights), source_hash, found.repo)
+        package = pack(model, state_facts(model, converted=converted, **stated))
+        target = write(package, folder, overwrite_card=True)
+        again = from_pretrained(target, dtype="auto")
+        compared = _same(model.state_dict(), again.state_dict(), "written")
+        layout = convert.detect_layout(original) if original else "natcupy"
+        if original:
+            compared = _same(original, _as_read(again, original, layout), "read")
+        return Conversion(
+            source=str(found.weights),
+            source_sha256=source_hash,
+            layout=layout,
+            folder=str(target),
+            sha256=again.source.sha256,
+            architecture=model.name,
+            parameters=sum(p.numel() for p in model.parameters()),
+            tensors=compared,
+            largest_difference=_logits_apart(model, again),
+        )
+
+
+def _safe_copy(found: Located, path: Path) -> tuple[Located, str]:
+    """The same with its tensors as safetensors, and the hash of the file they came from."""
+    if found.weights.suffix not in SUFFIXES:
+        return found, sha256_file(found.weights)
+    digest = convert_pickle(found.weights, path)
+    if found.sha256 and digest != found.sha256:
+        raise CheckpointError(
+            f"{found.weights} must have SHA-256 {found.sha256}, got {digest}. Fetch it again."
+        )
+    return replace(found, weights=path, sha256=None), digest
+
+
+def _plain_name(path: Path) -> str:
+    """The file's own name where a card may show it."""
+    return path.name if facts.is_plain(path.name) else f"weights{path.suffix}"
+
+
+def _as_read(
+    model: ImageModel, original: Mapping[str, Tensor], layout: str
+) -> Mapping[str, Tensor]:
+    """The written weights, back in the layout they were read in."""
+    state = model.state_dict()
+    if layout == "transformers":
+        prefix = next((p for p in ("nat.", "dinat.") if any(n.startswith(p) for n in original)), "")
+        return convert.to_transformers(state, prefix)
+    return convert.to_backbone(state) if layout == "backbone" else state
+
+
+def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor], what: str) -> int:
+    """How many tensors are equal bit by bit; an error unless all are."""
+    extra = {name for name in other.keys() - one.keys() if name.endswith(_UNUSED)}
+    wrong = (one.keys() ^ other.keys()) - extra
+    wrong |= {
+        name
+        for name in one.keys() & other.keys()
+        if one[name].dtype != other[name].dtype or not torch.equal(one[name], other[name])
+    }
+    if what == "read":  # a detector's neck and head are left behind on purpose
+        wrong = {name for name in wrong if name in other or not _left_behind(name, one)}
+    if wrong:
+        raise CheckpointError(
+            f"the converted weights are not those {what}: {some(sorted(wrong))} differ. Do not use "
+            "the folder."
+        )
+    return len(one.keys() & other.keys())
+
+
+def _left_behind(name: str, names: Mapping[str, Tensor]) -> bool:
+    detector = any(key.startswith("backbone.") for key in names)
+    return detector and not name.startswith("backbone.")
+
+
+@torch.inference_mode()
+def _logits_apart(one: ImageModel, other: ImageModel) -> float:
+    """Largest difference of what two models say about one random picture."""
+    config = one.config
+    side = config.img_size or 64
+    like = next(one.parameters())
+    picture = torch.randn(
+        1, config.in_chans, side, side, generator=torch.Generator().manual_seed(0)
+    ).to(like.dtype)
+    first, second = one(picture), other(picture)
+    pairs = zip(*(x if isinstance(x, list) else [x] for x in (first, second)), strict=True)
+    return max((a.double() - b.double()).abs().max().item() for a, b in pairs)
+
+
+def released(name: str) -> weights.Row:
+    """The row of the table for a name, or ValueError with the nearest."""
+    row = weights.find(name)
+    if row is None:
+        near = ", ".join(weights.nearest(name)) or "natcupy.hub.WEIGHTS lists them"
+        raise ValueError(f"no released weights are called {name[:80]!r}; the nearest are {near}.")
+    return row

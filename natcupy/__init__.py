@@ -20,12 +20,13 @@ if TYPE_CHECKING:
         na3d_av,
         na3d_qk,
     )
-    from natcupy.hub import from_pretrained, save_pretrained
+    from natcupy.hub import from_pretrained, push_to_hub, save_pretrained
     from natcupy.modules import (
         NeighborhoodAttention1D,
         NeighborhoodAttention2D,
         NeighborhoodAttention3D,
     )
+    from natcupy.warmup import warmup
     from natcupy.zoo import create_model, is_model, list_models
 
 __version__ = "0.1.0"
@@ -38,7 +39,8 @@ _ROOMS = {
     ),
     "natcupy.modules": tuple(f"NeighborhoodAttention{rank}D" for rank in (1, 2, 3)),
     "natcupy.zoo": ("create_model", "is_model", "list_models"),
-    "natcupy.hub": ("from_pretrained", "save_pretrained"),
+    "natcupy.hub": ("from_pretrained", "push_to_hub", "save_pretrained"),
+    "natcupy.warmup": ("warmup",),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 _SUBMODULES = ("functional", "hub", "modules", "zoo")
@@ -61,7 +63,9 @@ __all__ = [
     "na3d",
     "na3d_av",
     "na3d_qk",
+    "push_to_hub",
     "save_pretrained",
+    "warmup",
 ]
 
 

@@ -20,6 +20,13 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def portable():
+    """The portable kernels, whatever the shape."""
+    with plan.use_family("portable"):
+        yield
+
+
 class Interpreter:
     """Runs calls on CPU tensors with the PTX of one architecture."""
 

@@ -12,6 +12,14 @@ import pytest
 from natcupy.cuda import params, plan, tiling
 from natcupy.neighborhood import Neighborhood, inverse_window, window
 
+
+@pytest.fixture(autouse=True)
+def portable():
+    """The portable kernels' plans; those for small windows have tests of their own."""
+    with plan.use_family("portable"):
+        yield
+
+
 NAMES = ("query", "key", "value", "extra_key", "extra_value", "out", "d_out")
 
 
@@ -44,7 +52,7 @@ def random_problem(rng, rank=None, largest=70_000):
 def problem(shape, kernel_size, stride, dilation, causal, **more):
     sizes = {
         "dtype": "F16", "batch": 2, "heads": 4, "kv_heads": 4, "head_dim": 32, "value_dim": 32,
-        "extras": 0, "scale": 0.5, "rpb": False, "alignment": 16,
+        "extras": 0, "scale": 0.5, "rpb": False, "arch": 80, "alignment": 16,
     }  # fmt: skip
     sizes |= more
     every = (sizes["batch"], *shape)
@@ -317,7 +325,10 @@ def test_argument_struct(kernel):
     assert params.layout(kernel)[0].size == c_layout(params.PARAMS[kernel])[0]
 
 
-@pytest.mark.parametrize(("name", "file"), [("Geometry", "tile.cuh"), ("View", "common.cuh")])
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("Geometry", "tile.cuh"), ("View", "common.cuh"), ("SmallGeometry", "small.cuh")],
+)
 def test_nested_struct(name, file):
     assert parse_struct(source(file), name) == params.NESTED[name]
 

@@ -23,7 +23,14 @@ GEOMETRY = (
     ("capacity", "int", 1),
 )
 VIEW = (("data", "pointer", 1), ("batch", "long", 1), ("head", "long", 1), ("axis", "long", 3))
-NESTED = {"Geometry": GEOMETRY, "View": VIEW}
+SMALL_GEOMETRY = (
+    ("length", "int", 2),
+    ("dilation", "int", 2),
+    ("tiles", "int", 2),
+    *((name, "int", 1) for name in ("rows", "blocks", "splits", "heads_here", "pitch", "staged")),
+    *((name, "int", 1) for name in ("heads", "queries_per_kv", "zero")),
+)
+NESTED = {"Geometry": GEOMETRY, "View": VIEW, "SmallGeometry": SMALL_GEOMETRY}
 PARAMS = {
     "na_fwd": (
         ("geometry", "Geometry", 1),
@@ -81,6 +88,25 @@ PARAMS = {
         ("scale", "double", 1),
         *((name, "View", 1) for name in ("query", "d_out", "extra_key", "extra_value")),
         *((name, "pointer", 1) for name in ("lse", "delta", "d_key", "d_value")),
+    ),
+    "na2d_small_fwd": (
+        ("geometry", "SmallGeometry", 1),
+        ("scale", "double", 1),
+        *((name, "View", 1) for name in ("query", "key", "value", "out")),
+        *((name, "pointer", 1) for name in ("rpb", "lse")),
+    ),
+    "na2d_small_bwd_dq": (
+        ("geometry", "SmallGeometry", 1),
+        ("items", "int", 1),
+        ("scale", "double", 1),
+        *((name, "View", 1) for name in ("query", "key", "value", "out", "d_out", "d_query")),
+        *((name, "pointer", 1) for name in ("rpb", "lse", "d_lse", "delta", "partial")),
+    ),
+    "na2d_small_bwd_dkv": (
+        ("geometry", "SmallGeometry", 1),
+        ("scale", "double", 1),
+        *((name, "View", 1) for name in ("query", "key", "value", "d_out", "d_key", "d_value")),
+        *((name, "pointer", 1) for name in ("rpb", "lse", "delta")),
     ),
     "reduce_partials": (
         ("size", "long", 1),

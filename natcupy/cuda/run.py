@@ -62,6 +62,7 @@ def _problem(tensors: dict[str, Tensor | None], hood, scale: float, rpb: bool) -
         hood=hood,
         scale=scale,
         rpb=rpb,
+        arch=jit.arch_for(query.device).capability,
         alignment=address & -address,
         strides=tuple((n, x.stride()[:-1]) for n, x in tensors.items() if x is not None),
     )

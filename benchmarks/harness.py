@@ -1,0 +1,126 @@
+"""One measurement loop for operations and models: what to run comes in, rows of numbers go out.
+
+A failure of one way (out of memory, not supported) is a row that says why, never the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import record, report
+from benchmarks.roofline import Roofline, measure_roofline
+from benchmarks.timing import measure
+
+DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
+Say = Callable[[str], None]
+
+
+def row(
+    case: str,
+    way: str,
+    exact: bool,
+    step: str,
+    dtype: torch.dtype,
+    *,
+    run: Callable[[], object] | None = None,
+    why_not: str | None = None,
+    device: torch.device,
+    roofline: Roofline,
+    flops: int,
+    moved: int | None,
+    seconds: float,
+    error: float | None = None,
+) -> dict[str, Any]:
+    """One row: times and rates of `run`, or `why_not` it did not."""
+    made: dict[str, Any] = {
+        "case": case,
+        "way": way,
+        "exact": exact,
+        "pass": step,
+        "dtype": str(dtype).removeprefix("torch."),
+        "why_not": why_not,
+        "error": error,
+        **dict.fromkeys(("ms", "host_ms", "gb_s", "tflop_s", "share", "peak_bytes", "timing")),
+    }
+    if run is None or why_not is not None:
+        return made
+    try:
+        timing = measure(run, device, seconds)
+    except (RuntimeError, NotImplementedError, torch.OutOfMemoryError) as failure:
+        return made | {"why_not": reason(failure)}
+    ms = timing.median
+    return made | {
+        "ms": ms,
+        "host_ms": timing.host,
+        "gb_s": None if moved is None else moved / ms / 1e6,
+        "tflop_s": flops / ms / 1e9,
+        "share": None if moved is None else roofline.floor(flops, moved) / ms,
+        "peak_bytes": timing.peak_bytes,
+        "timing": timing.as_dict(),
+    }
+
+
+def reason(failure: BaseException) -> str:
+    """The first line of an error, and its kind."""
+    text = (str(failure).strip().splitlines() or [""])[0][:200].rstrip(". ")
+    return f"{type(failure).__name__}: {text}" if text else type(failure).__name__
+
+
+def parser(what: str) -> argparse.ArgumentParser:
+    """The arguments that both commands share."""
+    made = argparse.ArgumentParser(prog=f"python -m benchmarks.{what}", description=__doc__)
+    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    made.add_argument("--dtype", choices=DTYPES, help="bfloat16 on a GPU, float32 on a CPU")
+    made.add_argument("--batch", type=int, nargs="+", default=[1, 8], metavar="N")
+    made.add_argument("--case", help="only cases whose name holds this")
+    made.add_argument("--way", help="only these ways to attend, parts of names with commas")
+    made.add_argument("--forward-only", action="store_true")
+    made.add_argument("--seconds", type=float, default=0.3, help="for each row (default 0.3)")
+    made.add_argument("--out", type=Path, help="the JSON file; by default in benchmarks/results")
+    made.add_argument("--no-plot", action="store_true")
+    return made
+
+
+def settings(arguments: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of a run. Raises ValueError for a GPU that is not there."""
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda needs a CUDA GPU, and torch finds none; use --device cpu.")
+    default = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return device, DTYPES[arguments.dtype] if arguments.dtype else default
+
+
+def start(kind: str, device: torch.device, dtype: torch.dtype, **sizes: Any) -> dict[str, Any]:
+    """A record with its ceilings measured and no rows."""
+    made = record.new(kind, device)
+    made["roofline"] = measure_roofline(device, dtype, **sizes).as_dict()
+    made["rows"] = []
+    return made
+
+
+def finish(made: dict[str, Any], arguments: argparse.Namespace) -> Path:
+    """Write JSON, Markdown and plot beside each other; print the tables."""
+    path = save(made, arguments)
+    if not arguments.no_plot:
+        report.plot(made, path.with_suffix(".png"))
+    print(report.speed(made))
+    return path
+
+
+def save(made: dict[str, Any], arguments: argparse.Namespace) -> Path:
+    """JSON and Markdown of what there is so far."""
+    path = arguments.out or record.path_of(made)
+    record.write(path, made)
+    record.write_text(path.with_suffix(".md"), report.speed(made))
+    return path
+
+
+def say(text: str) -> None:
+    """Progress, apart from the tables."""
+    print(text, file=sys.stderr, flush=True)

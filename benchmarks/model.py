@@ -1,0 +1,172 @@
+"""`python -m benchmarks.model`: whole models of the zoo, inference and a training step.
+
+In: a device, a dtype, batches. Out: a record in JSON, its tables in Markdown, a plot. The models
+are the same for every way to attend; only what their attention layers call is exchanged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import natcupy
+from benchmarks import harness
+from benchmarks.cases import MODEL_CASES, ModelCase, pick
+from benchmarks.peers import Way, pick_ways
+from benchmarks.roofline import Roofline
+from natcupy.modules import (
+    NeighborhoodAttention1D,
+    NeighborhoodAttention2D,
+    NeighborhoodAttention3D,
+)
+from natcupy.zoo import count_macs
+
+PASSES = {False: "inference", True: "training step"}
+LAYERS = (NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D)
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Run the command; the path of its record."""
+    arguments = harness.parser("model").parse_args(argv)
+    device, dtype = harness.settings(arguments)
+    ways = pick_ways(arguments.way)
+    made = harness.start("model", device, dtype)
+    for case in pick(MODEL_CASES, arguments.case):
+        model = build(case, device, dtype)
+        for batch in arguments.batch:
+            harness.say(f"{case.label}, batch {batch}")
+            made["rows"] += rows(
+                case, model, batch, ways, device, dtype, Roofline(**made["roofline"]),
+                forward_only=arguments.forward_only, seconds=arguments.seconds,
+            )  # fmt: skip
+            harness.save(made, arguments)
+    return harness.finish(made, arguments)
+
+
+def build(case: ModelCase, device: torch.device, dtype: torch.dtype, **overrides: Any) -> nn.Module:
+    """The model with random weights."""
+    torch.manual_seed(0)
+    return natcupy.create_model(case.name, **overrides).to(device, dtype)
+
+
+@contextlib.contextmanager
+def attending(model: nn.Module, way: Way) -> Iterator[None]:
+    """Inside, every neighborhood attention layer of `model` attends by `way`."""
+    layers = [module for module in model.modules() if isinstance(module, LAYERS)]
+
+    def by_way(layer):
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return way.attend(query, key, value, layer.hood, layer.scale, layer.rpb)
+
+        return attend
+
+    for layer in layers:
+        layer._attend = by_way(layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer._attend
+
+
+def rows(
+    case: ModelCase,
+    model: nn.Module,
+    batch: int,
+    ways: Sequence[Way],
+    device: torch.device,
+    dtype: torch.dtype,
+    roofline: Roofline,
+    *,
+    forward_only: bool = False,
+    seconds: float = 0.3,
+) -> list[dict[str, Any]]:
+    """Every way on one model and batch."""
+    make = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, 3, case.size, case.size, generator=make).to(device, dtype)
+    macs = count_macs(model.config, case.size, case.size).plain
+    found, truth = [], _reference(model, images[:1])
+    for training in (False,) if forward_only else (False, True):
+        for way in ways:
+            model.train(training)
+            with attending(model, way):
+                why_not, error = _try(way, model, images, training, truth)
+                step = _training_step if training else _inference
+                made = harness.row(
+                    f"{case.label}, batch {batch}", way.name, way.exact, PASSES[training], dtype,
+                    run=step(model, images), why_not=why_not, device=device, roofline=roofline,
+                    flops=2 * macs * batch * (3 if training else 1), moved=None, seconds=seconds,
+                    error=error,
+                )  # fmt: skip
+            found.append(made)
+            model.zero_grad(set_to_none=True)
+    return found
+
+
+def _reference(model: nn.Module, image: Tensor) -> Tensor:
+    """Logits of one picture by the definition, in the model's own dtype."""
+    model.eval()
+    with attending(model, pick_ways("natcupy torch")[0]), torch.inference_mode():
+        return model(image)
+
+
+def _try(way: Way, model, images, training, truth) -> tuple[str | None, float | None]:
+    """Why a way cannot run this model, or its largest difference from the definition."""
+    problems: list[str] = []
+
+    def ask(layer, inputs):
+        (x,) = inputs
+        query = x.unflatten(-1, (layer.num_heads, layer.head_dim))
+        why_not = way.why_not(query, layer.hood, layer.rpb, training)
+        if why_not is not None:
+            problems.append(why_not)
+            raise _Refused
+
+    layers = [module for module in model.modules() if isinstance(module, LAYERS)]
+    hooks = [layer.register_forward_pre_hook(ask) for layer in layers]
+    mode = model.training
+    try:
+        model.eval()
+        with torch.inference_mode():
+            logits = model(images[:1])
+            model(images)
+    except _Refused:
+        return problems[0], None
+    except (RuntimeError, NotImplementedError) as failure:
+        return harness.reason(failure), None
+    finally:
+        model.train(mode)
+        for hook in hooks:
+            hook.remove()
+    return None, (logits - truth).abs().max().item() if way.exact else None
+
+
+class _Refused(Exception):  # noqa: N818 (no error: an answer)
+    """A layer's attention cannot be run in this way."""
+
+
+def _inference(model: nn.Module, images: Tensor):
+    @torch.inference_mode()
+    def run():
+        return model(images)
+
+    return run
+
+
+def _training_step(model: nn.Module, images: Tensor):
+    """Forward, loss and all gradients, without the optimizer."""
+
+    def run():
+        model.zero_grad(set_to_none=True)
+        model(images).float().square().mean().backward()
+
+    return run
+
+
+if __name__ == "__main__":
+    main()

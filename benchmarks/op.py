@@ -1,0 +1,122 @@
+"""`python -m benchmarks.op`: attention alone, forward and with its gradients, in every way here.
+
+In: a device, a dtype, batches. Out: a record in JSON, its tables in Markdown, a plot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import harness
+from benchmarks.cases import OP_CASES, OpCase, pick
+from benchmarks.peers import Way, pick_ways
+from benchmarks.roofline import Roofline
+
+TRUTH_BATCH = 1  # pictures of a case on which errors are measured
+PASSES = {False: "forward", True: "forward + backward"}
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Run the command; the path of its record."""
+    arguments = harness.parser("op").parse_args(argv)
+    device, dtype = harness.settings(arguments)
+    cases = [c.at(n) for c in pick(OP_CASES, arguments.case) for n in arguments.batch]
+    ways = pick_ways(arguments.way)
+    made = harness.start("op", device, dtype)
+    for case in cases:
+        harness.say(case.label)
+        made["rows"] += rows(
+            case, ways, device, dtype, Roofline(**made["roofline"]),
+            forward_only=arguments.forward_only, seconds=arguments.seconds,
+        )  # fmt: skip
+        harness.save(made, arguments)
+    return harness.finish(made, arguments)
+
+
+def rows(
+    case: OpCase,
+    ways: Sequence[Way],
+    device: torch.device,
+    dtype: torch.dtype,
+    roofline: Roofline,
+    *,
+    forward_only: bool = False,
+    seconds: float = 0.3,
+) -> list[dict[str, Any]]:
+    """Every way on one case: forward without gradients, and forward with all gradients."""
+    truth = _truth(case, dtype, device)
+    tensors = case.tensors(dtype, device)
+    found = []
+    for backward in (False,) if forward_only else (False, True):
+        for way in ways:
+            why_not = way.why_not(tensors["query"], case.hood, tensors["rpb"], backward)
+            run, error = None, None
+            if why_not is None:
+                run = _step(way, case, tensors) if backward else _forward(way, case, tensors)
+                error, why_not = _error(way, case, dtype, device, truth)
+            made = harness.row(
+                case.label, way.name, way.exact, PASSES[backward], dtype,
+                run=run, why_not=why_not, device=device, roofline=roofline,
+                flops=case.flops(backward), moved=case.bytes(dtype, backward),
+                seconds=seconds, error=error,
+            )  # fmt: skip
+            found.append(made)
+    return found
+
+
+def _attend(way: Way, case: OpCase, tensors):
+    return way.attend(
+        tensors["query"], tensors["key"], tensors["value"], case.hood, case.scale, tensors["rpb"]
+    )
+
+
+def _forward(way: Way, case: OpCase, tensors):
+    @torch.inference_mode()
+    def run():
+        return _attend(way, case, tensors)
+
+    return run
+
+
+def _step(way: Way, case: OpCase, tensors):
+    leaves = {n: None if x is None else x.detach().requires_grad_() for n, x in tensors.items()}
+    given = [x for x in leaves.values() if x is not None]
+    make = torch.Generator().manual_seed(1)
+    d_out = torch.randn(tensors["query"].shape, generator=make).to(tensors["query"])
+
+    def run():
+        out = _attend(way, case, leaves)
+        # a way that leaves the bias out has no gradient for it
+        return torch.autograd.grad(out, given, d_out, allow_unused=not way.exact)
+
+    return run
+
+
+def _truth(case: OpCase, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The definition in float64, from the very numbers that the ways get."""
+    tensors = case.at(TRUTH_BATCH).tensors(dtype, device)
+    double = {n: None if x is None else x.double() for n, x in tensors.items()}
+    plain = next(way for way in pick_ways("natcupy torch"))
+    with torch.inference_mode():
+        return _attend(plain, case.at(TRUTH_BATCH), double)
+
+
+def _error(way: Way, case: OpCase, dtype, device, truth) -> tuple[float | None, str | None]:
+    """Largest difference from the truth of an exact way; or why it cannot run after all."""
+    if not way.exact:
+        return None, None
+    small = case.at(TRUTH_BATCH)
+    try:
+        with torch.inference_mode():
+            out = _attend(way, small, small.tensors(dtype, device))
+    except (RuntimeError, NotImplementedError) as failure:
+        return None, harness.reason(failure)
+    return (out.double() - truth).abs().max().item(), None
+
+
+if __name__ == "__main__":
+    main()

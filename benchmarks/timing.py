@@ -1,0 +1,99 @@
+"""How long something takes: a function comes in, times go out.
+
+On a GPU, device time by events around each call, the L2 cache flushed before it, and apart from it
+the host's time to queue a call. On a CPU, wall time with the caches flushed in the same way.
+Medians throughout; what is compiled on first use falls into a warm-up, whose time is told too.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+
+WARM_UP = 3  # calls before anything is timed, fewer where they are slow
+LEAST, MOST = 3, 200  # timed calls
+CPU_CACHE = 64 << 20  # bytes written to empty a CPU's caches
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds: `median` and the quartiles around it, the `host`'s share, the `first` call."""
+
+    median: float
+    low: float
+    high: float
+    host: float
+    first: float
+    calls: int
+    peak_bytes: int | None  # allocated by a call beyond what was there; None on a CPU
+
+    def as_dict(self) -> dict[str, float | int | None]:
+        return asdict(self)
+
+
+def measure(run: Callable[[], object], device: torch.device, seconds: float = 0.5) -> Timing:
+    """Time `run` for about `seconds`, at least `LEAST` times."""
+    on_gpu = device.type == "cuda"
+    wait = torch.cuda.synchronize if on_gpu else _nothing
+    begun = time.perf_counter()
+    run()
+    wait()
+    first = time.perf_counter() - begun
+    for _ in range(WARM_UP - 1):
+        if time.perf_counter() - begun < seconds + 1.0:
+            run()
+    wait()
+    peak = _peak(run, device) if on_gpu else None
+    times, host = (_gpu_times if on_gpu else _cpu_times)(run, device, seconds)
+    quarters = statistics.quantiles(times, n=4, method="inclusive")
+    low, high = quarters[0], quarters[2]
+    middle = statistics.median(times)
+    return Timing(middle, low, high, statistics.median(host), first * 1e3, len(times), peak)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _peak(run, device: torch.device) -> int:
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _gpu_times(run, device: torch.device, seconds: float) -> tuple[list[float], list[float]]:
+    """Device milliseconds per call from events, and host milliseconds to queue one."""
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    flush = torch.empty(2 * cache, dtype=torch.int8, device=device)
+    host, queued, begun = [], [], time.perf_counter()
+    while len(queued) < MOST and (len(queued) < LEAST or time.perf_counter() - begun < seconds):
+        flush.zero_()
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        before = time.perf_counter()
+        events[0].record()
+        run()
+        events[1].record()
+        host.append((time.perf_counter() - before) * 1e3)
+        queued.append(events)
+        if len(queued) % 8 == 0:  # else the host runs far ahead, and a full queue blocks it
+            torch.cuda.synchronize(device)
+    torch.cuda.synchronize(device)
+    return [start.elapsed_time(end) for start, end in queued], host
+
+
+def _cpu_times(run, device: torch.device, seconds: float) -> tuple[list[float], list[float]]:
+    flush = torch.empty(CPU_CACHE, dtype=torch.int8)
+    times, begun = [], time.perf_counter()
+    while len(times) < MOST and (len(times) < LEAST or time.perf_counter() - begun < seconds):
+        flush.fill_(len(times) % 100)
+        before = time.perf_counter()
+        run()
+        times.append((time.perf_counter() - before) * 1e3)
+    return times, times

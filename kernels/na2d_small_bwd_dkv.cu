@@ -1,0 +1,177 @@
+// Backward for small 2-D windows on tensor cores, keys at rest: d_key and d_value. What na_bwd_dkv
+// computes, with the fragments of na2d_small_fwd turned round: rows of a fragment are keys, a step
+// is 16 of the queries that see them, which the inverse windows name.
+//
+// A block stages queries and output gradients of all queries that see its tile of keys, with their
+// log-sum-exp and delta. With grouped heads it walks all query heads of its keys' head, one after
+// the other, into the same registers. No atomics, the same bits every time.
+
+#include "common.cuh"
+#include "neighborhood.cuh"
+#include "small.cuh"
+
+struct Params {
+    SmallGeometry geometry;  // its heads are those of keys and values
+    double scale;
+    View query;
+    View key;
+    View value;
+    View d_out;
+    View d_key;
+    View d_value;
+    acc_t* rpb;    // [query heads, 2 * kernel_size - 1 per axis]
+    acc_t* lse;    // [batch, query heads, *spatial]
+    acc_t* delta;  // like lse
+};
+
+extern "C" __global__ void __launch_bounds__(256, 1)
+na2d_small_bwd_dkv(const __grid_constant__ Params p) {
+    extern __shared__ __align__(128) unsigned char shared[];
+    const SmallGeometry& g = p.geometry;
+    const Role role(g);
+    const int teams = g.heads / g.heads_here;
+    const int first_head = blockIdx.x % teams * g.heads_here, head = first_head + role.head;
+    SmallItem item;
+    if (!item.set(g, blockIdx.x / teams)) return;
+
+    const int row0 = item.begin[0], height = item.extent[0], width = item.extent[1];
+    const int last = least(row0 + g.rows, height) - 1;
+    const int top = inverse_window(row0, height, KH).begin;
+    const int rows = inverse_window(last, height, KH).end - top;
+    const int left = first_staged(g, inverse_window(item.begin[1], width, KW).begin, width);
+    const unsigned staged = shared_address(shared), line = g.pitch * ROW;
+    const int tokens = g.staged * g.pitch, queries = g.heads * g.queries_per_kv;
+    float* tables = (float*)(shared + 2 * g.heads_here * tensor_bytes(g));
+    float* known = tables + g.heads_here * BIASES;  // [head][lse, delta][row][pitch]
+
+    // This warp's key columns and the query columns that see them.
+    const int column0 = item.begin[1] + role.column;
+    const bool active = column0 < width;
+    const int c = role.lane % 4, column = column0 + role.lane / 4, near = least(column, width - 1);
+    const int from = inverse_window(least(column0, width - 1), width, KW).begin;
+    const int to = inverse_window(least(column0 + 7, width - 1), width, KW).end;
+    const float scale = (float)p.scale * (float)LOG2_E;
+    const Grid keys(p.key, g, item, head), values(p.value, g, item, head);
+    const unsigned table = shared_address(tables) + role.head * BIASES * 4;
+    const unsigned lse_here = shared_address(known) + role.head * 2 * tokens * 4;
+    const unsigned here = staged + 2 * role.head * tensor_bytes(g);
+
+    // NOTE: the sums of a pair of rows run over all query heads of a group, so heads are staged anew
+    // for every pair; the plan gives a warp one pair where heads are grouped, if it can.
+    for (int pass = 0; pass * 2 * g.splits < g.rows; ++pass) {
+        const int row = row0 + 2 * (role.split + pass * g.splits);
+        const bool mine = active && row <= last, two = row + 1 < height;
+        Left key, value;
+        float d_key[D / 8][4], d_value[D / 8][4];
+        if (mine) {
+            Chunk k[2][BANDS], v[2][BANDS];
+#pragma unroll
+            for (int side = 0; side < 2; ++side)
+#pragma unroll
+                for (int b = 0; b < BANDS; ++b) {
+                    const int skip = b * 32 + c * 8, down = two ? row + side : row;
+                    k[side][b] = read_global(keys.at(down, near) + skip);
+                    v[side][b] = read_global(values.at(down, near) + skip);
+                }
+            key.set(k[0], k[1], g.zero);
+            value.set(v[0], v[1], g.zero);
+        }
+#pragma unroll
+        for (int j = 0; j < D / 8; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) d_key[j][e] = d_value[j][e] = 0;
+
+        for (int member = 0; member < g.queries_per_kv; ++member) {
+            if (pass == 0 || g.queries_per_kv > 1) {
+                __syncthreads();  // what was staged before has been read
+                stage(g, item, role, staged, first_head, p.query, p.d_out, g.queries_per_kv, member,
+                      1, top, left, rows);
+                stage_biases(g, tables, p.rpb, first_head, g.queries_per_kv, member);
+                for (int n = role.warp; n < g.heads_here * rows; n += role.warps) {
+                    const int down = n % rows, h = n / rows;
+                    const int query_head = (first_head + h) * g.queries_per_kv + member;
+                    const long long image =
+                        (item.batch * queries + query_head) * g.length[0] * g.length[1];
+                    for (int x = role.lane; x < g.pitch; x += 32) {
+                        const bool real = left + x < width;
+                        const long long at = image + item.token(g, top + down, left + x);
+                        float* write = known + 2 * h * tokens + down * g.pitch + x;
+                        write[0] = real ? p.lse[at] * (float)LOG2_E : -minus_infinity();
+                        write[tokens] = real ? p.delta[at] : 0;
+                    }
+                }
+                copies_done();
+                __syncthreads();
+            }
+            if (!mine) continue;
+            const int first = inverse_window(row, height, KH).begin;
+            const int end = inverse_window(two ? row + 1 : row, height, KH).end;
+#pragma unroll 1
+            for (int begin = from; begin < to; begin += COLUMNS) {
+                const int at = least(begin, left + g.pitch - COLUMNS);  // 16 staged columns
+                unsigned biases[4];
+#pragma unroll
+                for (int x = 0; x < 4; ++x) {
+                    const int query = at + x / 2 * 8 + c * 2 + x % 2;
+                    const Interval seen = window(query, width, KW);
+                    const bool sees = query >= begin && query < width && near >= seen.begin &&
+                                      near < seen.end;
+                    biases[x] = table + 4 * (sees ? rpb_index(near, query, KW) : (int)NO_BIAS);
+                }
+                unsigned skip = (first - top) * line;
+                unsigned scalars = lse_here + ((first - top) * g.pitch + at - left + c * 2) * 4;
+                const unsigned rows_at = here + row_offset(at - left, role.lane);
+                const unsigned across =
+                    here + transposed_offset(at - left, role.lane, DENSE ? line : 8 * ROW);
+                const unsigned last_across = here + transposed_offset(at - left, role.lane, 0);
+#pragma unroll 1
+                for (int i = first; i < end; i += DENSE ? 2 : 1) {
+                    unsigned weights[2][2], ds[2][2];
+                    const bool half = DENSE && i + 1 >= end;
+#pragma unroll
+                    for (int h = 0; h < 2; ++h) {
+                        const int query = DENSE ? i + h : i;
+                        weights[h][0] = weights[h][1] = ds[h][0] = ds[h][1] = 0;
+                        if (DENSE && h == 1 && half) continue;
+                        const Interval seen = window(query, height, KH);
+                        const unsigned step = DENSE ? h * line : h * 8 * ROW;
+                        const unsigned scalar = scalars + (DENSE ? h * g.pitch : h * 8) * 4;
+                        float t[4], d[4];
+                        scores(t, key, rows_at + skip + step);
+                        scores(d, value, rows_at + tensor_bytes(g) + skip + step);
+#pragma unroll
+                        for (int side = 0; side < 2; ++side) {
+                            if (!(row + side >= seen.begin && row + side < seen.end)) continue;
+                            const int distance = (row + side - query + KH) * (BIAS_PITCH * 4);
+                            float x[2], y[2];
+#pragma unroll
+                            for (int e = 0; e < 2; ++e) {
+                                const float bias =
+                                    read_float(biases[DENSE ? e : 2 * h + e] + distance);
+                                x[e] = exp_2(t[2 * side + e] * scale + bias -
+                                             read_float(scalar + e * 4));
+                                y[e] = x[e] * (d[2 * side + e] -
+                                               read_float(scalar + (tokens + e) * 4));
+                            }
+                            weights[h][side] = pair(scalar_t(), x[0], x[1]);
+                            ds[h][side] = pair(scalar_t(), y[0], y[1]);
+                        }
+                    }
+                    accumulate(d_value, weights,
+                               (half ? last_across : across) + tensor_bytes(g) + skip, half);
+                    accumulate(d_key, ds, (half ? last_across : across) + skip, half);
+                    skip += DENSE ? 2 * line : line;
+                    scalars += g.pitch * (DENSE ? 8 : 4);
+                }
+            }
+        }
+        if (!mine) continue;
+        const Grid d_keys(p.d_key, g, item, head), d_values(p.d_value, g, item, head);
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+            const bool write = column < width && (side == 0 || two);
+            store_row(d_keys.at(row + side, near), d_key, side, (float)p.scale, c, write);
+            store_row(d_values.at(row + side, near), d_value, side, 1, c, write);
+        }
+    }
+}

@@ -1,0 +1,208 @@
+// Neighborhood attention forward for small 2-D windows, on tensor cores.
+//
+// A block of threads stages keys and values that a tile of queries sees, once. A warp owns blocks
+// of 8 query columns and walks down pairs of rows; the fragment of a pair meets one step of keys
+// at a time. Two consecutive windows begin 0 or 1 rows apart, so a pair is either aligned (KH rows
+// of keys) or staggered (KH + 1, the first and last of which only one query row sees): which rows
+// are seen is a matter of loop bounds, never of masks. Columns are masked by the bias table, where
+// a pair that does not see each other finds minus infinity.
+//
+// The softmax is exact and streamed: weights are 2^(t - peak), where `peak` is the largest score of
+// the first step, and is raised, everything accumulated rescaled, only when a score exceeds it by
+// 8 or more; so weights stay below 2^8, in range for halves.
+//
+// Layout: `lse` is [batch, heads, *spatial], natural log; rows of all tensors start at multiples of
+// 16 bytes.
+
+#include "common.cuh"
+#include "neighborhood.cuh"
+#include "small.cuh"
+
+struct Params {
+    SmallGeometry geometry;
+    double scale;
+    View query;
+    View key;
+    View value;
+    View out;
+    acc_t* rpb;  // [heads, 2 * kernel_size - 1 per axis]
+    acc_t* lse;
+};
+
+struct Sums {  // of a pair of rows
+    float out[D / 8][4], peak[2], total[2];
+};
+
+// Fragment `query` against the keys at `keys`, values at `values`; `biases` are this lane's four
+// columns of the table, at the row before the first query's first.
+template <int STAGGER>
+__device__ __forceinline__ void attend(
+    const SmallGeometry& g, const Left& query, unsigned keys, unsigned values, unsigned last_values,
+    const unsigned (&biases)[4], float scale, Sums& sums) {
+    constexpr int ROWS = KH + STAGGER, STEPS = DENSE ? (KH + 1) / 2 : ROWS;
+    const unsigned line = g.pitch * ROW;
+    float (&peak)[2] = sums.peak, (&total)[2] = sums.total;
+    peak[0] = peak[1] = -1e30f;  // finite: a table may hold minus infinity
+    total[0] = total[1] = 0;
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sums.out[j][e] = 0;
+    float bias[4];  // of the second query's next row: the first query's row before it
+#pragma unroll
+    for (int x = 0; x < 4; ++x) bias[x] = STAGGER ? 0 : read_float(biases[x]);
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) {
+        float t[2][4], high[2] = {-1e30f, -1e30f};
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const int row = DENSE ? 2 * i + h : i;
+            if (row >= ROWS) continue;
+            scores(t[h], query, keys + (DENSE ? h * line : h * 8 * ROW));
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const int x = DENSE ? e : 2 * h + e;
+                if (row >= STAGGER) {
+                    t[h][2 + e] = t[h][2 + e] * scale + bias[x];
+                    high[1] = fmaxf(high[1], t[h][2 + e]);
+                }
+                if (row < KH) {
+                    bias[x] = read_float(biases[x] + (row + 1) * (BIAS_PITCH * 4));
+                    t[h][e] = t[h][e] * scale + bias[x];
+                    high[0] = fmaxf(high[0], t[h][e]);
+                }
+            }
+        }
+        if (i <= STAGGER ||
+            __any_sync(0xFFFFFFFFu, high[0] > peak[0] + 8 || high[1] > peak[1] + 8)) {
+            float factor[2];
+#pragma unroll
+            for (int side = 0; side < 2; ++side) {
+                high[side] = fmaxf(max_of_quad(high[side]), peak[side]);
+                factor[side] = exp_2(peak[side] - high[side]);
+                peak[side] = high[side];
+            }
+            if (i > 0) {
+                total[0] *= factor[0];
+                total[1] *= factor[1];
+#pragma unroll
+                for (int j = 0; j < D / 8; ++j)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) sums.out[j][e] *= factor[e / 2];
+            }
+        }
+        unsigned weights[2][2];
+        bool half = false;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const int row = DENSE ? 2 * i + h : i;
+            weights[h][0] = weights[h][1] = 0;
+            half = row >= ROWS;
+#pragma unroll
+            for (int side = 0; side < 2; ++side)
+                if (row < ROWS && (side == 0 ? row < KH : row >= STAGGER)) {
+                    const float a = exp_2(t[h][2 * side] - peak[side]);
+                    const float b = exp_2(t[h][2 * side + 1] - peak[side]);
+                    total[side] += a + b;
+                    weights[h][side] = pair(scalar_t(), a, b);
+                }
+        }
+        accumulate(sums.out, weights, half ? last_values : values, half);
+        keys += DENSE ? 2 * line : line;
+        values += DENSE ? 2 * line : line;
+        last_values += 2 * line;
+    }
+    total[0] = sum_of_quad(total[0]);
+    total[1] = sum_of_quad(total[1]);
+}
+
+extern "C" __global__ void __launch_bounds__(256, D == 32 ? 2 : 1)
+na2d_small_fwd(const __grid_constant__ Params p) {
+    extern __shared__ __align__(128) unsigned char shared[];
+    const SmallGeometry& g = p.geometry;
+    const Role role(g);
+    const int teams = g.heads / g.heads_here;
+    const int first_head = blockIdx.x % teams * g.heads_here;
+    SmallItem item;
+    if (!item.set(g, blockIdx.x / teams)) return;
+
+    // Stage what the tile sees, and the biases.
+    const int row0 = item.begin[0], height = item.extent[0], width = item.extent[1];
+    const int last = least(row0 + g.rows, height) - 1;
+    const int top = window(row0, height, KH).begin;
+    const int left = first_staged(g, window(item.begin[1], width, KW).begin, width);
+    const unsigned staged = shared_address(shared);
+    float* tables = (float*)(shared + 2 * g.heads_here * tensor_bytes(g));
+    stage(g, item, role, staged, first_head, p.key, p.value, 1, 0, g.queries_per_kv, top, left,
+          window(last, height, KH).end - top);
+    stage_biases(g, tables, p.rpb, first_head, 1, 0);
+
+    // This warp's columns: the first key column of its steps, each lane's columns of the bias.
+    const int column0 = item.begin[1] + role.column, head = first_head + role.head;
+    const bool active = column0 < width;
+    const int c = role.lane % 4, column = column0 + role.lane / 4;
+    const int near = least(column, width - 1);  // a token in place of those past the map
+    const int begin =
+        least(window(active ? column0 : 0, width, KW).begin, left + g.pitch - COLUMNS);
+    const Interval seen = window(near, width, KW);
+    unsigned offsets[4];
+#pragma unroll
+    for (int x = 0; x < 4; ++x) {
+        const int key = begin + x / 2 * 8 + c * 2 + x % 2;
+        const bool sees = key >= seen.begin && key < seen.end;
+        offsets[x] = 4 * (role.head * BIASES + (sees ? rpb_index(key, near, KW) : (int)NO_BIAS));
+    }
+    const Grid queries(p.query, g, item, head), outs(p.out, g, item, head);
+    Chunk first[BANDS], second[BANDS];
+    const auto load = [&](int row) {
+        const scalar_t* a = queries.at(least(row, height - 1), near) + c * 8;
+        const scalar_t* b = queries.at(least(row + 1, height - 1), near) + c * 8;
+#pragma unroll
+        for (int n = 0; n < BANDS; ++n) {
+            first[n] = read_global(a + 32 * n);
+            second[n] = read_global(b + 32 * n);
+        }
+    };
+    load(row0 + 2 * role.split);
+    copies_done();
+    __syncthreads();
+    if (!active) return;
+
+    const unsigned line = g.pitch * ROW, table = shared_address(tables);
+    const unsigned keys = staged + 2 * role.head * tensor_bytes(g) +
+                          row_offset(begin - left, role.lane);
+    const unsigned values_here = staged + (2 * role.head + 1) * tensor_bytes(g);
+    const unsigned values =
+        values_here + transposed_offset(begin - left, role.lane, DENSE ? line : 8 * ROW);
+    const unsigned last_values = values_here + transposed_offset(begin - left, role.lane, 0);
+    const float scale = (float)p.scale * (float)LOG2_E;
+    float* lse = p.lse + (item.batch * g.heads + head) * g.length[0] * g.length[1];
+
+#pragma unroll 1
+    for (int row = row0 + 2 * role.split; row <= last; row += 2 * g.splits) {
+        const int from = window(row, height, KH).begin;
+        const bool two = row + 1 < height;
+        Left query;
+        query.set(first, second, g.zero);
+        if (row + 2 * g.splits <= last) load(row + 2 * g.splits);
+        unsigned biases[4];
+#pragma unroll
+        for (int x = 0; x < 4; ++x)
+            biases[x] = table + offsets[x] + (from - row + KH - 1) * (BIAS_PITCH * 4);
+        const unsigned skip = (from - top) * line;
+        Sums sums;
+        if (!DENSE && two && window(row + 1, height, KH).begin != from)
+            attend<1>(g, query, keys + skip, values + skip, 0, biases, scale, sums);
+        else
+            attend<0>(g, query, keys + skip, values + skip, last_values + skip, biases, scale,
+                      sums);
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+            const bool write = column < width && (side == 0 || two);
+            store_row(outs.at(row + side, near), sums.out, side, 1 / sums.total[side], c, write);
+            if (write && c == 0)
+                lse[item.token(g, row + side, column)] =
+                    (sums.peak[side] + log_2(sums.total[side])) * (float)LN_2;
+        }
+    }
+}

@@ -1,0 +1,91 @@
+"""The small-window kernels compile for every architecture they are for, without warning or spill.
+
+`python tests/test_small_compile.py` measures them and writes the table of registers, stack and
+spilled bytes; do that after a kernel has changed, and read the difference.
+"""
+
+import importlib.util
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+
+import pytest
+from test_plan import problem
+
+from natcupy.cuda import jit, plan
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("cupy") is None, reason="NVRTC comes with CuPy, which is not installed"
+)
+
+ARCHS = ("80", "86", "89", "90a", "100a", "120a")
+TABLE = Path(__file__).with_name("small_resources.json")
+
+
+def specs(dim, dtype, rpb, shape):
+    p = problem(shape, (7, 7), (1, 1), (1, 1), (False, False), head_dim=dim, value_dim=dim,
+                dtype=dtype, rpb=rpb)  # fmt: skip
+    with plan.use_family("small"):
+        plans = (plan.forward(p), plan.backward(p, True, rpb, False))
+    found = [recipe.spec for made in plans for recipe in made.recipes]
+    return [spec for spec in found if spec.entry.startswith("na2d_small")]
+
+
+def jobs():
+    """NAT's own on every architecture, the others on sm_90a and, in float16, on sm_75."""
+    maps = ((56, 56), (7, 7))
+    found = {}
+    for shape in maps:
+        found |= dict.fromkeys(product(specs(32, "BF16", True, shape), ARCHS))
+        for dim, dtype, rpb in product((32, 64), ("F16", "BF16"), (False, True)):
+            archs = ("90a", "75") if dtype == "F16" and dim == 32 else ("90a",)
+            found |= dict.fromkeys(product(specs(dim, dtype, rpb, shape), archs))
+    return tuple(found)
+
+
+def measure(job):
+    spec, arch = job
+    compiled = jit.compile_spec(spec, arch)
+    usage = jit.resource_usage(compiled.log)[spec.entry]
+    row = [usage.registers, usage.stack, usage.spill_stores, usage.spill_loads]
+    return f"{spec} sm_{arch}", row, compiled.warnings
+
+
+def measure_all():
+    jit.toolkit()  # loaded once, before the threads
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(measure, jobs()))
+
+
+@pytest.fixture(scope="module")
+def measured():
+    return measure_all()
+
+
+def test_no_warning(measured):
+    assert not {name: warnings for name, _, warnings in measured if warnings}
+
+
+def test_resources_are_those_of_the_table(measured):
+    """Exact for the compiler that made the table; another may allot registers otherwise."""
+    table = json.loads(TABLE.read_text())
+    assert set(table["kernels"]) == {name for name, _, _ in measured}
+    version = ".".join(map(str, jit.toolkit().version))
+    if version != table["nvrtc"]:
+        pytest.skip(f"the table was made by NVRTC {table['nvrtc']}, this is {version}")
+    changed = {
+        n: (table["kernels"][n], row) for n, row, _ in measured if table["kernels"][n] != row
+    }
+    assert not changed, f"run python tests/{Path(__file__).name} and commit {TABLE.name}"
+
+
+if __name__ == "__main__":
+    rows = {name: row for name, row, _ in measure_all()}
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(rows[name])}" for name in sorted(rows))
+    version = ".".join(map(str, jit.toolkit().version))
+    columns = '["registers", "stack", "spill stores", "spill loads"]'
+    TABLE.write_text(
+        f'{{"nvrtc": "{version}", "columns": {columns}, "kernels": {{\n{lines}\n}}}}\n'
+    )

@@ -18,6 +18,8 @@ FLOORS = [
     ("natcupy.cuda.source", "natcupy.cuda.arch", "natcupy.cuda.nvrtc", "natcupy.cuda.launch"),
     ("natcupy.cuda.jit",),
     ("natcupy.cuda.params", "natcupy.cuda.tiling"),
+    ("natcupy.cuda.recipes",),
+    ("natcupy.cuda.small",),
     ("natcupy.cuda.plan",),
     ("natcupy.tiles", "natcupy.reference", "natcupy.cuda", "natcupy.cpu"),
     ("natcupy.backends",),
@@ -25,7 +27,7 @@ FLOORS = [
     ("natcupy.modules", "natcupy.maps"),
     ("natcupy.warmup",),
     ("natcupy.zoo",),
-    ("natcupy.hub", "natcupy.digits"),
+    ("natcupy.hub", "natcupy.digits", "natcupy.timm"),
     ("natcupy.cli", "natcupy.__main__"),
 ]
 ROOMS_OF = {  # package: the only rooms that may import it

@@ -72,10 +72,10 @@ natcupy train-digits --output nat-digits
 
 ## Held-out accuracy
 
-None of these pictures, typefaces or ways of drawing was trained on. Mistakes on the typefaces
-were looked at while the simulated pens were designed, so those numbers flatter a little. Drawn
-sets go through the same distortions as the training pictures. The scans are held out by
-picture, not by writer.
+None of these pictures, typefaces or ways of drawing was trained on. Mistakes on these
+sets were looked at between three full runs, while the drawing of the training pictures was
+designed, so the numbers flatter a little. Drawn sets go through the same distortions as the
+training pictures. The scans are held out by picture, not by writer.
 
 | set | pictures | accuracy |
 | --- | --- | --- |

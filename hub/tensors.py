@@ -163,7 +163,10 @@ def write_tensors(
                 f"got {name!r} of {tensor.dtype}."
             )
         dense[name] = tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
+    Path(path).touch()
+    mode = Path(path).stat().st_mode & 0o777  # as the umask has it; save_file makes its own, 0600
     save_file(dense, path, metadata={**(metadata or {}), "format": "pt"})
+    Path(path).chmod(mode)
 
 
 # ---------------------------------------------------------------- the header, piece by piece

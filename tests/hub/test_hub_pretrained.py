@@ -100,6 +100,17 @@ def test_dtypes(tmp_path, dtype):
             hub.from_pretrained(folder, dtype=bad)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX's")
+def test_files_have_the_mode_the_umask_gives(tmp_path):
+    before = os.umask(0o027)
+    try:
+        hub.save_pretrained(invented("nat"), tmp_path / "m")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "m").iterdir()}
+    assert set(modes.values()) == {0o640}, modes
+
+
 def test_an_existing_card_is_kept(tmp_path):
     model, folder = saved(tmp_path)
     (folder / "README.md").write_text("mine")

@@ -68,6 +68,7 @@ class Subject:
     revision: str
     name: str | None = None
     writing: bool = False
+    dataset: bool = False
 
     def __str__(self) -> str:
         return f"{self.repo}@{self.revision}" + (f", file {self.name}" if self.name else "")
@@ -112,6 +113,18 @@ def model_info(repo: str, revision: str, access: Access) -> Any:
         )
 
     return persist(ask, Subject(repo, revision))
+
+
+def ask_for_dataset(repo: str, revision: str | None, access: Access) -> None:
+    """Ask once whether the Hub has a dataset. Raises NotFound, Offline and their like."""
+    from huggingface_hub import constants
+
+    hub = api(access)
+
+    def ask() -> Any:
+        return hub.dataset_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+
+    persist(ask, Subject(repo, revision or "main", dataset=True))
 
 
 def download(repo: str, commit: str, name: str, access: Access, local_files_only: bool) -> Path:
@@ -252,7 +265,7 @@ def _translate(error: Exception, subject: Subject) -> HubError | None:
             f"accept the terms at {_AT_THE_HUB}{repo}, then try again."
         )
     if isinstance(error, theirs.RepositoryNotFoundError):
-        return NotFound(_no_repository(repo))
+        return NotFound(_no_repository(subject))
     if isinstance(error, theirs.RevisionNotFoundError):
         return RevisionNotFound(
             f"{repo} has no branch, tag or commit {revision!r}. Its revisions are listed at "
@@ -346,10 +359,11 @@ def _never_reached(error: BaseException | None) -> bool:
 # ---------------------------------------------------------------- words
 
 
-def _no_repository(repo: str) -> str:
+def _no_repository(subject: Subject) -> str:
     from huggingface_hub import get_token
 
-    near = weights.nearest(repo.split("/")[1])
+    repo = subject.repo
+    near = () if subject.dataset else weights.nearest(repo.split("/")[1])
     hint = f" Names natcupy knows: {', '.join(near)}." if near else ""
     login = "the login in use may not see it" if get_token() else "it needs a login"
     return (
@@ -360,6 +374,8 @@ def _no_repository(repo: str) -> str:
 def _unreachable(subject: Subject) -> str:
     if subject.writing:
         return f"the Hub cannot be reached, so nothing was pushed to {subject}. Try again later."
+    if subject.dataset:
+        return "the Hub cannot be reached; HF_HUB_OFFLINE=1 uses a copy from the cache, if any."
     return not_cached(subject.repo, subject.revision, "the Hub cannot be reached")
 
 

@@ -43,7 +43,7 @@ _ROOMS = {
     "natcupy.warmup": ("warmup",),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
-_SUBMODULES = ("functional", "hub", "modules", "zoo")
+_SUBMODULES = ("data", "functional", "hub", "modules", "zoo")
 
 __all__ = [
     "NeighborhoodAttention1D",

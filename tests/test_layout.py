@@ -28,6 +28,7 @@ FLOORS = [
     ("natcupy.warmup",),
     ("natcupy.zoo",),
     ("natcupy.hub", "natcupy.digits", "natcupy.timm"),
+    ("natcupy.data",),
     ("natcupy.cli", "natcupy.__main__"),
 ]
 ROOMS_OF = {  # package: the only rooms that may import it
@@ -35,6 +36,7 @@ ROOMS_OF = {  # package: the only rooms that may import it
     "cupy_backends": ("natcupy.cuda.jit", "natcupy.cuda.nvrtc", "natcupy.cuda.launch"),
     "llvmlite": ("natcupy.cpu",),
     "huggingface_hub": ("natcupy.hub", "natcupy.cli.doctor"),
+    "datasets": ("natcupy.data.hf",),
     "sklearn": ("natcupy.digits",),
     "matplotlib": ("natcupy.digits",),
 }

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import math
 import os
+import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, BinaryIO, Union
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming")
 MAX_RESIZED_PIXELS = 100_000_000  # a very long picture would otherwise grow without bound
+# Formats that Pillow hands to a program or library outside it: EPS to Ghostscript, for one.
+OUTSIDE_FORMATS = ("EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG")
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's conversion to grey
 
 Bands = list["Image.Image"]
@@ -169,14 +172,49 @@ def _resize(bands: Bands, size: tuple[int, int], interpolation: str) -> Bands:
 # -- from any kind of picture to bands ------------------------------------------------------------
 
 
+def open_picture(file: str | os.PathLike[str] | BinaryIO) -> Image.Image:
+    """A picture from a path or open file, decoded and turned as its EXIF orientation says.
+
+    Of an animation, the first frame. Raises OSError for what is missing, empty, not an ordinary
+    file or no picture, and whatever else Pillow raises for broken data.
+    """
+    from PIL import Image, ImageOps
+
+    if isinstance(file, str | os.PathLike):
+        found = os.stat(file)  # before opening: a named pipe would wait for ever
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(f"{os.fspath(file)} must be an ordinary file.")
+        if not found.st_size:
+            raise OSError(f"{os.fspath(file)} is empty (0 bytes).")
+    Image.init()
+    formats = [name for name in Image.OPEN if name not in OUTSIDE_FORMATS]
+    with Image.open(file, formats=formats) as opened:
+        return ImageOps.exif_transpose(opened)
+
+
+def plain(image: Image.Image) -> Image.Image:
+    """A picture of any mode as "L" (what is grey) or "RGB": the bytes a recipe would work on.
+
+    As in a recipe, transparency is left out and 16 bits of grey are scaled to 8.
+    """
+    import numpy as np
+    from PIL import Image
+
+    grey = image.mode in ("1", "L", "LA", "La") or image.mode.startswith(("I", "F"))
+    bands = _bands(image, 1 if grey else 3)
+    if bands[0].mode == "F":
+        values = (np.asarray(band).clip(0, 1) * 255 for band in bands)
+        bands = [Image.fromarray(value.round().astype(np.uint8)) for value in values]
+    return bands[0] if grey else Image.merge("RGB", bands)
+
+
 def _opened(image: Any, channels: int) -> Source:
     """An upright PIL picture, or an array `[H, W, C]` of uint8 or float32 in 0..1."""
     import numpy as np
     from PIL import Image, ImageOps
 
     if isinstance(image, str | os.PathLike):
-        with Image.open(image) as opened:
-            return ImageOps.exif_transpose(opened)
+        return open_picture(image)
     if isinstance(image, Image.Image):
         return ImageOps.exif_transpose(image)
     if isinstance(image, Tensor):

@@ -9,17 +9,17 @@ import argparse
 import sys
 from pathlib import Path
 
-from PIL import Image
 from tqdm import tqdm
 
 from natcupy.cli import console, runtime
 from natcupy.cli.parser import DEFAULT_MODEL
 from natcupy.cli.runtime import Outcome
+from natcupy.data import named_files
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Classify the files and folders named."""
-    files = find_pictures([Path(name) for name in arguments.images])
+    files = list(named_files(Path(name) for name in arguments.images))
     device = runtime.pick_device(arguments.device)
     model = runtime.load_classifier(arguments.model, device)
     stream = runtime.classify(model, files, arguments.topk, arguments.batch_size)
@@ -31,28 +31,6 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         _print_table(outcomes, runtime.describe(model, arguments.model, device), arguments.model)
     return report_errors(outcomes)
-
-
-def find_pictures(paths: list[Path]) -> list[Path]:
-    """Files as they are named; of a folder, the pictures in it and below, sorted.
-
-    Raises ValueError for a folder without pictures.
-    """
-    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    found: list[Path] = []
-    for path in paths:
-        if not path.is_dir():
-            found.append(path)
-            continue
-        inside = sorted(
-            file
-            for file in path.rglob("*")
-            if file.suffix.lower() in known and file.is_file() and not file.name.startswith(".")
-        )
-        if not inside:
-            raise ValueError(f"a folder must hold pictures, got {path} without any.")
-        found += inside
-    return found
 
 
 def report_errors(outcomes: list[Outcome]) -> int:

@@ -12,16 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from natcupy import backends
+from natcupy.data import why
 from natcupy.functional import neighborhood
 from natcupy.hub import from_pretrained
 from natcupy.zoo import ImageModel
-
-# What Pillow raises for files that are no picture, broken, or too large to be meant.
-UNREADABLE = (OSError, ValueError, TypeError, SyntaxError, EOFError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -136,12 +133,8 @@ def _read(model: ImageModel, file: Path) -> Tensor | str:
     """The prepared picture, or what is wrong with the file."""
     try:
         return model.preprocess(os.fspath(file))
-    except FileNotFoundError:
-        return "there is no such file"
-    except Image.UnidentifiedImageError:
-        return "this is not a picture in a format that Pillow knows"
-    except UNREADABLE as error:
-        return " ".join(str(error).split()) or type(error).__name__
+    except Exception as error:  # decoders raise nearly anything for broken data
+        return why(error)
 
 
 @torch.inference_mode()

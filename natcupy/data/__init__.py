@@ -1,0 +1,25 @@
+"""Labelled pictures for training, examination and prediction.
+
+In: a folder of pictures or a Hugging Face dataset. Out: a `Split` of `Source`s, which know every
+picture's label and open it when asked, and `Pictures`, a torch `Dataset` over one. `files` lists
+and opens, `folders` and `hf` make sources, `find` decides which.
+"""
+
+from natcupy.data.files import list_pictures, named_files, why
+from natcupy.data.find import Part, Split, find, find_split
+from natcupy.data.pictures import Pictures
+from natcupy.data.source import DataError, Source, Subset
+
+__all__ = [
+    "DataError",
+    "Part",
+    "Pictures",
+    "Source",
+    "Split",
+    "Subset",
+    "find",
+    "find_split",
+    "list_pictures",
+    "named_files",
+    "why",
+]

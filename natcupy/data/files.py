@@ -1,0 +1,155 @@
+"""Which pictures a folder holds, in one order on every machine, and why a file is none.
+
+In: folders, and the errors of opening. Out: names relative to the folder, `/` between their parts;
+reasons in a user's words.
+"""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from natcupy.zoo.preprocess import OUTSIDE_FORMATS
+
+
+class Names(Sequence):
+    """Any number of file names, one after the other in one piece of memory.
+
+    A list of as many `str` would take several times the memory, and be copied by every worker.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        encoded = [os.fsencode(name) for name in names]
+        self._bytes = b"".join(encoded)
+        self._ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> str:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index must be in 0..{len(self) - 1}, got {index}.")
+        index %= len(self)
+        start = int(self._ends[index - 1]) if index else 0
+        return os.fsdecode(self._bytes[start : int(self._ends[index])])
+
+
+@lru_cache(maxsize=1)
+def suffixes() -> frozenset[str]:
+    """The file suffixes of pictures that can be opened, in lower case."""
+    extensions = Image.registered_extensions().items()
+    return frozenset(s for s, kind in extensions if kind in Image.OPEN.keys() - {*OUTSIDE_FORMATS})
+
+
+def is_picture_name(name: str) -> bool:
+    """Whether a file of this name should be a picture. Hidden files are none."""
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes()
+
+
+def order(name: str) -> tuple[str, str]:
+    """The sort key of a name: by code points, alike for composed and decomposed letters."""
+    return unicodedata.normalize("NFC", name), name
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """A path as text that every encoding can hold: bytes that are no UTF-8 as `\\xNN`."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def subfolders(folder: str | os.PathLike[str]) -> list[str]:
+    """Names of the folders in a folder, sorted, without hidden ones."""
+    with os.scandir(folder) as entries:
+        names = [e.name for e in entries if not e.name.startswith(".") and e.is_dir()]
+    return sorted(names, key=order)
+
+
+def list_pictures(
+    folder: str | os.PathLike[str],
+    problems: list[tuple[str, str]] | None = None,
+    *,
+    beyond: Iterable[str | os.PathLike[str]] = (),
+) -> list[str]:
+    """The pictures in a folder and below, by their suffix, as names relative to it.
+
+    A folder's own pictures come first, then those of its folders, each sorted by code points.
+    Links are followed, but no folder is listed twice, so that loops end; hidden files and folders
+    are left out.
+
+    Args:
+        folder: where to look.
+        problems: gets (name, reason) of every folder that cannot be listed; without it, that
+            raises OSError.
+        beyond: folders that links must not lead back into, such as the one above.
+    """
+    found: list[str] = []
+    seen = {_identity(path) for path in beyond}
+    waiting = [""]
+    while waiting:  # a list, since Python's own recursion ends before the longest path does
+        inside = waiting.pop()
+        path = os.path.join(folder, inside) if inside else os.fspath(folder)
+        try:
+            identity = _identity(path)
+            if identity in seen:
+                continue
+            seen.add(identity)
+            files, folders = _entries(path)
+        except OSError as error:
+            if problems is None:
+                raise
+            problems.append((inside, why(error)))
+            continue
+        prefix = f"{inside}/" if inside else ""
+        found += [prefix + name for name in files]
+        waiting += [prefix + name for name in reversed(folders)]
+    return found
+
+
+def _entries(path: str) -> tuple[list[str], list[str]]:
+    """Names of a folder's pictures (whatever they turn out to be) and of its folders, sorted."""
+    files, folders = [], []
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                folders.append(entry.name)
+            elif is_picture_name(entry.name):
+                files.append(entry.name)
+    return sorted(files, key=order), sorted(folders, key=order)
+
+
+def _identity(path: str | os.PathLike[str]) -> tuple[int, int]:
+    found = os.stat(path)
+    return found.st_dev, found.st_ino
+
+
+def named_files(paths: Iterable[Path]) -> Iterator[Path]:
+    """Files as they are named; of a folder, the pictures in it and below.
+
+    Raises ValueError for a folder without pictures.
+    """
+    for path in paths:
+        if not path.is_dir():
+            yield path
+            continue
+        inside = list_pictures(path)
+        if not inside:
+            raise ValueError(f"a folder must hold pictures, got {path} without any.")
+        yield from (path / name for name in inside)
+
+
+def why(error: BaseException) -> str:
+    """The reason why a picture could not be read, on one line."""
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "this is not a picture in a format that Pillow knows"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__

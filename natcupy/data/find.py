@@ -1,0 +1,231 @@
+"""What DATA means: a folder per class, a folder with parts, or a Hugging Face dataset.
+
+In: what the user typed. Out: a `Split` to train on, or one part to look at (`find_split`).
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from natcupy.data import folders, hf
+from natcupy.data.files import shown
+from natcupy.data.folders import HELD_OUT_NAMES, TRAIN_NAMES
+from natcupy.data.source import DataError, Source, stratified
+
+
+@dataclass(frozen=True)
+class Split:
+    """Pictures to train on and to examine on.
+
+    Attributes:
+        train: the training pictures.
+        val: the held-out pictures, with the same classes; None if none were wanted.
+        classes: the label names.
+        name: of the data, for cards and logs.
+        notes: what the reader of a log should know: how it was split, what was left out.
+    """
+
+    train: Source
+    val: Source | None
+    classes: tuple[str, ...]
+    name: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the data.
+
+    Attributes:
+        source: its pictures.
+        name: which data and part.
+        notes: as in `Split`.
+    """
+
+    source: Source
+    name: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Data:
+    """Data before its pictures are listed: every part, and how to list it."""
+
+    name: str
+    parts: dict[str, Callable[[], Source]]
+    whole: Callable[[], Source] | None  # data without parts
+    notes: tuple[str, ...] = ()
+
+
+def find(
+    data: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    val_fraction: float = 0.1,
+    val: str | os.PathLike[str] | None = None,
+) -> Split:
+    """The pictures to train on, and those to examine on.
+
+    Args:
+        data: a folder with one folder of pictures per class; a folder with `train` and `val` (or
+            `validation`, `test`) that hold such folders; a folder saved by `datasets`; or a
+            dataset's name on the Hub (`org/name`, `org/name:config`, `...@revision`).
+        seed: of the split, where the data has no held-out part.
+        val_fraction: of every class, held out where the data has no held-out part; in 0..0.9.
+        val: a part of the data by name, or other data, to hold out instead.
+
+    Raises:
+        DataError: no pictures, fewer than two classes, an empty class, a class in val that train
+            does not have; with what to do.
+        ImportError: a dataset's name without the `datasets` library.
+    """
+    if not 0 <= val_fraction <= 0.9:
+        raise ValueError(f"val_fraction must be in 0..0.9, got {val_fraction}.")
+    found = _look(data)
+    train_name = next((name for name in TRAIN_NAMES if name in found.parts), None)
+    if found.parts and train_name is None:
+        raise DataError(
+            f"{found.name} must have a part called train, got {', '.join(found.parts)}."
+        )
+    train = found.parts[train_name]() if train_name else found.whole()
+    if len(train.classes) < 2:
+        raise DataError(
+            f"training needs at least two classes, got {len(train.classes)} in {found.name}"
+            f"{': ' + train.classes[0] if train.classes else ''}. Add a folder per class."
+        )
+    missing = [train.classes[i] for i in np.flatnonzero(train.counts() == 0)]
+    if missing:
+        raise DataError(
+            f"every class must have a picture to train on, got {len(missing)} without any in "
+            f"{found.name}: {', '.join(missing[:10])}."
+        )
+    held_out, notes = _held_out(found, train_name, val)
+    if held_out is not None:
+        held_out = aligned(held_out, train.classes)
+    elif val_fraction:
+        train, held_out = stratified(train, val_fraction, seed)
+        notes += (
+            f"{len(held_out):,} of {len(train) + len(held_out):,} pictures are held out: "
+            f"{100 * val_fraction:g} % of every class, by seed {seed}",
+        )
+        if not len(held_out):
+            raise DataError(
+                "a class must have two pictures for one to be held out, got one in every class "
+                f"of {found.name}. Add pictures or name other data as val."
+            )
+    return Split(train, held_out, train.classes, found.name, (*found.notes, *notes))
+
+
+def _held_out(
+    found: _Data, train_name: str | None, val: str | os.PathLike[str] | None
+) -> tuple[Source | None, tuple[str, ...]]:
+    if val is not None and str(val).lower() in found.parts:
+        if str(val).lower() == train_name:
+            raise DataError(f"val must be another part than {train_name}, got {val}.")
+        return found.parts[str(val).lower()](), ()
+    if val is not None:
+        part = find_split(val)
+        return part.source, part.notes
+    name = next((name for name in HELD_OUT_NAMES if name in found.parts), None)
+    if name is None:
+        return None, ()
+    return found.parts[name](), (f"examined on {name!r}",)
+
+
+def find_split(data: str | os.PathLike[str], split: str | None = None) -> Part:
+    """One part of the data, for evaluation.
+
+    Args:
+        data: as in `find`.
+        split: the part's name; default the first of `val`, `validation`, `valid`, `test`, else all
+            of data that is not split.
+
+    Raises DataError where there is no such part.
+    """
+    found = _look(data)
+    names = list(found.parts)
+    if split is None and found.whole is not None:
+        return Part(found.whole(), found.name, found.notes)
+    if split is None:
+        split = next((name for name in HELD_OUT_NAMES if name in found.parts), None)
+        split = names[0] if split is None and len(names) == 1 else split
+    if split is None or split.lower() not in found.parts:
+        had = f"the parts {', '.join(names)}" if names else "no parts"
+        raise DataError(
+            f"a split must be one of the data's parts, got {split or 'none'}; {found.name} has "
+            f"{had}."
+        )
+    name = split.lower()
+    return Part(found.parts[name](), f"{found.name}, {name}", found.notes)
+
+
+def aligned(source: Source, classes: tuple[str, ...]) -> Source:
+    """The source with its labels as indices into other classes, matched by name.
+
+    Raises DataError for pictures of a class that is not among them.
+    """
+    if source.classes == classes:
+        return source
+    place = {name: index for index, name in enumerate(classes)}
+    counts = source.counts()
+    unknown = [i for i in np.flatnonzero(counts) if source.classes[i] not in place]
+    if unknown:
+        some = ", ".join(f"{source.classes[i]} ({counts[i]:,})" for i in unknown[:10])
+        raise DataError(
+            f"every class of the held-out pictures must be among the {len(classes)} classes "
+            f"trained on, got {len(unknown)} that are not: {some}. Add training pictures of "
+            "them, or remove these."
+        )
+    table = np.array([place.get(name, -1) for name in source.classes], dtype=np.int64)
+    other = copy.copy(source)
+    other.classes, other.labels = classes, table[source.labels]
+    return other
+
+
+def _look(data: str | os.PathLike[str]) -> _Data:
+    """What the data is."""
+    path = Path(data)
+    if path.is_dir():
+        if hf.is_saved(path):
+            return _dataset(path.resolve().name, path)
+        return _folder(path)
+    if path.exists():
+        raise DataError(f"DATA must be a folder or a dataset's name, got the file {shown(path)}.")
+    text = os.fspath(data)
+    if not hf.is_name(text):
+        raise DataError(f"there is no folder {shown(path)}. Check the path.")
+    return _dataset(text, text)
+
+
+def _folder(path: Path) -> _Data:
+    name = shown(path.resolve().name)
+    try:
+        parts = folders.parts(path)
+        loose = folders.loose_pictures(path)
+    except OSError as error:
+        raise DataError(f"{shown(path)} cannot be listed: {error.strerror or error}.") from None
+    notes = (f"{loose:,} pictures in {shown(path)} itself were left out",) if loose else ()
+    if not parts:
+        return _Data(name, {}, lambda: folders.class_folders(path), notes)
+    listed = {
+        part: lambda place=place: folders.class_folders(place, (path,))
+        for part, place in parts.items()
+    }
+    return _Data(name, listed, None, notes)
+
+
+def _dataset(name: str, data: str | Path) -> _Data:
+    tables = hf.splits(data)
+    parts = {
+        part.lower(): lambda part=part, table=table: hf.hf_source(f"{name}, {part}", table)
+        for part, table in tables.items()
+    }
+    if len(parts) == 1:  # such as a single saved Dataset: nothing is set apart in it
+        return _Data(name, {}, next(iter(parts.values())))
+    return _Data(name, parts, None)

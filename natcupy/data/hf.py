@@ -1,0 +1,175 @@
+"""Hugging Face datasets, through the `datasets` library where it is installed.
+
+In: a name on the Hub (`org/name`, `org/name:config`, each with `@revision`) or a saved folder. Out:
+its splits by name, each an `HfSource`. Pictures are decoded here, not by the library, so that they
+are read and refused as those in folders are.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from natcupy.data.source import DataError, Source
+from natcupy.hub import client
+from natcupy.hub.errors import HubError
+from natcupy.zoo.preprocess import open_picture
+
+if TYPE_CHECKING:
+    import datasets
+
+_NAME = re.compile(
+    r"(?P<path>[\w-][\w.-]*(/[\w-][\w.-]*)?)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?"
+)
+_PICTURE_COLUMNS = ("image", "img", "picture", "jpg", "png")
+_LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "class")
+
+
+class HfSource(Source):
+    """The pictures of one split.
+
+    Args:
+        name: of the dataset and split, for messages.
+        table: the split, its pictures not decoded.
+        column: the pictures' column.
+        labels: `[len(table)]` integers.
+        classes: what the labels stand for.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        table: datasets.Dataset,
+        column: str,
+        labels: np.ndarray,
+        classes: tuple[str, ...],
+    ) -> None:
+        self.name, self.column, self.classes = name, column, classes
+        self.labels = labels
+        self._table = table.select_columns([column])
+
+    def where(self, index: int) -> str:
+        """The dataset and the row."""
+        return f"{self.name}, row {index}"
+
+    def key(self, index: int) -> str:
+        """The row's number."""
+        return str(index)
+
+    def _open(self, index: int) -> Image.Image:
+        stored = self._table[index][self.column]
+        if stored is None:
+            raise OSError("the row holds no picture")
+        if stored["bytes"] is None:
+            return open_picture(stored["path"])
+        return open_picture(io.BytesIO(stored["bytes"]))
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `datasets` wrote this folder, or it holds a dataset's tables."""
+    if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return True
+    return any(any(place.glob("*.parquet")) for place in (folder, folder / "data"))
+
+
+def is_name(text: str) -> bool:
+    """Whether this could name a dataset on the Hub."""
+    return _NAME.fullmatch(text) is not None
+
+
+def splits(data: str | Path) -> dict[str, datasets.Dataset]:
+    """The splits of a saved folder or of a dataset on the Hub, by name.
+
+    Raises ImportError without `datasets`, DataError for what cannot be loaded.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise ImportError(
+            "Hugging Face datasets are read by the `datasets` library, which is not installed: "
+            "pip install 'natcupy[data]'."
+        ) from None
+    try:
+        loaded = _load(datasets, data)
+    except (HubError, OSError, ValueError, RuntimeError) as error:
+        raise DataError(_not_loaded(data, error)) from None
+    if isinstance(loaded, datasets.Dataset):
+        return {str(loaded.split or "all"): loaded}
+    return {str(name): part for name, part in loaded.items()}
+
+
+def _load(datasets: Any, data: str | Path) -> Any:
+    if isinstance(data, Path):
+        if any((data / name).is_file() for name in ("dataset_dict.json", "state.json")):
+            return datasets.load_from_disk(str(data))
+        return datasets.load_dataset(str(data))
+    named = _NAME.fullmatch(data)
+    assert named is not None  # asked before, by is_name
+    if not client.is_offline():  # the library itself would try for half a minute
+        client.ask_for_dataset(named["path"], named["revision"], client.Access())
+    return datasets.load_dataset(named["path"], named["config"], revision=named["revision"])
+
+
+def _not_loaded(data: str | Path, error: Exception) -> str:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(data, Path):
+        return f"the dataset in {data} cannot be loaded: {reason}"
+    return (
+        f"there is no folder {data!r} here, and no dataset of this name could be loaded: {reason}"
+    )
+
+
+def hf_source(name: str, table: datasets.Dataset) -> HfSource:
+    """A split as a source.
+
+    Raises DataError where the columns of pictures and labels cannot be told, or labels are missing.
+    """
+    import datasets
+
+    kinds = table.features
+    pictures = [key for key, kind in kinds.items() if isinstance(kind, datasets.Image)]
+    column = _one(name, "pictures", pictures, _PICTURE_COLUMNS, kinds)
+    named = [key for key, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)]
+    usual = [key for key in _LABEL_COLUMNS if key in kinds]
+    labelled = _one(name, "labels", named or usual[:1], _LABEL_COLUMNS, kinds)
+    values = table.select_columns([labelled]).with_format("arrow")[:][labelled].to_pylist()
+    labels, classes = _labels(f"{name}, column {labelled!r}", values, kinds[labelled])
+    table = table.cast_column(column, datasets.Image(decode=False))
+    return HfSource(name, table, column, labels, classes)
+
+
+def _one(name: str, what: str, found: list[str], usual: tuple[str, ...], kinds: Any) -> str:
+    """The one column of a kind, or the usual one of several."""
+    if len(found) == 1:
+        return found[0]
+    for key in usual:
+        if key in found:
+            return key
+    columns = ", ".join(f"{key} ({type(kind).__name__})" for key, kind in kinds.items())
+    raise DataError(
+        f"{name} must have one column of {what} (or one called {', '.join(usual)}), got "
+        f"{len(found)} among: {columns}. Rename or drop columns and save the dataset."
+    )
+
+
+def _labels(where: str, values: list[Any], kind: Any) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Labels as indices, and the classes' names."""
+    bad = sum(v is None or v == -1 for v in values)
+    if bad:
+        raise DataError(
+            f"every picture must have a label, got {bad:,} of {len(values):,} without in {where}. "
+            "Use a split with labels."
+        )
+    names = getattr(kind, "names", None)
+    if names is not None:
+        return np.asarray(values, dtype=np.int64), tuple(names)
+    if not all(isinstance(v, str | int) for v in values):
+        raise DataError(f"labels must be whole numbers or texts, got other values in {where}.")
+    known = sorted(set(values))
+    place = {value: index for index, value in enumerate(known)}
+    return np.array([place[v] for v in values], dtype=np.int64), tuple(map(str, known))

@@ -1,0 +1,48 @@
+"""A torch `Dataset` over a `Source`.
+
+In: a source, and what makes a tensor of a picture. Out: (tensor, label) by index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natcupy.data.files import why
+from natcupy.data.source import DataError, Source
+from natcupy.zoo.preprocess import Preprocess
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Pictures made ready, with their labels. Picklable if the transform is.
+
+    Args:
+        source: where they come from.
+        transform: a model's `Preprocess` recipe, which gets pictures as they are stored since it
+            treats every mode by itself and whose batch axis is dropped; or any function of a PIL
+            picture "RGB" or "L".
+
+    Items are (what the transform gives, label). Raises DataError, naming the picture, where one
+    cannot be read.
+    """
+
+    def __init__(self, source: Source, transform: Callable[[Any], Any]) -> None:
+        self.source, self.transform = source, transform
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        if isinstance(self.transform, Preprocess):
+            return self._prepared(index), self.source.label(index)
+        return self.transform(self.source.picture(index)), self.source.label(index)
+
+    def _prepared(self, index: int) -> Tensor:
+        picture = self.source.open(index)
+        try:
+            return self.transform(picture)[0]
+        except Exception as error:  # "ink" refuses a blank picture, for one
+            raise DataError(f"{self.source.where(index)}: {why(error)}") from None

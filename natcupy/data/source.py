@@ -1,0 +1,119 @@
+"""What a set of labelled pictures is, wherever its pictures lie.
+
+In: nothing; `folders` and `hf` derive from `Source`. Out: the interface, and `Subset`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+
+import numpy as np
+from PIL import Image
+
+from natcupy.data.files import why
+from natcupy.zoo.preprocess import plain
+
+
+class DataError(ValueError):
+    """Data that cannot be used as it is: which, why, and what to do."""
+
+
+class Source(ABC):
+    """Labelled pictures in a fixed order. Picklable, so that workers can open pictures.
+
+    Attributes:
+        classes: the label names; a label is an index into them.
+        labels: `[len]` int64, the label of every picture.
+    """
+
+    classes: tuple[str, ...]
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def label(self, index: int) -> int:
+        """The label of a picture."""
+        return int(self.labels[index])
+
+    def open(self, index: int) -> Image.Image:
+        """A picture, upright, in the mode it is stored in.
+
+        Raises DataError, which names the picture, for one that cannot be read.
+        """
+        try:
+            return self._open(index)
+        except Exception as error:  # decoders raise nearly anything for broken data
+            raise DataError(f"{self.where(index)} cannot be read: {why(error)}.") from None
+
+    def picture(self, index: int) -> Image.Image:
+        """A picture, upright, as "RGB" or "L", without transparency. Raises DataError."""
+        opened = self.open(index)
+        try:
+            return plain(opened)
+        except Exception as error:
+            raise DataError(f"{self.where(index)} cannot be read: {why(error)}.") from None
+
+    def counts(self) -> np.ndarray:
+        """`[classes]`, how many pictures each class has."""
+        return np.bincount(self.labels, minlength=len(self.classes))
+
+    @abstractmethod
+    def where(self, index: int) -> str:
+        """Where a picture lies, for messages and tables."""
+
+    @abstractmethod
+    def key(self, index: int) -> str:
+        """What a picture is called within the set, the same on every machine."""
+
+    @abstractmethod
+    def _open(self, index: int) -> Image.Image: ...
+
+
+class Subset(Source):
+    """Some of another source's pictures.
+
+    Args:
+        source: the whole.
+        indices: which of it, in the order wanted.
+    """
+
+    def __init__(self, source: Source, indices: np.ndarray) -> None:
+        self._source = source
+        self._indices = np.asarray(indices, dtype=np.int64)
+        self.classes = source.classes
+        self.labels = source.labels[self._indices]
+
+    def where(self, index: int) -> str:
+        """Where a picture lies."""
+        return self._source.where(int(self._indices[index]))
+
+    def key(self, index: int) -> str:
+        """What a picture is called within the set."""
+        return self._source.key(int(self._indices[index]))
+
+    def _open(self, index: int) -> Image.Image:
+        return self._source._open(int(self._indices[index]))
+
+
+def stratified(source: Source, fraction: float, seed: int) -> tuple[Subset, Subset]:
+    """Two parts of a source; the second has `fraction` of every class, rounded, at least one.
+
+    A picture's place depends on its key and the seed alone, not on a random generator, so every
+    machine splits alike and few pictures move when others are added. A class with one picture
+    stays in the first part.
+    """
+    second = np.zeros(len(source), dtype=bool)
+    for label in range(len(source.classes)):
+        members = np.flatnonzero(source.labels == label)
+        if len(members) < 2:
+            continue
+        count = min(max(round(len(members) * fraction), 1), len(members) - 1)
+        ranked = sorted(members, key=lambda index: _rank(source.key(int(index)), seed))
+        second[ranked[:count]] = True
+    return Subset(source, np.flatnonzero(~second)), Subset(source, np.flatnonzero(second))
+
+
+def _rank(key: str, seed: int) -> bytes:
+    return hashlib.sha256(f"{seed}/{key}".encode("utf-8", "surrogateescape")).digest()

@@ -1,0 +1,351 @@
+"""natcupy.data: what is found, in which order, how it is split, and every refusal."""
+
+import os
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from natcupy.data import DataError, Pictures, find, find_split, list_pictures
+from natcupy.data.files import Names
+from natcupy.zoo.preprocess import Preprocess, open_picture
+from tests.pictures import broken, class_folders, kinds, noise
+
+RECIPE = Preprocess((3, 8, 8))
+
+
+def keys(source):
+    return [source.key(index) for index in range(len(source))]
+
+
+# -- listing --------------------------------------------------------------------------------------
+
+
+def test_names_are_a_list_in_one_piece():
+    names = ["a/b.png", "", "ü/日本.png", os.fsdecode(b"\xff\xfe.png")]
+    held = pickle.loads(pickle.dumps(Names(names)))
+    assert list(held) == names and held[-1] == names[-1] and len(held) == 4
+    with pytest.raises(IndexError):
+        held[4]
+    assert list(Names([])) == []
+
+
+def test_listing_is_sorted_and_leaves_out_what_is_hidden(tmp_path):
+    for name in ("b.png", "a.JPG", "B.png", "z/1.png", "c/2.png", ".h.png", ".dir/x.png", "n.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        noise(0).save(tmp_path / name, format="PNG")
+    assert list_pictures(tmp_path) == ["B.png", "a.JPG", "b.png", "c/2.png", "z/1.png"]
+
+
+def test_links_are_followed_and_loops_end(tmp_path):
+    class_folders(tmp_path / "data", {"cat": 2, "dog": 1})
+    class_folders(tmp_path, {"elsewhere": 2})
+    (tmp_path / "data" / "owl").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "cat" / "self").symlink_to(tmp_path / "data" / "cat")
+    (tmp_path / "data" / "cat" / "up").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "dog" / "two").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "dog" / "two-again").symlink_to(tmp_path / "elsewhere")
+    source = find_split(tmp_path / "data").source
+    assert source.counts().tolist() == [2, 3, 2]
+    assert len(list_pictures(tmp_path / "data")) == 5  # elsewhere is listed once
+
+
+def test_a_folder_that_cannot_be_listed_is_told(tmp_path, monkeypatch):
+    class_folders(tmp_path, {"cat": 1, "dog": 1})
+    real = os.scandir
+
+    def closed(path):
+        if os.fspath(path).endswith("cat"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    problems = []
+    assert list_pictures(tmp_path, problems) == ["dog/000.png"]
+    assert problems == [("cat", "Permission denied")]
+    with pytest.raises(DataError, match=r"cat cannot be listed: Permission denied"):
+        find(tmp_path)
+
+
+def test_the_longest_path_there_can_be(tmp_path):
+    """4,095 bytes is the most that Linux opens; deeper files are told, not lost."""
+    here, depth = os.getcwd(), 0
+    longest = 4095
+    try:
+        os.chdir(tmp_path)
+        length = len(os.fsencode(tmp_path))
+        while length + 2 * 201 + len("/x.png") <= longest:
+            os.mkdir("d" * 200)
+            os.chdir("d" * 200)
+            length, depth = length + 201, depth + 1
+        name = "x" * (longest - length - len("/.png")) + ".png"
+        if len(name) > 255:
+            os.mkdir("e" * 200)
+            os.chdir("e" * 200)
+            name = name[201:]
+        noise(1).save(name)
+        os.mkdir("f" * 250)
+        os.chdir("f" * 250)
+        noise(2).save("x" * 200 + ".png")
+    finally:
+        os.chdir(here)
+    problems = []
+    (found,) = list_pictures(tmp_path, problems)
+    path = os.path.join(tmp_path, found)
+    assert len(os.fsencode(path)) == longest
+    assert open_picture(path).size == (12, 10)
+    assert len(problems) <= 1 and all(reason == "File name too long" for _, reason in problems)
+
+
+# -- opening --------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_picture_opens(tmp_path):
+    expected = kinds(tmp_path / "all")
+    source = find_split(tmp_path).source
+    assert len(source) == len(expected)
+    for index in range(len(source)):
+        picture = source.picture(index)
+        wanted = expected[os.path.basename(source.key(index))]
+        assert picture.mode == wanted.mode, source.key(index)
+        assert np.array_equal(np.asarray(picture), np.asarray(wanted)), source.key(index)
+
+
+def test_a_recipe_and_the_plain_picture_agree(tmp_path):
+    kinds(tmp_path / "all")
+    source = find_split(tmp_path).source
+    ready = Pictures(source, RECIPE)
+    for index in range(len(source)):
+        by_path, label = RECIPE(source.where(index))[0], 0
+        assert torch.equal(ready[index][0], by_path) and ready[index][1] == label
+        if "16-bit" not in source.key(index):  # whose resizing is not rounded to bytes on the way
+            assert torch.equal(RECIPE(source.picture(index))[0], by_path)
+
+
+def test_broken_files_say_which_and_why(tmp_path):
+    reasons = broken(tmp_path / "all")
+    source = find_split(tmp_path).source
+    assert sorted(reasons) == sorted(os.path.basename(key) for key in keys(source))
+    for index in range(len(source)):
+        reason = reasons[os.path.basename(source.key(index))]
+        for get in (source.open, source.picture, Pictures(source, RECIPE).__getitem__):
+            with pytest.raises(DataError) as error:
+                get(index)
+            assert source.where(index) in str(error.value) and reason in str(error.value)
+
+
+def test_a_blank_drawing_is_named(tmp_path):
+    (tmp_path / "a").mkdir()
+    Image.new("L", (9, 9)).save(tmp_path / "a" / "blank.png")
+    ready = Pictures(find_split(tmp_path).source, Preprocess((1, 8, 8), crop_mode="ink"))
+    with pytest.raises(DataError, match=r"blank\.png"):
+        ready[0]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_give_the_same(tmp_path, workers):
+    source = find_split(class_folders(tmp_path, {"cat": 5, "dog": 4})).source
+    loader = DataLoader(Pictures(source, RECIPE), batch_size=4, num_workers=workers)
+    pictures, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
+    assert labels.tolist() == [0] * 5 + [1] * 4
+    assert torch.equal(pictures, torch.cat([RECIPE(source.where(i)) for i in range(9)]))
+
+
+# -- layouts --------------------------------------------------------------------------------------
+
+
+def test_a_folder_per_class_is_split_by_class(tmp_path):
+    split = find(class_folders(tmp_path, {"dog": 30, "cat": 20, "Owl": 4, "ant": 1}))
+    assert split.classes == split.train.classes == split.val.classes == ("Owl", "ant", "cat", "dog")
+    assert split.val.counts().tolist() == [1, 0, 2, 3]
+    assert split.train.counts().tolist() == [3, 1, 18, 27]
+    assert not set(keys(split.train)) & set(keys(split.val))
+    assert split.name == tmp_path.name and "10 % of every class" in split.notes[0]
+    for source in (split.train, split.val):
+        for index in range(len(source)):
+            assert source.key(index).startswith(source.classes[source.label(index)])
+            assert source.where(index) == str(tmp_path / source.key(index))
+
+
+def test_the_split_is_the_same_everywhere_and_stable(tmp_path):
+    """Pinned: keys that a hash puts aside on every machine, whatever the order of creation."""
+    class_folders(tmp_path, {"cat": 10, "dog": 10})
+    held = keys(find(tmp_path, seed=3, val_fraction=0.2).val)
+    assert held == ["cat/005.png", "cat/006.png", "dog/003.png", "dog/007.png"]
+    assert keys(find(tmp_path, seed=4, val_fraction=0.2).val) != held
+    noise(99).save(tmp_path / "cat" / "010.png")
+    after = keys(find(tmp_path, seed=3, val_fraction=0.2).val)
+    assert after[-2:] == held[-2:] and len({*after} & {*held}) >= 3
+    assert find(tmp_path, val_fraction=0).val is None
+
+
+@pytest.mark.parametrize("names", [("train", "val"), ("Train", "Validation"), ("training", "test")])
+def test_a_folder_with_parts(tmp_path, names):
+    class_folders(tmp_path / names[0], {"cat": 3, "dog": 2})
+    class_folders(tmp_path / names[1], {"dog": 2})
+    split = find(tmp_path)
+    assert split.classes == ("cat", "dog")
+    assert split.train.counts().tolist() == [3, 2] and split.val.counts().tolist() == [0, 2]
+    assert find_split(tmp_path).name == f"{tmp_path.name}, {names[1].lower()}"
+    assert len(find_split(tmp_path, names[0]).source) == 5
+
+
+def test_val_can_be_another_part_or_other_data(tmp_path):
+    for part in ("train", "val", "test"):
+        class_folders(tmp_path / "d" / part, {"cat": 3 + len(part), "dog": 2})
+    class_folders(tmp_path / "e", {"cat": 1})
+    assert len(find(tmp_path / "d").val) == 8
+    assert len(find(tmp_path / "d", val="test").val) == 9
+    assert len(find(tmp_path / "d", val=tmp_path / "e").val) == 1
+    with pytest.raises(DataError, match="another part"):
+        find(tmp_path / "d", val="train")
+
+
+def test_train_can_be_a_class(tmp_path):
+    split = find(class_folders(tmp_path, {"bus": 2, "train": 2}))
+    assert split.classes == ("bus", "train")
+
+
+def test_accents_match_however_they_are_encoded(tmp_path):
+    class_folders(tmp_path / "train", {"caf\u00e9": 2, "tea": 1})
+    class_folders(tmp_path / "val", {"cafe\u0301": 2})
+    assert find(tmp_path).val.counts().tolist() == [2, 0]
+    class_folders(tmp_path / "train", {"cafe\u0301": 2})
+    with pytest.raises(DataError, match="accents"):
+        find(tmp_path)
+
+
+def test_loose_pictures_are_mentioned(tmp_path):
+    class_folders(tmp_path, {"cat": 2, "dog": 2})
+    noise(1).save(tmp_path / "sheet.png")
+    assert "1 pictures in" in find(tmp_path).notes[0]
+
+
+# -- refusals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda d: None, "no folder and no pictures"),
+        (lambda d: noise(1).save(d / "x.png"), "got 1 pictures and no folder"),
+        (lambda d: class_folders(d, {"cat": 2}), "at least two classes, got 1 in .*: cat"),
+        (lambda d: class_folders(d, {"cat": 2, "dog": 0, "owl": 1}), "got 1 without any in .*dog"),
+        (lambda d: class_folders(d, {"cat": 1, "dog": 1}), "two pictures"),
+    ],
+)
+def test_what_cannot_be_trained_on(tmp_path, make, text):
+    make(tmp_path)
+    with pytest.raises(DataError, match=text):
+        find(tmp_path)
+
+
+def test_a_label_in_val_but_not_in_train(tmp_path):
+    class_folders(tmp_path / "train", {"cat": 2, "dog": 2})
+    class_folders(tmp_path / "val", {"cat": 1, "owl": 3})
+    with pytest.raises(DataError, match=r"got 1 that are not: owl \(3\)"):
+        find(tmp_path)
+
+
+def test_what_is_no_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    noise(1).save("x.png")
+    with pytest.raises(DataError, match="got the file"):
+        find("x.png")
+    with pytest.raises(DataError, match="there is no folder"):
+        find("./missing")
+    with pytest.raises(ValueError, match="val_fraction"):
+        find(".", val_fraction=1.0)
+    class_folders(tmp_path / "d" / "val", {"cat": 1})
+    with pytest.raises(DataError, match="part called train, got val"):
+        find("d")
+    with pytest.raises(DataError, match="got test; d has the parts val"):
+        find_split("d", "test")
+
+
+# -- Hugging Face datasets ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def table(monkeypatch, tmp_path):
+    """A function that makes a dataset of so many pictures."""
+    datasets = pytest.importorskip("datasets", reason="reading datasets needs `datasets`")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+    def make(labels, kind=None, column="image", **more):
+        kind = kind or datasets.ClassLabel(names=["cat", "dog", "owl"])
+        values = {column: [noise(i) for i in range(len(labels))], "label": labels, **more}
+        features = {column: datasets.Image(), "label": kind}
+        features |= {key: datasets.Value("string") for key in more}
+        return datasets.Dataset.from_dict(values, features=datasets.Features(features))
+
+    make.datasets = datasets
+    return make
+
+
+def test_a_saved_dataset(table, tmp_path):
+    parts = {"train": table([0, 1, 2, 1]), "test": table([2, 0])}
+    table.datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    split = find(tmp_path / "saved")
+    assert split.classes == ("cat", "dog", "owl") and split.name == "saved"
+    assert split.train.labels.tolist() == [0, 1, 2, 1] and split.val.labels.tolist() == [2, 0]
+    assert split.val.where(1) == "saved, test, row 1"
+    assert np.array_equal(np.asarray(split.val.picture(1)), np.asarray(noise(1)))
+    loader = DataLoader(Pictures(split.train, RECIPE), batch_size=3, num_workers=1)
+    assert torch.cat([labels for _, labels in loader]).tolist() == [0, 1, 2, 1]
+
+
+def test_one_saved_table_is_split(table, tmp_path):
+    table([0, 1, 2] * 4).save_to_disk(tmp_path / "saved")
+    split = find(tmp_path / "saved", val_fraction=0.25)
+    assert split.train.counts().tolist() == [3, 3, 3] and split.val.counts().tolist() == [1, 1, 1]
+    assert len(find_split(tmp_path / "saved").source) == 12
+
+
+def test_a_folder_of_tables(table, tmp_path):
+    (tmp_path / "repo" / "data").mkdir(parents=True)
+    table([0, 1, 2]).to_parquet(tmp_path / "repo" / "data" / "train-00000-of-00001.parquet")
+    assert find_split(tmp_path / "repo").source.labels.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("kind", "values", "classes"), [
+    ("int64", [7, 3, 3], ("3", "7")),
+    ("string", ["b", "a", "a"], ("a", "b")),
+])  # fmt: skip
+def test_labels_without_names(table, tmp_path, kind, values, classes):
+    table(values, table.datasets.Value(kind), "img").save_to_disk(tmp_path / "saved")
+    source = find_split(tmp_path / "saved").source
+    assert source.classes == classes and source.labels.tolist() == [1, 0, 0]
+
+
+def test_datasets_that_cannot_be_used(table, tmp_path):
+    table([0, -1]).save_to_disk(tmp_path / "unlabelled")
+    with pytest.raises(DataError, match="got 1 of 2 without in unlabelled"):
+        find_split(tmp_path / "unlabelled")
+    table([0, 1], label2=["x", "y"]).remove_columns("label").save_to_disk(tmp_path / "no-label")
+    with pytest.raises(DataError, match=r"one column of labels .* got 0 among: image \(Image\)"):
+        find_split(tmp_path / "no-label")
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "state.json").write_text("{")
+    with pytest.raises(DataError, match="cannot be loaded"):
+        find_split(tmp_path / "torn")
+    with pytest.raises(DataError, match="no folder 'flower-typo' here, and no dataset"):
+        find("flower-typo")
+
+
+def test_without_the_library_it_says_what_to_install(tmp_path):
+    code = (
+        "import sys; sys.modules['datasets'] = None\n"
+        "from natcupy.data import find\n"
+        "try: find('some/name')\n"
+        "except ImportError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "pip install 'natcupy[data]'" in done.stdout, done.stderr

@@ -31,3 +31,29 @@ def close(actual, expected, dtype, what="output", backward=False):
         f"{what} in {dtype}: error {worst:.3g} > {bound:.3g} at flat index {at}: "
         f"{actual.flatten()[at].item()} instead of {expected.flatten()[at].item()}"
     )
+
+
+# The error rule: against float64, a kernel's largest error is at most so many times that of plain
+# torch in the same dtype on the same device, plus a floor. `overflow`: logits far beyond the usual.
+RULE = {"forward": (2, 0.0), "backward": (3, 0.0), "overflow": (5, 1e-3)}
+FLOOR = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-3}
+
+
+def by_rule(actual, true, plain, what, kind="forward"):
+    """Check `actual` against float64 `true` by the error rule; returns error / allowed error."""
+    assert actual.shape == true.shape, f"{what}: {actual.shape} is not {true.shape}"
+    if actual.dtype == torch.float64:
+        return close(actual, true, actual.dtype, what, backward=kind != "forward") or 0.0
+    if actual.numel() == 0:
+        return 0.0
+    spoilt = ~actual.isfinite() & true.isfinite()
+    assert not spoilt.any(), f"{what}: {int(spoilt.sum())} numbers are not finite, the truth is"
+    seen = true.isfinite()
+    own, theirs = ((x.double() - true)[seen].abs() for x in (actual, plain))
+    theirs = theirs[theirs.isfinite()]  # plain torch may overflow where the kernel does not
+    factor, more = RULE[kind]
+    floor = FLOOR[actual.dtype] + more
+    allowed = factor * (theirs.max().item() if len(theirs) else 0.0) + floor
+    worst = own.max().item() if len(own) else 0.0
+    assert worst <= allowed, f"{what} in {actual.dtype}: error {worst:.3g} > {allowed:.3g} allowed"
+    return worst / allowed

@@ -35,8 +35,13 @@ def attention(
     rpb: Tensor | None,  # [H, 2K-1, ...]
     additional_keys: Tensor | None,  # [B, E, Hkv, D]
     additional_values: Tensor | None,  # [B, E, Hkv, Dv]
+    return_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:  # [B, *spatial, H, Dv], [B, *spatial, H]
-    """Attention output in the inputs' dtype and natural log-sum-exp in the compute dtype."""
+    """Attention output in the inputs' dtype and natural log-sum-exp in the compute dtype.
+
+    The kernels make the log-sum-exp anyhow, so `return_lse` changes nothing.
+    """
+    del return_lse
     return _entry(torch.ops.natcupy.na_fwd, _Forward, _EagerForward)(
         query, key, value, rpb, additional_keys, additional_values,
         hood.kernel_size, hood.stride, hood.dilation, hood.is_causal, scale,

@@ -49,6 +49,7 @@ def render(config: ModelConfig, cfg: Mapping[str, Any], facts: Facts) -> str:
         _what(config, cfg),
         _use(config, facts.repo),
         _results(facts.metrics),
+        _training(facts),
         _pictures(config, cfg),
         _origin(facts),
         _citation(config),
@@ -185,6 +186,10 @@ def _results(metrics: tuple[Metric, ...]) -> str:
         where += f", {metric.split}" if metric.split else ""
         lines.append(f"| {where} | {metric.name or metric.type} | {metric.value:g} |")
     return "\n".join(lines)
+
+
+def _training(facts: Facts) -> str:
+    return "## Training\n\n" + _table(list(facts.training)) if facts.training else ""
 
 
 def _pictures(config: ModelConfig, cfg: Mapping[str, Any]) -> str:

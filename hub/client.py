@@ -127,6 +127,11 @@ def ask_for_dataset(repo: str, revision: str | None, access: Access) -> None:
     persist(ask, Subject(repo, revision or "main", dataset=True))
 
 
+def ask_who(subject: Subject, access: Access) -> str:
+    """The name of who is logged in. Raises BadToken, Offline and their like."""
+    return persist(lambda: api(access).whoami()["name"], subject)
+
+
 def download(repo: str, commit: str, name: str, access: Access, local_files_only: bool) -> Path:
     """A file of a commit, in the cache; its content is not verified here."""
     from huggingface_hub import hf_hub_download

@@ -86,6 +86,7 @@ class Facts:
     base_license: str | None = None
     repo: str | None = None
     converted: Converted | None = None
+    training: tuple[tuple[str, str], ...] = ()
 
 
 def check(
@@ -100,6 +101,7 @@ def check(
     base_license: str | None = None,
     repo: str | None = None,
     converted: Converted | None = None,
+    training: Mapping[str, str] | None = None,
 ) -> Facts:
     """Check what is to be stated.
 
@@ -114,6 +116,7 @@ def check(
         base_commit, base_license: of those weights, where known.
         repo: where the model is going.
         converted: the released file, for converted weights.
+        training: how it was trained, as plain names and texts.
 
     Raises:
         ValueError: which value, and what it may be.
@@ -142,6 +145,7 @@ def check(
         base_license=base_license,
         repo=check_repo(repo) if repo is not None else None,
         converted=converted,
+        training=_training(training or {}),
     )
 
 
@@ -204,6 +208,16 @@ def _stated_metrics(old: Mapping[str, Any]) -> list[Metric]:
 def is_plain(text: str) -> bool:
     """Whether text has no character that means something in Markdown, HTML or YAML."""
     return _PLAIN.fullmatch(text) is not None
+
+
+def _training(rows: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    for name, text in rows.items():
+        if not (isinstance(text, str) and is_plain(text) and is_plain(str(name))):
+            raise ValueError(
+                f"what is said of the training must be plain text of at most 96 characters, got "
+                f"{str(name)[:40]!r}: {str(text)[:60]!r}."
+            )
+    return tuple(rows.items())
 
 
 def _license(license: object, inherited: str | None, base: str | None) -> None:

@@ -33,7 +33,7 @@ from natcupy.hub.errors import (
     RevisionNotFound,
     Unavailable,
 )
-from natcupy.hub.facts import LICENSES, Metric, check_repo, taken_over
+from natcupy.hub.facts import LICENSES, Facts, Metric, check_repo, taken_over
 from natcupy.hub.files import git_blob_id, sha256_file
 from natcupy.hub.saving import README, Package, is_weights, pack, state_facts, text_writer
 from natcupy.zoo import ImageModel
@@ -92,6 +92,7 @@ def push_to_hub(
     datasets: Sequence[str] = (),
     tags: Sequence[str] = (),
     base_model: str | None = None,
+    training: Mapping[str, str] | None = None,
     card_text: str | None = None,
     overwrite_card: bool = False,
     max_shard_bytes: int = shards.MAX_SHARD_BYTES,
@@ -115,6 +116,7 @@ def push_to_hub(
         datasets: what the model was trained on.
         tags: further tags for the card.
         base_model: repository of the weights it was finetuned from; default: where it was loaded.
+        training: how it was trained, as plain names and texts, for the card.
         card_text: a README.md of your own.
         overwrite_card: replace a README.md on the Hub that somebody edited (default: it is kept).
         max_shard_bytes: larger weights are cut into several files and an index.
@@ -138,6 +140,7 @@ def push_to_hub(
         datasets=datasets,
         tags=tags,
         base_model=base_model,
+        training=training,
     )
     package = pack(model, stated, max_shard_bytes)
     return push_package(package, target, Access(token), card_text)
@@ -147,16 +150,7 @@ def push_package(
     package: Package, target: _Target, access: Access, card_text: str | None = None
 ) -> Pushed:
     """The part of a push after the checks of single arguments."""
-    if package.facts.license and package.facts.license not in LICENSES:
-        raise ValueError(
-            f"the weights state the licence {package.facts.license!r}, unknown to the Hub; "
-            "pass license=… (for a text of its own: 'other')."
-        )
-    if not client.has_login(access):
-        raise BadToken(
-            "pushing needs a login: 'hf auth login', the variable HF_TOKEN, or token=… with a "
-            "token that may write."
-        )
+    _may_push(package.facts, access)
     with TemporaryDirectory(prefix="natcupy-push-") as place:
         folder = Path(place) / "files"
         folder.mkdir()
@@ -164,6 +158,35 @@ def push_package(
         for name, write in package.writers.items():
             write(own[name])
         return _Push(package, target, access, own, Path(place), card_text).run()
+
+
+def check_push(
+    repo_id: str, facts: Facts, *, private: bool | None = None, token: str | bool | None = None
+) -> None:
+    """Raise what a push of a model with these facts would raise on its first steps.
+
+    Looks at the name, the licence and the login, and asks the Hub once who is logged in; makes and
+    changes nothing. For those who will push hours later.
+
+    Raises as `push_to_hub`.
+    """
+    target = make_target(repo_id, private=private)
+    access = Access(token)
+    _may_push(facts, access)
+    client.ask_who(Subject(target.repo, target.branch, writing=True), access)
+
+
+def _may_push(facts: Facts, access: Access) -> None:
+    if facts.license and facts.license not in LICENSES:
+        raise ValueError(
+            f"the weights state the licence {facts.license!r}, unknown to the Hub; "
+            "pass license=… (for a text of its own: 'other')."
+        )
+    if not client.has_login(access):
+        raise BadToken(
+            "pushing needs a login: 'hf auth login', the variable HF_TOKEN, or token=… with a "
+            "token that may write."
+        )
 
 
 def make_target(repo: str, **options: Any) -> _Target:

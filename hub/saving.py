@@ -55,6 +55,7 @@ def save_pretrained(
     datasets: Sequence[str] = (),
     tags: Sequence[str] = (),
     base_model: str | None = None,
+    training: Mapping[str, str] | None = None,
     max_shard_bytes: int = shards.MAX_SHARD_BYTES,
 ) -> Path:
     """Write config.json, model.safetensors, preprocessor_config.json and README.md, all or none.
@@ -66,7 +67,8 @@ def save_pretrained(
         model: any model of the zoo.
         folder: made if missing; other files in it stay, except weights that these replace.
         overwrite_card: also replace a README.md that is there and was edited.
-        license, metrics, dataset, datasets, tags, base_model: for the card; see `push_to_hub`.
+        license, metrics, dataset, datasets, tags, base_model, training: for the card; see
+            `push_to_hub`.
         max_shard_bytes: larger weights are cut into several files and an index.
 
     Returns:
@@ -86,6 +88,7 @@ def save_pretrained(
         datasets=datasets,
         tags=tags,
         base_model=base_model,
+        training=training,
     )
     return write(pack(model, stated, max_shard_bytes), folder, overwrite_card)
 

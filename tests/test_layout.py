@@ -29,6 +29,7 @@ FLOORS = [
     ("natcupy.zoo",),
     ("natcupy.hub", "natcupy.digits", "natcupy.timm"),
     ("natcupy.data",),
+    ("natcupy.train",),
     ("natcupy.cli", "natcupy.__main__"),
 ]
 ROOMS_OF = {  # package: the only rooms that may import it
@@ -38,7 +39,9 @@ ROOMS_OF = {  # package: the only rooms that may import it
     "huggingface_hub": ("natcupy.hub", "natcupy.cli.doctor"),
     "datasets": ("natcupy.data.hf",),
     "sklearn": ("natcupy.digits",),
-    "matplotlib": ("natcupy.digits",),
+    "matplotlib": ("natcupy.digits", "natcupy.train.plots"),
+    "accelerate": ("natcupy.train.engine",),
+    "timm": ("natcupy.timm", "natcupy.train.timm_parts"),
 }
 BANNED = {"pickle", "dill", "marshal", "shelve"}
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 
+from natcupy.cli.finetune_arguments import add_arguments as add_finetune_arguments
+
 DEFAULT_MODEL = "nat-digits"
 _MODEL_HELP = (
     "name (nat-digits, nat-tiny, dinat-small ...), Hub repository (org/name), folder or file; "
@@ -29,6 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     _models(commands)
     _info(commands)
     _doctor(commands)
+    _finetune(commands)
     _train_digits(commands)
     _pull(commands)
     _push(commands)
@@ -115,6 +118,12 @@ def _doctor(commands: argparse._SubParsersAction) -> None:
         commands, "doctor", "doctor", "what is installed, what runs, and a check that it is right"
     )
     _add_json(parser)
+
+
+def _finetune(commands: argparse._SubParsersAction) -> None:
+    add_finetune_arguments(
+        _command(commands, "finetune", "finetune", "train a model on labelled pictures of your own")
+    )
 
 
 def _train_digits(commands: argparse._SubParsersAction) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from natcupy.data.files import why
 from natcupy.data.source import DataError, Source
@@ -36,13 +35,10 @@ class Pictures(torch.utils.data.Dataset):
         return len(self.source)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        if isinstance(self.transform, Preprocess):
-            return self._prepared(index), self.source.label(index)
-        return self.transform(self.source.picture(index)), self.source.label(index)
-
-    def _prepared(self, index: int) -> Tensor:
-        picture = self.source.open(index)
+        stored = isinstance(self.transform, Preprocess)
+        picture = self.source.open(index) if stored else self.source.picture(index)
         try:
-            return self.transform(picture)[0]
+            made = self.transform(picture)
         except Exception as error:  # "ink" refuses a blank picture, for one
             raise DataError(f"{self.source.where(index)}: {why(error)}") from None
+        return made[0] if stored else made, self.source.label(index)

@@ -1,0 +1,58 @@
+"""`natcupy finetune`: pictures and a model become a finetuned model's folder.
+
+In: DATA, a model, a recipe and numbers over it. Out: the folder of the run; on stdout a line per
+epoch and what came out. Under `torchrun` or `accelerate launch` all processes do this together.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from natcupy.cli import console
+from natcupy.cli.finetune_arguments import given
+from natcupy.data import find
+from natcupy.train import TrainConfig, finetune, load_model
+from natcupy.train.finetuning import describe, is_first
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Find the data, load the model, train, report."""
+    config = TrainConfig.of(arguments.recipe, **given(arguments))
+    split = find(
+        arguments.data, seed=config.seed, val_fraction=arguments.val_fraction, val=arguments.val
+    )
+    if is_first() and not arguments.json:
+        for note in split.notes:
+            print(note, flush=True)
+    model = load_model(
+        arguments.model,
+        config,
+        pretrained=not arguments.from_scratch,
+        kernel_size=arguments.kernel_size,
+    )
+    result = finetune(
+        model,
+        split.train,
+        split.val,
+        config,
+        data_name=split.name,
+        push=arguments.push,
+        private=arguments.private,
+        license=arguments.license,
+    )
+    if not result.main:
+        return 0
+    if arguments.json:
+        console.print_json(
+            {
+                "scores": result.scores,
+                "epoch": result.epoch,
+                "seconds": result.seconds,
+                "peak_bytes": result.peak_bytes,
+                "folder": str(result.folder),
+                "pushed": vars(result.pushed) if result.pushed else None,
+            }
+        )
+    else:
+        print(console.facts(describe(result, split.classes)))
+    return 0

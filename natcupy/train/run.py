@@ -1,0 +1,173 @@
+"""The folder of a run: claimed before the first step, filled with logs and tables after each epoch.
+
+In: a `TrainConfig`, facts, rows. Out: `run.json` (what runs here), `log.csv` and `log.json` (one
+row per epoch), all replaced in one step; and the bar on the terminal.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+
+from natcupy.hub.files import write_folder
+from natcupy.train.config import TrainConfig, TrainError
+
+RUN, LOG_CSV, LOG_JSON, CHECKPOINT = "run.json", "log.csv", "log.json", "checkpoint"
+
+
+def claim(config: TrainConfig, facts: Mapping[str, Any]) -> Path:
+    """Make the folder of a run, or check that it holds the run to be continued.
+
+    Raises:
+        TrainError: it holds a run and none is to be continued; another run; other files; or it
+            cannot be written. Nothing in it was changed.
+    """
+    folder = Path(config.output).expanduser()
+    wanted = {"config": config.binding(), "facts": json.loads(json.dumps(dict(facts)))}
+    had = _read(folder / RUN)
+    if had is not None and not config.resume:
+        raise TrainError(
+            f"{folder} holds a run already. Continue it with --resume (resume=True), or choose "
+            "another output."
+        )
+    if had is not None:
+        _same_run(folder, had, wanted)
+        _writable(folder)
+        return folder
+    if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise TrainError(
+            f"{folder} holds files that are not of a run. Choose an empty folder as output."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainError(
+            f"the output {folder} cannot be made: {error.strerror or error}. Choose another."
+        ) from None
+    _writable(folder)
+    text = json.dumps({"natcupy run": 1, **wanted, "environment": environment()}, indent=1)
+    write_folder(folder, {RUN: lambda path: path.write_bytes(text.encode())})
+    return folder
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for logs."""
+    from natcupy import __version__
+
+    found = {"natcupy": __version__, "python": platform.python_version(), "system": sys.platform}
+    for name in ("torch", "accelerate", "timm", "numpy", "pillow"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_logs(folder: Path, rows: Sequence[Mapping[str, Any]], config: TrainConfig) -> None:
+    """log.csv and log.json, anew."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    table = csv.DictWriter(text, names, lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    whole = {"config": config.binding(), "environment": environment(), "epochs": list(rows)}
+    write_folder(
+        folder,
+        {
+            LOG_CSV: lambda path: path.write_bytes(text.getvalue().encode()),
+            LOG_JSON: lambda path: path.write_bytes(json.dumps(whole, indent=1).encode()),
+        },
+    )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process held: on the GPU, or, training on the CPU, in all."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size if sys.platform == "darwin" else size * 1024
+
+
+class Bar:
+    """A line that says how it goes: loss, accuracy, items per second, time left."""
+
+    def __init__(self, config: TrainConfig, done: int, steps: int, shown: bool) -> None:
+        from tqdm import tqdm
+
+        quiet = True if not shown else (None if config.progress is None else not config.progress)
+        self._bar = tqdm(total=steps, initial=done, unit="step", disable=quiet, smoothing=0.05)
+        self.wanted = not self._bar.disable
+
+    def step(self) -> None:
+        """One step is done."""
+        self._bar.update()
+
+    def tell(self, epoch: str, values: Mapping[str, float], speed: float) -> None:
+        """Numbers behind the bar."""
+        self._bar.set_description_str(epoch, refresh=False)
+        words = [f"{name} {value:.3g}" for name, value in values.items()]
+        self._bar.set_postfix_str(", ".join([*words, f"{speed:.1f} items/s"]))
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        if self.wanted:
+            self._bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Leave the line as it is."""
+        self._bar.close()
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        values = json.loads(path.read_bytes())
+        if not isinstance(values, dict) or "natcupy run" not in values:
+            raise ValueError("it has no line 'natcupy run'")
+        return values
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, OSError) as error:
+        raise TrainError(f"{path} is not the record of a run ({error}). Restore it.") from None
+
+
+def _same_run(folder: Path, had: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    different = [
+        f"{name} (was {before.get(name)!r}, now {now.get(name)!r})"
+        for part in ("config", "facts")
+        for before, now in ((had[part], wanted[part]),)
+        for name in dict.fromkeys((*before, *now))
+        if before.get(name) != now.get(name)
+    ]
+    if different:
+        raise TrainError(
+            f"a run is continued with what it began with; {folder} differs in "
+            f"{'; '.join(different[:5])}. Give the same, or choose another output."
+        )
+
+
+def _writable(folder: Path) -> None:
+    probe = folder / f".{uuid4().hex}.probe"
+    try:
+        probe.write_bytes(b"natcupy")
+        probe.unlink()
+    except OSError as error:
+        probe.unlink(missing_ok=True) if folder.is_dir() else None
+        raise TrainError(
+            f"the output {folder} cannot be written to: {error.strerror or error}. Choose another."
+        ) from None

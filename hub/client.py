@@ -279,7 +279,7 @@ def _translate(error: Exception, subject: Subject) -> HubError | None:
     if isinstance(error, theirs.LocalTokenNotFoundError):
         return BadToken("no token is stored here. Log in with 'hf auth login', or set HF_TOKEN.")
     if isinstance(error, theirs.LocalEntryNotFoundError | theirs.OfflineModeIsEnabled):
-        return Offline(_unreachable(subject))
+        return _translate_absent(error, subject)
     if isinstance(error, theirs.EntryNotFoundError):
         return NotFound(f"{subject} does not exist. See {_AT_THE_HUB}{repo}/tree/{revision}.")
     if isinstance(error, theirs.HFValidationError):
@@ -295,6 +295,14 @@ def _translate(error: Exception, subject: Subject) -> HubError | None:
     if isinstance(error, OSError) and error.errno in _LOCAL_TROUBLE:
         return None
     return _translate_transport(error, subject)
+
+
+def _translate_absent(error: Exception, subject: Subject) -> HubError | None:
+    """The client says "not in the cache" for whatever kept it from asking; look at the cause."""
+    cause = error.__cause__
+    if subject.name is None or not isinstance(cause, Exception) or _never_reached(cause):
+        return Offline(_unreachable(subject))
+    return _translate(cause, subject)
 
 
 def _translate_upload(error: RuntimeError, subject: Subject) -> HubError | None:

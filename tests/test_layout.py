@@ -25,9 +25,10 @@ FLOORS = [
     ("natcupy.backends",),
     ("natcupy.functional",),
     ("natcupy.modules", "natcupy.maps"),
+    ("natcupy.natten",),
     ("natcupy.warmup",),
     ("natcupy.zoo",),
-    ("natcupy.hub", "natcupy.digits", "natcupy.timm"),
+    ("natcupy.hub", "natcupy.digits", "natcupy.timm", "natcupy.transformers"),
     ("natcupy.data",),
     ("natcupy.train",),
     ("natcupy.cli", "natcupy.__main__"),
@@ -42,6 +43,7 @@ ROOMS_OF = {  # package: the only rooms that may import it
     "matplotlib": ("natcupy.digits", "natcupy.train.plots"),
     "accelerate": ("natcupy.train.engine",),
     "timm": ("natcupy.timm", "natcupy.train.timm_parts"),
+    "transformers": ("natcupy.transformers",),
 }
 BANNED = {"pickle", "dill", "marshal", "shelve"}
 

@@ -122,3 +122,13 @@ def test_layer_decay_and_weight_decay():
         assert not (held & tables) or group["weight_decay"] == 0
     total = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     assert total == sum(p.numel() for p in model.parameters())
+
+
+def test_what_a_card_shows_runs(hub):
+    model = invented("nat")
+    model.push_to_hub("me/mine", token=ALICE)
+    blocks = hub.tree("me/mine")["README.md"].decode().split("```python\n")[1:]
+    code = next(b.split("```")[0] for b in blocks if b.startswith("import natcupy.timm"))
+    scope = {}
+    exec(code, scope)
+    same(scope["model"].state_dict(), model.state_dict())

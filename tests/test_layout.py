@@ -5,6 +5,7 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,40 @@ def test_wheel(wheel):
         inside = name.replace(".", "/")
         assert f"{inside}.py" in names or f"{inside}/__init__.py" in names, path
     assert wheel.stat().st_size < 4 << 20
+
+
+def requirements():
+    """Requirements of an install for development: the package's own and those of `dev`."""
+    tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return project["dependencies"] + project["optional-dependencies"]["dev"]
+
+
+def test_everything_an_install_for_development_brings_is_pinned():
+    """Each requirement, and what the installed ones require, has a pin that it allows."""
+    packaging = pytest.importorskip("packaging.requirements")
+    canonical = pytest.importorskip("packaging.utils").canonicalize_name
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    parsed = [packaging.Requirement(line) for line in lines if line and line[0] != "#"]
+    pins = {canonical(pin.name): str(pin.specifier).removeprefix("==") for pin in parsed}
+    assert len(pins) == len(parsed)
+    todo, seen = [packaging.Requirement(text) for text in requirements()], set()
+    while todo:
+        wanted = todo.pop()
+        name = canonical(wanted.name)
+        if wanted.marker and not wanted.marker.evaluate({"extra": ""}):
+            continue
+        assert name in pins, f"{name} has no pin in constraints.txt"
+        assert wanted.specifier.contains(pins[name], prereleases=True), f"{wanted}: {pins[name]}"
+        if name in seen:
+            continue
+        seen.add(name)
+        try:
+            further = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue
+        todo += [packaging.Requirement(text) for text in further]
+    assert len(seen) > 20
 
 
 def test_running_from_the_checkout_or_an_install():

@@ -2,8 +2,8 @@
 
 In: repositories made by `LocalHub.commit` or pushed by the client. Out: the endpoints of the Hub
 (model info, file tree, resolve with ETag, commit and redirect of large files to another origin,
-ranges, 401/403/404 with the Hub's error codes; writing is in `server_write`), as `huggingface_hub`
-asks for them through HF_ENDPOINT.
+ranges, 401/403/404 with the Hub's error codes; writing is in `server_write`, Xet in `server_xet`),
+as `huggingface_hub` asks for them through HF_ENDPOINT.
 
     hub = LocalHub()                               # environment: hub.environment(home)
     first = hub.commit("org/name", {"config.json": b"{}", "model.safetensors": data})
@@ -28,6 +28,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from server_write import RefusedError, Writing
+from server_xet import XetStore
 
 LARGE = (".safetensors", ".bin", ".pth")
 
@@ -84,6 +85,7 @@ class LocalHub:
         self.weather: Callable[[str, str], Fault | None] = lambda method, path: None
         self.blobs: dict[str, bytes] = {}  # uploaded, perhaps in no commit yet
         self.multipart_over = 10_000_000
+        self.xet: XetStore | None = None  # a store makes the client use Xet, if it may
 
     def close(self) -> None:
         self._server.shutdown()
@@ -137,7 +139,8 @@ class LocalHub:
             return self.blobs[sha256]
         trees = (tree for repo in self.repos.values() for tree in repo.commits.values())
         contents = (data for tree in trees for data in tree.values())
-        return next((d for d in contents if hashlib.sha256(d).hexdigest() == sha256), None)
+        there = next((d for d in contents if hashlib.sha256(d).hexdigest() == sha256), None)
+        return self.xet.read(sha256) if there is None and self.xet else there
 
 
 def git_id(data: bytes) -> str:
@@ -213,6 +216,8 @@ class _Handler(Writing, BaseHTTPRequestHandler):
             return self._discussions(match[1])
         if match := re.fullmatch(r"/blobs/([0-9a-f]{64})", path):
             return self._blob(match[1])
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/xet-(read|write)-token/.+", path):
+            return self._xet_token(match[1], match[2])
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+?)(?:/revision/(.+))?", path):
             return self._info(match[1], match[2] or "main")
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path):
@@ -277,7 +282,19 @@ class _Handler(Writing, BaseHTTPRequestHandler):
         sha256 = hashlib.sha256(data).hexdigest()
         link = {"X-Linked-Etag": f'"{sha256}"', "X-Linked-Size": str(len(data))}
         place = {"Location": f"{self.hub.other_origin}/blobs/{sha256}"}
+        if stored := self.hub.xet and self.hub.xet.find(sha256):
+            token = f"{self.hub.url}/api/models/{repo_id}/xet-read-token/{oid}"
+            place |= {"X-Xet-Hash": stored[0], "Link": f'<{token}>; rel="xet-auth"'}
         return self._send(302, b"", {**commit, **link, **place})
+
+    def _xet_token(self, repo_id: str, kind: str) -> None:
+        if self.hub.xet is None:
+            raise RefusedError(404)
+        self._repo(repo_id, content=kind == "read")
+        if kind == "write":
+            self.may_write(repo_id)
+        body, headers = self.hub.xet.token()
+        self._json(body, headers=headers)
 
     def _blob(self, sha256: str) -> None:
         if self.headers.get("Authorization"):

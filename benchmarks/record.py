@@ -39,6 +39,14 @@ def kernel_hashes() -> dict[str, str]:
     }
 
 
+def plans_hash() -> str:
+    """SHA-256 of the rooms that plan and launch kernels."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(natcupy.__file__).parent.joinpath("cuda").glob("*.py")):
+        digest.update(f"{path.name}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Device, driver and versions, JSON-able."""
     found: dict[str, Any] = {

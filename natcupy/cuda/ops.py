@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from math import prod
 
 import torch
 from torch import Tensor
@@ -79,13 +78,16 @@ def _size_reasons(query: Tensor, value: Tensor, hood: Neighborhood, rpb) -> list
             f"head_dim and value_dim must be at most {plan.LARGEST_DIM}, got {query.shape[-1]} "
             f"and {value.shape[-1]}: split the heads, or {REMEDY}"
         )
-    tokens = prod(query.shape[1:-2])
+    tokens, biases = 1, 1  # plain loops: torch.compile traces them
+    for length in query.shape[1:-2]:
+        tokens *= length
+    for k in hood.kernel_size:
+        biases *= 2 * k - 1
     if tokens > plan.LARGEST_IMAGE:
         reasons.append(
             f"an image must have at most {plan.LARGEST_IMAGE} tokens, got {tokens}: cut it into "
             "parts that overlap by a window"
         )
-    biases = prod(2 * k - 1 for k in hood.kernel_size)
     if rpb is not None and biases > plan.LARGEST_BIAS:
         reasons.append(
             f"a head's bias table must have at most {plan.LARGEST_BIAS} entries, got {biases}: "

@@ -4,6 +4,7 @@ In: nothing. Out: tables of `kernel_cases.Case`, `draw` for random ones, and `ch
 case in every family of kernels that can and holds it to the error rule.
 """
 
+import contextlib
 from dataclasses import replace
 from itertools import product
 
@@ -13,7 +14,8 @@ from kernel_cases import BF16, F16, F32, F64, Case, cotangents, inputs
 from tolerances import by_rule, close
 
 import natcupy
-from natcupy.cuda import plan
+from natcupy.cuda import jit, plan
+from natcupy.cuda import run as operators
 from natcupy.zoo.config import PATCH_SIZE
 
 DTYPES = (F16, BF16, F32, F64)
@@ -82,7 +84,9 @@ def layer(side, kernel_size, dilation, dtype, rpb=True):
     )  # fmt: skip
 
 
-HEAD_DIMS = (32, 32, 32, 64, 64, 8, 16, 24, 80, 128, 5, 33)
+# Few head dims and windows, since each compiles kernels of its own; many of everything else.
+HEAD_DIMS = (32, 32, 32, 64, 64, 16, 80, 5)
+WINDOWS = (1, 2, 3, 5, 7, 7, 9)
 LENGTHS = (7, 8, 9, 15, 16, 17, 31, 32, 33, 56, 63, 64, 65)  # around the edges of tiles
 
 
@@ -93,7 +97,9 @@ def draw(rng, dtype, tokens, number=0):
     axes = []
     for _ in range(rank):
         d = rng.choice((1, 1, 1, 2, 3))
-        k = rng.randint(1, min(9 if rank > 1 else 37, max(1, most // d)))
+        wide = (13, 32, 37) if rank == 1 else ()
+        k = rng.choice([k for k in (*WINDOWS, *wide) if k * d <= most] or [1])
+        d = d if k * d <= most else 1
         lengths = [n for n in LENGTHS if k * d <= n <= most]
         near = (k * d, k * d + 1, k * d + rng.randint(0, most), *lengths)
         s = rng.choice((1, 1, rng.randint(1, k)))
@@ -123,6 +129,38 @@ def run(case, tensors, d_out=None, d_lse=None):
         return out, lse, {}
     gradients = torch.autograd.grad([out, lse], list(given.values()), [d_out, d_lse])
     return out, lse, dict(zip(given, gradients, strict=True))
+
+
+class _Planner:
+    """A launcher that only notes what would be launched."""
+
+    def __init__(self, target, device_type):
+        self._target, self.device_type, self.specs = target, device_type, {}
+
+    def target(self, device):
+        return self._target
+
+    def launch(self, recipe, device):
+        self.specs[recipe.spec] = None
+
+
+def prepare(cases, rig, backward=True):
+    """Compile in parallel what `check` of these cases will launch; how many kernels that are."""
+    target = jit.arch_for(rig.device)
+    with jit.use_launcher(_Planner(target, "meta")) as planner:
+        for case, family in product(cases, families()):
+            tensors = {
+                n: None if x is None else x.detach() for n, x in inputs(case, "meta").items()
+            }
+            hood, given = case.hood, tuple(tensors.values())
+            rest = (hood.kernel_size, hood.stride, hood.dilation, hood.is_causal, case.factor)
+            with plan.use_family(family), contextlib.suppress(ValueError):
+                out, lse = operators.forward(*given, *rest)
+                if backward:
+                    wanted = [x is not None for x in given]
+                    operators.backward(out, lse, *given, out, lse, *rest, wanted)
+    jit.compile_many(planner.specs, target)
+    return len(planner.specs)
 
 
 def families():

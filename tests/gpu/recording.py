@@ -6,6 +6,8 @@ it noted. Lines are written as tests end, so that a run that is cut short has a 
 
 import json
 
+import pytest
+
 
 def pytest_addoption(parser):
     parser.addoption("--gpu-record", help="file that gets a line of JSON for every test")
@@ -14,16 +16,18 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     path = config.getoption("--gpu-record")
     if path:
-        config.pluginmanager.register(Recorder(path, config))
+        config.pluginmanager.register(Ear(config))
+        if not hasattr(config, "workerinput"):  # with pytest-xdist the controller writes
+            config.pluginmanager.register(Writer(path))
 
 
-class Recorder:
-    """Hears every launch and every report."""
+class Ear:
+    """Hears every launch and tells the test's report of it."""
 
-    def __init__(self, path, config):
+    def __init__(self, config):
         from natcupy.cuda.launch import CuPyLauncher
 
-        self.path, self.kernels = path, set()
+        self.kernels = set()
         launch = CuPyLauncher.launch
 
         def heard(launcher, recipe, device):
@@ -36,16 +40,29 @@ class Recorder:
     def pytest_runtest_logstart(self):
         self.kernels.clear()
 
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_makereport(self, item, call):
+        if call.when == "call":
+            item.user_properties.append(("kernels", sorted(self.kernels)))
+
+
+class Writer:
+    """Writes the lines."""
+
+    def __init__(self, path):
+        self.path = path
+
     def pytest_runtest_logreport(self, report):
         if report.when != "call" and report.outcome == "passed":
             return
+        notes = dict(report.user_properties)
         line = {
             "test": report.nodeid,
             "outcome": report.outcome,
             "seconds": round(report.duration, 3),
             "why": _why(report),
-            "kernels": sorted(self.kernels),
-            "notes": dict(report.user_properties),
+            "kernels": notes.pop("kernels", []),
+            "notes": notes,
         }
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

@@ -11,8 +11,20 @@ import pytest
 import torch
 import truth
 from kernel_cases import BF16, CASES, F16, F32, F64, Case, cotangents, inputs
-from problems import DTYPES, FEATURES, but, check, draw, feature, layer, layers_of, run, zoo_layers
-from rigs import both, on, only_gpu
+from problems import (
+    DTYPES,
+    FEATURES,
+    but,
+    check,
+    draw,
+    feature,
+    layer,
+    layers_of,
+    prepare,
+    run,
+    zoo_layers,
+)
+from rigs import SECONDS, both, on, only_gpu
 from tolerances import by_rule, close
 
 import natcupy
@@ -41,6 +53,7 @@ def test_layers_of_the_zoo(rig, dtype):
     cases = [
         layer(*sizes, dtype, rpb) for sizes in layers for rpb in rig.size((True, False), [True])
     ]
+    prepare(cases, rig)
     worst = max(check(case, rig) for case in cases)
     rig.note(worst=round(worst, 3), cases=len(cases))
 
@@ -52,22 +65,30 @@ def test_the_zoo_has_these_layers(name):
     assert layers_of(natcupy.zoo.model_config(name)) <= set(zoo_layers())
 
 
-@on(("dtype",), (F16, BF16, F32), simulated=[0, 2])
+CHUNK = 100  # random calls whose kernels are compiled together
+
+
+def random_calls(rig, dtype, count, tokens, backward):
+    """As many random calls as the time allows, held to the error rule."""
+    rng, worst, kernels, cases = random.Random(f"{backward} {dtype}"), 0.0, 0, []
+    for number in rig.many(count, 2, seconds=2 * SECONDS):
+        if number % CHUNK == 0:
+            chunk = rig.size(CHUNK, 2)
+            cases = [draw(rng, dtype, tokens, number + i) for i in range(chunk)]
+            kernels += prepare(cases, rig, backward)
+        case = cases[number % CHUNK]
+        worst = max(worst, check(case, rig, seed=number, backward=backward))
+    rig.note(worst=round(worst, 3), kernels_planned=kernels)
+
+
+@on(("dtype",), (F16, BF16, F32), simulated=[0])
 def test_random_calls_forward(rig, dtype):
-    rng, worst = random.Random(f"forward {dtype}"), 0.0
-    for number in rig.many(10_000, 2):
-        case = draw(rng, dtype, rig.size(400, 30), number)
-        worst = max(worst, check(case, rig, seed=number, backward=False))
-    rig.note(worst=round(worst, 3))
+    random_calls(rig, dtype, 10_000, rig.size(400, 25), backward=False)
 
 
-@on(("dtype",), (F16, BF16, F32), simulated=[1])
+@on(("dtype",), (F16, BF16, F32), simulated=[2])
 def test_random_calls_backward(rig, dtype):
-    rng, worst = random.Random(f"backward {dtype}"), 0.0
-    for number in rig.many(3_000, 2):
-        case = draw(rng, dtype, rig.size(300, 20), number)
-        worst = max(worst, check(case, rig, seed=number))
-    rig.note(worst=round(worst, 3))
+    random_calls(rig, dtype, 3_000, rig.size(300, 20), backward=True)
 
 
 @on(("dtype",), (F16, BF16, F32), simulated=[0])

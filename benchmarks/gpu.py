@@ -1,0 +1,281 @@
+"""`python -m benchmarks.gpu`: everything that a GPU is needed for, in one call under eight minutes.
+
+In: a checkout with torch, CuPy, numpy and pytest on a machine with one NVIDIA GPU; nothing is
+installed or downloaded. Out, in `--out` (by default benchmarks/results): `gpu-DEVICE-DATE.json`,
+the record that `benchmarks.freshness` reads, its summary in Markdown, the speed tables of
+`benchmarks.op` and `benchmarks.model` beside every peer, and a log.
+
+Stages are processes of their own, in order of value; when `--seconds` are spent the rest is dropped
+and named. Nothing that fails ends the run: it is in the record. `--sanitizer` is a mode of its own,
+compute-sanitizer over the tables of kernel cases; `--interpreter` tries the script's own logic with
+a tiny part of everything on the tests' simulated GPU, and its record is no record of a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import record, report, sanitizer
+from benchmarks.stages import Stage, run_stages
+
+ROOT = Path(__file__).parent.parent
+SECONDS = 460.0  # of the whole run
+PYTEST = (
+    sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider",
+    "-p", "recording",
+)  # fmt: skip
+WORKERS = 8  # processes of a stage of tests, where pytest-xdist is installed
+NUMBERS, TORCH, FAULTS = (
+    f"tests/gpu/test_gpu_{name}.py" for name in ("numbers", "torch", "faults")
+)
+LARGE = "more_than or past_32 or many_images"  # tests that need the card for themselves
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 1 where a test or a sanitizer failed, 2 without a GPU."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--out", type=Path, default=record.RESULTS, help="folder of the results")
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help="budget (default %(default)s)"
+    )
+    parser.add_argument("--only", help="only stages whose name holds this")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--sanitizer", action="store_true", help="compute-sanitizer, own mode")
+    mode.add_argument("--interpreter", action="store_true", help="try the script without a GPU")
+    arguments = parser.parse_args(argv)
+    if not arguments.interpreter and not torch.cuda.is_available():
+        say("torch finds no CUDA GPU here; --interpreter tries the script without one.")
+        return 2
+    tool = sanitizer.find()
+    if arguments.sanitizer and tool is None:
+        say("compute-sanitizer is neither on PATH nor in /usr/local/cuda/bin; it comes with CUDA.")
+        return 2
+    begun = time.monotonic()
+    device = torch.device("cpu" if arguments.interpreter else "cuda")
+    made = new_record(arguments, device)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = record.path_of(made, arguments.out).resolve()
+    with tempfile.TemporaryDirectory(prefix="natcupy-gpu-") as scratch:
+        work = Path(scratch)
+        if arguments.sanitizer:
+            stages = [sanitizer.stage(tool, work, arguments.seconds - 20)]
+        else:
+            stages = plan_stages(device, made, work, path)
+        stages = [s for s in stages if arguments.only is None or arguments.only in s.name]
+        log = path.with_suffix(".log")
+        log.unlink(missing_ok=True)
+        made["stages"] = run_stages(stages, arguments.seconds, ROOT, log, say)
+        gather(made, work, arguments.sanitizer)
+    made["seconds"] = round(time.monotonic() - begun, 1)
+    record.write(path, made)
+    text = summary(made)
+    record.write_text(path.with_suffix(".md"), text)
+    print(text)
+    return 1 if problems(made) else 0
+
+
+def say(text: str) -> None:
+    """Progress, apart from the summary."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def new_record(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """A record without results; a dry run's is of a kind of its own."""
+    kind = "sanitizer" if arguments.sanitizer else "dry" if arguments.interpreter else "gpu"
+    return record.new(kind, device) | {"plans": record.plans_hash()}
+
+
+# ------------------------------------------------------------------------------------------------
+# stages
+
+
+def plan_stages(device: torch.device, made: dict[str, Any], work: Path, path: Path) -> list[Stage]:
+    """The stages for a GPU, or in small for a dry run, most valuable first."""
+    if device.type == "cpu":
+        return dry_stages(made, work, path)
+    python = (sys.executable, "-m")
+    name = path.stem.removeprefix("gpu-")
+    op, model = (path.with_name(f"{kind}-{name}.json") for kind in ("op", "model"))
+    questions = (*python, "benchmarks.questions", "--json", str(work / "questions.json"))
+    tables = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "tests").glob("test_small*.py"))]
+    tables = ["tests/test_kernels.py", "tests/test_jit_launch.py", *tables]
+    speed = ("--device", "cuda", "--no-plot", "--batch", "64")
+    return [
+        Stage("questions", (questions,), 60),
+        tests("kernel tables", work, tables, 90),
+        tests("numbers", work, [NUMBERS], 90, select=f"not random and not ({LARGE})"),
+        tests("torch", work, [TORCH, "tests/gpu/test_rigs.py"], 90),
+        Stage(
+            "speed of the operation",
+            ((*python, "benchmarks.op", *speed, "--seconds", "0.06", "--out", str(op), "--way",
+              "natcupy,SDPA,windows,NATTEN"),), 80, 20,
+        ),
+        tests("large tensors", work, [NUMBERS], 60, select=LARGE, workers=0),
+        tests("faults", work, [FAULTS], 90, workers=0),
+        tests("random calls", work, [NUMBERS], 120, select="random", seconds=20),
+        Stage(
+            "speed of models",
+            ((*python, "benchmarks.model", *speed, "--seconds", "0.2", "--out", str(model), "--way",
+              "natcupy cuda,natcupy torch,windows"),), 60, 20,
+        ),
+        Stage(
+            "speed of FlexAttention",
+            ((*python, "benchmarks.op", *speed, "--seconds", "0.06", "--case", "level 1", "--way",
+              "FlexAttention,natcupy cuda", "--out", str(work / "flex.json")),), 60, 25,
+        ),
+    ]  # fmt: skip
+
+
+def dry_stages(made: dict[str, Any], work: Path, path: Path) -> list[Stage]:
+    """The same kinds of stages, a tiny part of each."""
+    python = (sys.executable, "-m")
+    answers = ("--interpreter", "--json", str(work / "questions.json"))
+    op = path.with_name(f"op-{path.stem}.json")
+    return [
+        Stage("questions", ((*python, "benchmarks.questions", *answers),), 120),
+        tests(
+            "numbers", work, [NUMBERS], 120, select="simulated and long_axes", workers=0, mark=""
+        ),
+        Stage(
+            "speed of the operation",
+            ((*python, "benchmarks.op", "--device", "cpu", "--case", "level 4", "--batch", "1",
+              "--way", "natcupy torch", "--forward-only", "--seconds", "0.01", "--no-plot",
+              "--out", str(op)),), 120,
+        ),
+    ]  # fmt: skip
+
+
+def tests(
+    name: str,
+    work: Path,
+    files: Sequence[str],
+    most: float,
+    *,
+    select: str = "",
+    workers: int = WORKERS,
+    seconds: float = 20,
+    mark: str = "gpu",
+) -> Stage:
+    """Tests marked `gpu`, in several processes where pytest-xdist is there."""
+    spread: tuple[str, ...] = ()
+    if workers and importlib.util.find_spec("xdist") is not None:
+        count = min(workers, len(os.sched_getaffinity(0)))
+        spread = ("-n", str(count), "--dist", "worksteal")
+    lines = str(work / f"{name.replace(' ', '-')}.jsonl")
+    chosen = (*(("-m", mark) if mark else ()), *(("-k", select) if select else ()))
+    command = (*PYTEST, "--gpu-record", lines, *spread, *chosen, *files)
+    path = os.pathsep.join(filter(None, (str(ROOT / "tests/gpu"), os.environ.get("PYTHONPATH"))))
+    environment = {"PYTHONPATH": path, "NATCUPY_GPU_SECONDS": str(seconds)}
+    return Stage(name, (command,), most, 15, environment)
+
+
+# ------------------------------------------------------------------------------------------------
+# what came of it
+
+
+def gather(made: dict[str, Any], work: Path, sanitized: bool) -> None:
+    """Put what the stages left in `work` into the record."""
+    if sanitized:
+        made["sanitizers"] = {
+            checker: sanitizer.findings(_text(sanitizer.log_of(work, checker)))
+            for checker in sanitizer.TOOLS
+        }
+        return
+    made["tests"] = [
+        json.loads(line)
+        for path in sorted(work.glob("*.jsonl"))
+        for line in _text(path).splitlines()
+        if line.endswith("}")  # a line cut short was never finished
+    ]
+    made["results"] = by_kernel(made["tests"], made["kernels"])
+    text = _text(work / "questions.json")
+    made["questions"] = (
+        json.loads(text) if text else {"failed": "there are no answers, see the log"}
+    )
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(_text(path) or "{}")
+
+
+def by_kernel(tests: Sequence[dict[str, Any]], kernels: dict[str, str]) -> dict[str, Any]:
+    """For every kernel how many tests that launched it passed, and which failed."""
+    found = {name: {"passed": 0, "failed": []} for name in kernels}
+    for test in tests:
+        for entry in test["kernels"]:
+            mine = found.get(f"{entry}.cu")
+            if mine is None:  # a kernel of the tests' own
+                continue
+            if test["outcome"] == "passed":
+                mine["passed"] += 1
+            elif test["outcome"] == "failed":
+                mine["failed"].append(test["test"])
+    return found
+
+
+def problems(made: dict[str, Any]) -> list[str]:
+    """What is wrong, in words; empty for a clean run."""
+    found = [
+        f"{stage['stage']}: {stage['outcome']}"
+        + (f" ({stage['why']})" if "why" in stage else f", status {stage.get('status')}")
+        for stage in made["stages"]
+        if stage["outcome"] in ("failed", "cut")
+    ]
+    found += [f"{t['test']} failed" for t in made.get("tests", ()) if t["outcome"] == "failed"]
+    for checker, said in made.get("sanitizers", {}).items():
+        found += [f"{checker}: {count} reports in {n}" for n, count in said["kernels"].items()]
+        if not said["summary"]:
+            found.append(f"{checker}: it left no summary")
+    return found
+
+
+def summary(made: dict[str, Any]) -> str:
+    """The record for people."""
+    lines = [report.where(made), ""]
+    rows = [
+        (s["stage"], s["outcome"], s["seconds"], s.get("why") or s.get("status"))
+        for s in made["stages"]
+    ]
+    lines += [report.table(("stage", "outcome", "seconds", "status"), rows), ""]
+    if "results" in made:
+        counts = {o: sum(t["outcome"] == o for t in made["tests"]) for o in _OUTCOMES}
+        lines += ["Tests: " + ", ".join(f"{n} {o}" for o, n in counts.items()) + ".", ""]
+        rows = [(n, r["passed"], len(r["failed"])) for n, r in made["results"].items()]
+        lines += [report.table(("kernel", "tests passed", "failed"), rows), ""]
+        skipped = {t["why"]: None for t in made["tests"] if t["outcome"] == "skipped"}
+        lines += [f"Skipped: {why}" for why in skipped]
+        host = made["questions"].get("host_microseconds", {})
+        lines += [f"{name}: {value} us of the host" for name, value in host.items()]
+    for checker, said in made.get("sanitizers", {}).items():
+        lines.append(f"{checker}: {said['kernels'] or 'nothing in our kernels'}; {said['summary']}")
+    wrong = problems(made)
+    lines += ["", "Problems:" if wrong else "No problems.", *(f"- {problem}" for problem in wrong)]
+    dropped = [s["stage"] for s in made["stages"] if s["outcome"] == "dropped"]
+    if dropped:
+        lines += ["", f"Not run for want of time: {', '.join(dropped)}."]
+    return "\n".join(lines) + "\n"
+
+
+_OUTCOMES = ("passed", "failed", "skipped")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,12 +1,12 @@
 """Which model a set of weights is: from its config.json, or from its shapes and a name.
 
-In: a `Located` and the shapes of its tensors. Out: the `ModelConfig` that the weights were made
-for, and a complete pretrained_cfg.
+In: a `Located` and the shapes of its tensors. Out: the `ModelConfig` or `DenseConfig` that the
+weights were made for, and a complete pretrained_cfg.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -14,40 +14,49 @@ import torch
 from torch import Tensor
 
 from natcupy import zoo
-from natcupy.hub import convert, preprocessor, schema
+from natcupy.hub import convert, dense, preprocessor, schema
 from natcupy.hub.config import parse_config
+from natcupy.hub.dense import Config
+from natcupy.hub.dense_weights import DenseRow
 from natcupy.hub.errors import CheckpointError
 from natcupy.hub.files import read_bytes
+from natcupy.hub.likeness import FREE, differences, shape_differences
 from natcupy.hub.locate import Located
 from natcupy.hub.weights import Row
-from natcupy.zoo.config import ConfigError, ModelConfig, num_parameters
-
-# What shapes cannot show, and what a finetuned copy may change freely.
-_HIDDEN = ("dilations", "drop_path_rate", "layer_scale", "img_size")
-_FREE = ("num_classes", "in_chans", "out_indices")
+from natcupy.zoo.config import ConfigError, ModelConfig
+from natcupy.zoo.dense import DENSE_MODELS, DenseConfig
 
 
 def describe(
-    found: Located, shapes: Mapping[str, Tensor], architecture: str | None, max_parameters: int
-) -> tuple[ModelConfig, dict[str, Any]]:
+    found: Located,
+    shapes: Mapping[str, Tensor],
+    architecture: str | None,
+    max_parameters: int,
+    backbone_only: bool = False,
+) -> tuple[Config, dict[str, Any]]:
     """The numbers of the weights at hand, and the facts about them.
 
     Args:
         found: where weights and config are.
-        shapes: the file's tensors in natcupy's names, on any device.
+        shapes: the file's tensors as they are named there, on any device.
         architecture: the caller's word for it; wins over config.json.
         max_parameters: refuse larger models.
+        backbone_only: of a segmentation or detection model, take the backbone alone.
 
     Raises:
         ConfigError: config.json breaks a rule, or the model is too large.
         CheckpointError: the architecture cannot be told, or is not the one named.
     """
     if architecture is not None or found.config is None:
-        config, name = _from_shapes(found, shapes, architecture)
+        config, name = _from_shapes(found, shapes, architecture, backbone_only)
         _limit(config, max_parameters)
         return config, _facts(config, name, found.row, {})
     data = read_bytes(found.config, schema.MAX_CONFIG_BYTES)
     config, stated = parse_config(data, found.config, max_parameters)
+    if isinstance(config, DenseConfig):
+        if backbone_only:
+            return config.backbone, _facts(config.backbone, _named(config.backbone), None, {})
+        return config, _facts(config, stated.get("architecture"), found.row, stated)
     if found.preprocessor is not None and "input_size" not in stated:
         limit = schema.MAX_CONFIG_BYTES
         recipe = preprocessor.parse_preprocessor(
@@ -58,8 +67,8 @@ def describe(
     return config, _facts(config, name, found.row, stated)
 
 
-def _limit(config: ModelConfig, max_parameters: int) -> None:
-    count = num_parameters(config)
+def _limit(config: Config, max_parameters: int) -> None:
+    count = dense.count_parameters(config)
     if count > max_parameters:
         raise ConfigError(
             f"the model must have at most {max_parameters:,} parameters, its shapes ask for "
@@ -68,19 +77,21 @@ def _limit(config: ModelConfig, max_parameters: int) -> None:
 
 
 def _facts(
-    config: ModelConfig, name: str | None, row: Row | None, stated: Mapping[str, Any]
+    config: Config, name: str | None, row: Row | DenseRow | None, stated: Mapping[str, Any]
 ) -> dict[str, Any]:
     """pretrained_cfg: the architecture's own, the table's, then what the file states."""
     facts = dict(_default_facts(name)) if name in zoo.MODELS else {}
     if row is not None and row.arch == name:
         facts |= {"architecture": row.arch, "tag": row.data, "license": row.license}
     facts |= stated
+    if name is not None:
+        facts["architecture"] = name
+    if isinstance(config, DenseConfig):
+        return facts  # the model fills in its task's own preparation of pictures
     _, height, width = facts.get("input_size", (0, 224, 224))
     if config.img_size is not None:
         height = width = config.img_size
     facts["input_size"] = (config.in_chans, height, width)
-    if name is not None:
-        facts["architecture"] = name
     return facts
 
 
@@ -98,7 +109,7 @@ def _named_configs() -> dict[str, ModelConfig]:
 def _named(config: ModelConfig) -> str | None:
     """The zoo's name for these numbers, whatever the head and the drop path rate."""
     for name, known in _named_configs().items():
-        if _differences(config, known, (*_FREE, "drop_path_rate", "layer_scale")) == [] and (
+        if differences(config, known, (*FREE, "drop_path_rate", "layer_scale")) == [] and (
             (config.layer_scale is None) == (known.layer_scale is None)
         ):
             return name
@@ -106,30 +117,57 @@ def _named(config: ModelConfig) -> str | None:
 
 
 def _from_shapes(
-    found: Located, shapes: Mapping[str, Tensor], architecture: str | None
-) -> tuple[ModelConfig, str | None]:
-    seen = convert.infer_config(shapes)
+    found: Located,
+    shapes: Mapping[str, Tensor],
+    architecture: str | None,
+    backbone_only: bool,
+) -> tuple[Config, str | None]:
     name = architecture or (found.row.arch if found.row else None)
-    if name is None:
-        name = _only_candidate(seen, found)
-    if not zoo.is_model(name):
+    if name is not None and not zoo.is_model(name):
         raise ValueError(
             f"architecture must be one of natcupy.list_models(), got {name!r}; weights of other "
             "numbers need a config.json beside them."
         )
-    name = name.replace("-", "_").partition(".")[0]
+    name = None if name is None else name.strip().lower().replace("-", "_").partition(".")[0]
+    if dense.architecture_of(shapes) and name not in zoo.MODELS:
+        config, name = _dense_from_shapes(found, shapes, name)
+        return (config.backbone, None) if backbone_only else (config, name)
+    if name in DENSE_MODELS:
+        raise CheckpointError(
+            f"{found.weights} does not hold the heads of {name}; pass the architecture of a "
+            "classifier or backbone, as nat_tiny."
+        )
+    seen = convert.infer_config(convert.to_natcupy(shapes))
+    if name is None:
+        name = _only_candidate(found, _candidates(seen), seen)
     known = zoo.model_config(name)
-    wrong = _shape_differences(seen, known)
+    _refuse(found, name, shape_differences(seen, known), lambda: _candidates(seen))
+    return known.replace(**{field: getattr(seen, field) for field in FREE}), name
+
+
+def _dense_from_shapes(
+    found: Located, shapes: Mapping[str, Tensor], name: str | None
+) -> tuple[DenseConfig, str]:
+    seen = dense.infer_config(shapes)
+    if name is None:
+        name = _only_candidate(found, dense.candidates(seen), seen.backbone)
+    known = dense.named_config(name)
+    _refuse(found, name, dense.differences(seen, known), lambda: dense.candidates(seen))
+    backbone = known.backbone.replace(in_chans=seen.in_chans)
+    return known.replace(num_classes=seen.num_classes, backbone=backbone), name
+
+
+def _refuse(
+    found: Located, name: str, wrong: list[str], candidates: Callable[[], list[str]]
+) -> None:
     if wrong:
         raise CheckpointError(
             f"{found.weights} does not hold the tensors of {name}: {'; '.join(wrong)}. Pass the "
-            f"right architecture; fitting by shape: {', '.join(_candidates(seen)) or 'none'}."
+            f"right architecture; fitting by shape: {', '.join(candidates()) or 'none'}."
         )
-    return known.replace(**{field: getattr(seen, field) for field in _FREE}), name
 
 
-def _only_candidate(seen: ModelConfig, found: Located) -> str:
-    names = _candidates(seen)
+def _only_candidate(found: Located, names: list[str], seen: ModelConfig) -> str:
     if len(names) == 1:
         return names[0]
     if not names:
@@ -145,22 +183,4 @@ def _only_candidate(seen: ModelConfig, found: Located) -> str:
 
 
 def _candidates(seen: ModelConfig) -> list[str]:
-    return [name for name, known in _named_configs().items() if not _shape_differences(seen, known)]
-
-
-def _shape_differences(seen: ModelConfig, known: ModelConfig) -> list[str]:
-    wrong = _differences(seen, known, (*_HIDDEN, *_FREE, "mlp_ratio"))
-    if (seen.layer_scale is None) != (known.layer_scale is None):
-        wrong.append(f"layer scale {'absent' if seen.layer_scale is None else 'present'}")
-    if int(seen.embed_dim * seen.mlp_ratio) != int(known.embed_dim * known.mlp_ratio):
-        wrong.append(f"mlp_ratio {seen.mlp_ratio:g} instead of {known.mlp_ratio:g}")
-    return wrong
-
-
-def _differences(one: ModelConfig, other: ModelConfig, ignored: tuple[str, ...]) -> list[str]:
-    mine, theirs = one.to_dict(), other.to_dict()
-    return [
-        f"{key} {mine[key]} instead of {theirs[key]}"
-        for key in mine
-        if key not in ignored and mine[key] != theirs[key]
-    ]
+    return [name for name, known in _named_configs().items() if not shape_differences(seen, known)]

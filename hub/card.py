@@ -13,10 +13,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from natcupy.hub import dense_card
 from natcupy.hub.config import model_type
+from natcupy.hub.dense import Config
 from natcupy.hub.facts import Facts, Metric
 from natcupy.zoo import count_macs
 from natcupy.zoo.config import ModelConfig, num_parameters
+from natcupy.zoo.dense import DenseConfig
 
 _SEAL = "<!-- written by natcupy, unedited: {} -->"
 _NAT = """@inproceedings{hassani2023neighborhood,
@@ -34,7 +37,7 @@ _DINAT = """@article{hassani2022dilated,
 }"""
 
 
-def render(config: ModelConfig, cfg: Mapping[str, Any], facts: Facts) -> str:
+def render(config: Config, cfg: Mapping[str, Any], facts: Facts) -> str:
     """The card's text; its last line lets `is_generated` see whether somebody edited it.
 
     Args:
@@ -42,7 +45,7 @@ def render(config: ModelConfig, cfg: Mapping[str, Any], facts: Facts) -> str:
         cfg: a pretrained_cfg that passed the schema.
         facts: what the author states.
     """
-    name = facts.repo.split("/")[1] if facts.repo else cfg.get("architecture", config.family)
+    name = facts.repo.split("/")[1] if facts.repo else cfg.get("architecture", _kind(config))
     sections = [
         _metadata(config, name, facts),
         f"# {name}",
@@ -77,8 +80,22 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _metadata(config: ModelConfig, name: str, facts: Facts) -> str:
-    task = "image-classification" if _classifies(config) else "image-feature-extraction"
+def _kind(config: Config) -> str:
+    return config.architecture if isinstance(config, DenseConfig) else config.family
+
+
+def _backbone(config: Config) -> ModelConfig:
+    return config.backbone if isinstance(config, DenseConfig) else config
+
+
+def _task(config: Config) -> str:
+    if isinstance(config, DenseConfig):
+        return dense_card.PIPELINES[config.task]
+    return "image-classification" if _classifies(config) else "image-feature-extraction"
+
+
+def _metadata(config: Config, name: str, facts: Facts) -> str:
+    task = _task(config)
     values: list[tuple[str, Any]] = [("library_name", "natcupy"), ("pipeline_tag", task)]
     if facts.license:
         values.append(("license", facts.license))
@@ -86,7 +103,9 @@ def _metadata(config: ModelConfig, name: str, facts: Facts) -> str:
         values.append(("base_model", facts.base_model))
     if facts.datasets:
         values.append(("datasets", list(facts.datasets)))
-    own = ("natcupy", "neighborhood-attention", model_type(config))
+    own = ["natcupy", "neighborhood-attention", model_type(_backbone(config))]
+    if isinstance(config, DenseConfig):
+        own.append(dense_card.TAGS[config.architecture])
     values.append(("tags", list(dict.fromkeys((*own, *facts.tags)))))
     if facts.metrics:
         results = [_result(metric, task) for metric in facts.metrics]
@@ -107,18 +126,28 @@ def _classifies(config: ModelConfig) -> bool:
     return config.num_classes > 0 and config.out_indices is None
 
 
-def _what(config: ModelConfig, cfg: Mapping[str, Any]) -> str:
-    kind = {"nat": "NAT", "dinat": "DiNAT", "dinat_s": "DiNAT-s"}.get(
-        model_type(config), "Isotropic neighborhood attention transformer"
-    )
-    if config.family == "vitrpb":
-        kind = "ViT with relative positional bias"
+def _what(config: Config, cfg: Mapping[str, Any]) -> str:
+    if isinstance(config, DenseConfig):
+        inner = config.backbone
+        text, rows = dense_card.what(config, cfg, _family(inner))
+        return f"{text}\n\n" + _table(rows + _sizes(inner))
+    rows = [("parameters", f"{num_parameters(config):,}"), *_work(config, cfg), *_sizes(config)]
     job = f"classifies pictures into {config.num_classes} classes"
     if not _classifies(config):
         job = "turns pictures into features"
-    rows = [
-        ("parameters", f"{num_parameters(config):,}"),
-        *_work(config, cfg),
+    return f"{_family(config)} that {job}.\n\n" + _table(rows)
+
+
+def _family(config: ModelConfig) -> str:
+    if config.family == "vitrpb":
+        return "ViT with relative positional bias"
+    return {"nat": "NAT", "dinat": "DiNAT", "dinat_s": "DiNAT-s"}.get(
+        model_type(config), "Isotropic neighborhood attention transformer"
+    )
+
+
+def _sizes(config: ModelConfig) -> list[tuple[str, str]]:
+    return [
         ("channels per level", _numbers(config.dims)),
         ("blocks per level", _numbers(config.depths)),
         ("heads per level", _numbers(config.num_heads)),
@@ -135,7 +164,6 @@ def _what(config: ModelConfig, cfg: Mapping[str, Any]) -> str:
             else "; ".join(_numbers(row) for row in config.dilations),
         ),
     ]
-    return f"{kind} that {job}.\n\n" + _table(rows)
 
 
 def _work(config: ModelConfig, cfg: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -147,7 +175,9 @@ def _work(config: ModelConfig, cfg: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(f"multiply-adds at {height} x {width}", amount)]
 
 
-def _use(config: ModelConfig, repo: str | None) -> str:
+def _use(config: Config, repo: str | None) -> str:
+    if isinstance(config, DenseConfig):
+        return dense_card.use(config, repo)
     last = (
         "print(model(model.preprocess(image)).softmax(-1).topk(min(5, model.num_classes)))"
         if _classifies(config)
@@ -192,7 +222,10 @@ def _training(facts: Facts) -> str:
     return "## Training\n\n" + _table(list(facts.training)) if facts.training else ""
 
 
-def _pictures(config: ModelConfig, cfg: Mapping[str, Any]) -> str:
+def _pictures(config: Config, cfg: Mapping[str, Any]) -> str:
+    if isinstance(config, DenseConfig):
+        rows = dense_card.pictures(config, cfg)
+        return "## Pictures\n\n`model.recipe` prepares them so:\n\n" + _table(rows)
     keys = ("input_size", "crop_mode", "crop_pct", "interpolation", "mean", "std")
     rows = [
         (key, _numbers(cfg[key]) if isinstance(cfg[key], list | tuple) else str(cfg[key]))
@@ -226,8 +259,8 @@ def _origin(facts: Facts) -> str:
     return "\n".join(lines)
 
 
-def _citation(config: ModelConfig) -> str:
-    parts = [_NAT] if model_type(config) == "nat" else [_NAT, _DINAT]
+def _citation(config: Config) -> str:
+    parts = [_NAT] if model_type(_backbone(config)) == "nat" else [_NAT, _DINAT]
     return "## Citation\n\n```bibtex\n" + "\n\n".join(parts) + "\n```"
 
 

@@ -18,9 +18,10 @@ from functools import cache
 from typing import Any
 
 from natcupy import zoo
-from natcupy.hub import schema
+from natcupy.hub import dense_config, schema
 from natcupy.hub.schema import PretrainedCfg
 from natcupy.zoo.config import MAX_PARAMETERS, SINGLE_LEVEL, ConfigError, ModelConfig
+from natcupy.zoo.dense import DenseConfig
 
 # What transformers' classes assume when a key is absent (files only state what differs).
 _THEIR_DEFAULTS: dict[str, Any] = {
@@ -75,8 +76,8 @@ _OWN_KEYS = frozenset(
 
 def parse_config(
     data: bytes, where: object = "config.json", max_parameters: int = MAX_PARAMETERS
-) -> tuple[ModelConfig, PretrainedCfg]:
-    """Read a config.json of either layout.
+) -> tuple[ModelConfig | DenseConfig, PretrainedCfg]:
+    """Read a config.json of either layout; natcupy's may describe a `DenseConfig`.
 
     Args:
         data: the file's bytes, at most 4 MB.
@@ -92,6 +93,8 @@ def parse_config(
     """
     values = schema.parse_json(data, where)
     try:
+        if "natcupy_version" in values and "dense" in values:
+            return dense_config.read(values, max_parameters)
         if "natcupy_version" in values:
             return _read_own(values, max_parameters)
         if values.get("model_type") in ("nat", "dinat"):
@@ -222,7 +225,7 @@ def _agree(key: str, values: dict[str, Any], own: float) -> None:
 # ---------------------------------------------------------------- writing
 
 
-def config_text(config: ModelConfig, cfg: Mapping[str, Any], version: str) -> str:
+def config_text(config: ModelConfig | DenseConfig, cfg: Mapping[str, Any], version: str) -> str:
     """The config.json that natcupy, timm and transformers all read.
 
     Args:
@@ -233,6 +236,8 @@ def config_text(config: ModelConfig, cfg: Mapping[str, Any], version: str) -> st
     Raises:
         ConfigError: a value that could not be read back.
     """
+    if isinstance(config, DenseConfig):
+        return dense_config.text(config, cfg, version)
     kept = schema.clean_pretrained_cfg(cfg, config)
     labels = kept.pop("label_names", None)
     values = {
@@ -249,12 +254,7 @@ def config_text(config: ModelConfig, cfg: Mapping[str, Any], version: str) -> st
     if labels:
         values["label_names"] = labels
     text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    if len(text.encode()) > schema.MAX_CONFIG_BYTES:
-        raise ConfigError(
-            f"config.json may take {schema.MAX_CONFIG_BYTES:,} bytes, the class names make it "
-            f"{len(text.encode()):,}; shorten label_names in the model's pretrained_cfg."
-        )
-    return text
+    return schema.within_limit(text)
 
 
 def _timm_keys(config: ModelConfig, name: str) -> dict[str, Any]:

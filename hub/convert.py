@@ -235,7 +235,7 @@ def infer_config(state: Mapping[str, Tensor]) -> ModelConfig:
         CheckpointError: a tensor that decides a number is missing or misshapen.
     """
     family, first = _family(state)
-    shape = _Shapes(state)
+    shape = Shapes(state)
     dim = shape("patch_embed.norm.weight", 1)[0]
     depths, heads = _depths_and_heads(state, shape, family)
     window = (shape(first + "attn.rpb", 3)[1] + 1) // 2
@@ -274,7 +274,7 @@ def _family(state: Mapping[str, Tensor]) -> tuple[str, str]:
 
 
 def _depths_and_heads(
-    state: Mapping[str, Tensor], shape: _Shapes, family: str
+    state: Mapping[str, Tensor], shape: Shapes, family: str
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     pattern = {"nat": r"levels\.(\d{1,4})\.blocks\.(\d{1,4})\.norm1\.weight"}.get(
         family,
@@ -295,13 +295,14 @@ def _depths_and_heads(
     return tuple(depths), tuple(heads)
 
 
-class _Shapes:
+class Shapes:
     """Shapes by name, with an error that names what is missing or has the wrong rank."""
 
     def __init__(self, state: Mapping[str, Tensor]):
         self.state = state
 
     def __call__(self, name: str, rank: int) -> tuple[int, ...]:
+        """The shape of a tensor that must have `rank` non-empty axes."""
         tensor = self.state.get(name)
         if tensor is None or tensor.ndim != rank or 0 in tensor.shape:
             got = "nothing" if tensor is None else f"shape {tuple(tensor.shape)}"

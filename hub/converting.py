@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natcupy.hub import convert, facts, weights
+from natcupy.hub import convert, dense, facts, weights
 from natcupy.hub.client import Access
+from natcupy.hub.dense import Model
+from natcupy.hub.dense_weights import DenseRow
 from natcupy.hub.errors import CheckpointError, some
 from natcupy.hub.facts import Converted
 from natcupy.hub.files import sha256_file
@@ -27,7 +29,7 @@ from natcupy.hub.pretrained import from_pretrained, load
 from natcupy.hub.sandbox import convert_pickle
 from natcupy.hub.saving import pack, state_facts, write
 from natcupy.hub.tensors import read_tensors
-from natcupy.zoo import ImageModel
+from natcupy.zoo.dense import DenseModel
 
 _UNUSED = (".relative_position_index",)  # buffers some files leave out
 
@@ -43,7 +45,7 @@ class Conversion:
         architecture: the model's name.
         parameters: how many.
         tensors: how many were compared, bit by bit.
-        largest_difference: between the logits before and after, on one random picture.
+        largest_difference: between the outputs before and after, on one random picture.
     """
 
     source: str
@@ -89,6 +91,8 @@ def convert_checkpoint(
         again = from_pretrained(target, dtype="auto")
         compared = _same(model.state_dict(), again.state_dict(), "written")
         layout = convert.detect_layout(original) if original else "natcupy"
+        if isinstance(model, DenseModel):
+            original = dense.to_natcupy(original)
         if original:
             compared = _same(original, _as_read(again, original, layout), "read")
         return Conversion(
@@ -100,7 +104,7 @@ def convert_checkpoint(
             architecture=model.name,
             parameters=sum(p.numel() for p in model.parameters()),
             tensors=compared,
-            largest_difference=_logits_apart(model, again),
+            largest_difference=_outputs_apart(model, again),
         )
 
 
@@ -121,11 +125,11 @@ def _plain_name(path: Path) -> str:
     return path.name if facts.is_plain(path.name) else f"weights{path.suffix}"
 
 
-def _as_read(
-    model: ImageModel, original: Mapping[str, Tensor], layout: str
-) -> Mapping[str, Tensor]:
+def _as_read(model: Model, original: Mapping[str, Tensor], layout: str) -> Mapping[str, Tensor]:
     """The written weights, back in the layout they were read in."""
     state = model.state_dict()
+    if isinstance(model, DenseModel):
+        return state
     if layout == "transformers":
         prefix = next((p for p in ("nat.", "dinat.") if any(n.startswith(p) for n in original)), "")
         return convert.to_transformers(state, prefix)
@@ -156,21 +160,19 @@ def _left_behind(name: str, names: Mapping[str, Tensor]) -> bool:
     return detector and not name.startswith("backbone.")
 
 
-@torch.inference_mode()
-def _logits_apart(one: ImageModel, other: ImageModel) -> float:
-    """Largest difference of what two models say about one random picture."""
+def _outputs_apart(one: Model, other: Model) -> float:
+    """Largest difference of what two models compute from one random picture."""
     config = one.config
-    side = config.img_size or 64
+    side = getattr(config, "img_size", None) or 64
     like = next(one.parameters())
     picture = torch.randn(
         1, config.in_chans, side, side, generator=torch.Generator().manual_seed(0)
     ).to(like.dtype)
-    first, second = one(picture), other(picture)
-    pairs = zip(*(x if isinstance(x, list) else [x] for x in (first, second)), strict=True)
+    pairs = zip(dense.outputs(one, picture), dense.outputs(other, picture), strict=True)
     return max((a.double() - b.double()).abs().max().item() for a, b in pairs)
 
 
-def released(name: str) -> weights.Row:
+def released(name: str) -> weights.Row | DenseRow:
     """The row of the table for a name, or ValueError with the nearest."""
     row = weights.find(name)
     if row is None:

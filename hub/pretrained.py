@@ -20,16 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natcupy.hub import convert, shards
+from natcupy.hub import convert, dense, shards
 from natcupy.hub.architecture import describe
 from natcupy.hub.client import Access
+from natcupy.hub.dense import Config, Model
 from natcupy.hub.errors import CheckpointError, Corrupt, some
 from natcupy.hub.files import sha256_of
 from natcupy.hub.locate import Located, Shard, locate
 from natcupy.hub.pickles import SUFFIXES, read_pickle
 from natcupy.hub.tensors import Weights, read_header, read_tensors
-from natcupy.zoo import ImageModel, build_model
+from natcupy.zoo import MODELS
 from natcupy.zoo.config import MAX_PARAMETERS, SINGLE_LEVEL, ModelConfig
+from natcupy.zoo.dense import DenseConfig
 
 log = logging.getLogger("natcupy.hub")
 
@@ -78,7 +80,7 @@ def from_pretrained(
     check_finite: bool = False,
     max_parameters: int = MAX_PARAMETERS,
     **overrides: Any,
-) -> ImageModel:
+) -> Model:
     """A model with pretrained weights, in eval mode.
 
     Args:
@@ -86,7 +88,8 @@ def from_pretrained(
             "dinat_large_384.in22k_ft_in1k"), a Hub repository ("org/name", "org/name@revision"), a
             folder, or a file (.safetensors, .pth, .bin).
         revision: branch, tag or commit of a repository; default `main`.
-        num_classes: another number of classes than the file's replaces the head by a fresh one.
+        num_classes: another number of classes than the file's replaces the head (of a segmentation
+            or detection model its classifiers) by a fresh one.
         in_chans: other channels than the file's adapt the first convolution.
         kernel_size: another window than the file's resizes the bias tables (bicubic).
         architecture: the zoo's name for weights without config.json. Needed where shapes leave it
@@ -98,10 +101,12 @@ def from_pretrained(
         check_finite: raise where weights are NaN or infinite (default: one warning).
         max_parameters: refuse configs that describe a larger model.
         **overrides: any other field of `ModelConfig` (drop_path_rate, dilations, out_indices, …),
-            `features_only=True` for a backbone with fresh per-stage norms, `global_pool`.
+            `features_only=True` for a backbone with fresh per-stage norms (of a segmentation or
+            detection model: its backbone with its own norms), `global_pool`.
 
     Returns:
-        The model; `model.source` says what was read, `model.pretrained_cfg` how pictures go in.
+        The model, an `ImageModel` or a `DenseModel`; `model.source` says what was read,
+        `model.pretrained_cfg` how pictures go in.
 
     Raises:
         HubError: not found, gated, offline, corrupt, unsafe …, each its own class.
@@ -124,6 +129,8 @@ def from_pretrained(
         max_parameters=max_parameters,
     )
     if global_pool is not None:
+        if not isinstance(model.config, ModelConfig):
+            raise TypeError(f"global_pool belongs to classifiers, {model.name} is none.")
         model.set_global_pool(global_pool)
     model.source = _source(found, model.source.sha256, revision, name)
     return model.to(device=device).eval()
@@ -137,20 +144,23 @@ def load(
     *,
     check_finite: bool = False,
     max_parameters: int = MAX_PARAMETERS,
-) -> ImageModel:
+) -> Model:
     """The model of files that were found: `from_pretrained` after its search, on the CPU.
 
     `wishes` are changed fields of the config, `dtype` None keeps the file's.
     """
     reader = _Reader(found)
-    have, cfg = describe(found, reader.shapes, architecture, max_parameters)
-    want = _wanted(have, wishes or {})
+    wishes = dict(wishes or {})
+    backbone_only = _backbone_only(wishes, architecture)
+    have, cfg = describe(found, reader.shapes, architecture, max_parameters, backbone_only)
+    want = _wanted(have, wishes)
     if want.num_classes != have.num_classes:
         cfg.pop("label_names", None)
     cfg["num_classes"] = want.num_classes
-    if want.num_classes != have.num_classes or want.out_indices != have.out_indices:
+    if want.num_classes != have.num_classes or _outputs(want) != _outputs(have):
         cfg["tag"] = ""  # the tag names complete weights
-    model, fresh = _matched(reader.shapes, have, want, cfg, found.weights)
+    shapes = dense.renamed(reader.shapes, have)
+    model, fresh = _matched(shapes, have, want, cfg, found.weights)
     model = _filled(model, reader, have, want, fresh, dtype, check_finite)
     if fresh:
         log.warning("not in %s, initialised afresh: %s.", found.weights.name, some(sorted(fresh)))
@@ -158,9 +168,16 @@ def load(
     return model.eval()
 
 
-def read_state(found: Located) -> dict[str, Tensor]:
-    """The verified tensors of files that were found, in natcupy's names."""
-    return _Reader(found).tensors()
+def _backbone_only(wishes: Mapping[str, Any], architecture: str | None) -> bool:
+    """Whether the caller wants a backbone, also from the file of a whole dense model."""
+    if wishes.get("features_only") or wishes.get("out_indices") is not None:
+        return True
+    name = (architecture or "").strip().lower().replace("-", "_").partition(".")[0]
+    return name in MODELS
+
+
+def _outputs(config: Config) -> tuple[int, ...] | None:
+    return config.out_indices if isinstance(config, ModelConfig) else None
 
 
 class _Reader:
@@ -176,16 +193,16 @@ class _Reader:
             shapes = _meta(self._read)
         else:
             shapes = self._joined([read_header(part.path).shapes for part in self._parts])
-        self.shapes = convert.to_natcupy(shapes)
+        self.shapes = shapes
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors, in natcupy's names; can be taken once."""
+        """The tensors, as the file names them; can be taken once."""
         if self._read is None:
             read = [self._verified(part, read_tensors(part.path)) for part in self._parts]
             self._read = self._joined([weights.tensors for weights in read])
             self.sha256 = _hash_of_several([w.sha256 for w in read], self._parts)
         read, self._read = self._read, None
-        return convert.to_natcupy(read)
+        return read
 
     def _joined(self, parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """All tensors, once every file holds exactly those the index says."""
@@ -238,12 +255,14 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return dtype
 
 
-def _wanted(have: ModelConfig, wishes: Mapping[str, Any]) -> ModelConfig:
+def _wanted(have: Config, wishes: Mapping[str, Any]) -> Config:
     """The file's config with the caller's wishes, checked like any config."""
     wishes = dict(wishes)
     features_only = wishes.pop("features_only", None)
     if "family" in wishes:
         raise TypeError(f"family is decided by the weights, got family={wishes['family']!r}.")
+    if isinstance(have, DenseConfig):
+        return dense.wanted(have, wishes)
     if features_only and wishes.get("out_indices") is None:
         # Every level; of a single level, its last block.
         levels = len(have.depths)
@@ -260,15 +279,15 @@ def _wanted(have: ModelConfig, wishes: Mapping[str, Any]) -> ModelConfig:
 
 def _matched(
     shapes: dict[str, Tensor],
-    have: ModelConfig,
-    want: ModelConfig,
+    have: Config,
+    want: Config,
     cfg: dict[str, Any],
     path: Path,
-) -> tuple[ImageModel, frozenset[str]]:
+) -> tuple[Model, frozenset[str]]:
     """The wanted model without memory, once names and shapes agree; and the names left fresh."""
-    fitted, fresh = convert.fit(shapes, have, want)
+    fitted, fresh = _fit(shapes, have, want)
     with torch.device("meta"):
-        model = build_model(want, cfg)
+        model = dense.build(want, cfg)
     compare(fitted, model.state_dict(), fresh, path)
     return model, fresh
 
@@ -313,21 +332,28 @@ def compare(
     )
 
 
+def _fit(
+    state: Mapping[str, Tensor], have: Config, want: Config
+) -> tuple[dict[str, Tensor], frozenset[str]]:
+    fit = dense.fit if isinstance(have, DenseConfig) else convert.fit
+    return fit(state, have, want)
+
+
 def _filled(
-    model: ImageModel,
+    model: Model,
     reader: _Reader,
-    have: ModelConfig,
-    want: ModelConfig,
+    have: Config,
+    want: Config,
     fresh: frozenset[str],
     dtype: torch.dtype | None,
     check_finite: bool,
-) -> ImageModel:
+) -> Model:
     """The model of `_matched` with memory: the tensors, and fresh parts as training starts them."""
-    state, _ = convert.fit(reader.tensors(), have, want)
+    state, _ = _fit(dense.renamed(reader.tensors(), have), have, want)
     _finite(state, check_finite)
     state = {name: _own(tensor, dtype) for name, tensor in state.items()}
     if fresh:
-        model = build_model(want, model.pretrained_cfg).to(dtype or _floating(state))
+        model = dense.build(want, model.pretrained_cfg).to(dtype or _floating(state))
         model.load_state_dict(state, strict=False)  # the difference is exactly `fresh`
         return model
     model.load_state_dict(state, strict=True, assign=True)

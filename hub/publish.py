@@ -15,6 +15,7 @@ from typing import Any
 from natcupy.hub import download
 from natcupy.hub.client import Access
 from natcupy.hub.converting import Conversion, convert_checkpoint, released
+from natcupy.hub.dense_weights import DenseRow
 from natcupy.hub.errors import CheckpointError, HubError
 from natcupy.hub.facts import Metric, check_repo
 from natcupy.hub.pretrained import from_pretrained
@@ -22,6 +23,7 @@ from natcupy.hub.push import Pushed, make_target, push_package
 from natcupy.hub.saving import README, pack, state_facts
 from natcupy.hub.weights import Row
 from natcupy.zoo import PUBLISHED
+from natcupy.zoo.dense import DENSE_PUBLISHED
 
 _DATASETS = {
     "in1k": ("ILSVRC/imagenet-1k",),
@@ -74,7 +76,12 @@ def publish(
 
 
 def _publish(
-    row: Row, repo: str, dry_run: bool, originals: Path | None, private: bool | None, access: Access
+    row: Row | DenseRow,
+    repo: str,
+    dry_run: bool,
+    originals: Path | None,
+    private: bool | None,
+    access: Access,
 ) -> Publication:
     stated = _facts(row, repo)
     with TemporaryDirectory(prefix="natcupy-publish-") as place:
@@ -82,7 +89,7 @@ def _publish(
         done = convert_checkpoint(_source(row, originals), folder, access=access, **stated)
         if done.largest_difference != 0:
             raise CheckpointError(
-                f"{row.tag}: logits before and after the conversion differ by "
+                f"{row.tag}: outputs before and after the conversion differ by "
                 f"{done.largest_difference:g}; nothing was pushed."
             )
         if dry_run:
@@ -99,7 +106,7 @@ def _publish(
     return Publication(row.tag, repo, done, pushed)
 
 
-def _source(row: Row, originals: Path | None) -> str | Path:
+def _source(row: Row | DenseRow, originals: Path | None) -> str | Path:
     """The authors' file where there is one, else the name of the released repository."""
     if originals is not None:
         path = Path(originals).expanduser() / row.original.rsplit("/", 1)[1]
@@ -108,7 +115,9 @@ def _source(row: Row, originals: Path | None) -> str | Path:
     return row.tag
 
 
-def _facts(row: Row, repo: str) -> dict[str, Any]:
+def _facts(row: Row | DenseRow, repo: str) -> dict[str, Any]:
+    if isinstance(row, DenseRow):
+        return _dense_facts(row, repo)
     printed = PUBLISHED[row.arch]
     metrics = []
     if printed.top1 is not None:
@@ -124,6 +133,26 @@ def _facts(row: Row, repo: str) -> dict[str, Any]:
         "datasets": _DATASETS[row.data],
         "repo": repo,
     }
+
+
+def _dense_facts(row: DenseRow, repo: str) -> dict[str, Any]:
+    first, second = DENSE_PUBLISHED[row.arch].scores
+    if row.data == "ade20k":
+        measured = (
+            ("mean_iou", first, "Mean IoU, percent"),
+            ("mean_iou", second, "Mean IoU with scales and flips, percent"),
+        )
+        where = {"dataset": "ade20k", "dataset_name": "ADE20K", "split": "validation"}
+    else:
+        measured = (
+            ("mean_average_precision", first, "Box AP"),
+            ("mean_average_precision", second, "Mask AP"),
+        )
+        where = {"dataset": "coco", "dataset_name": "COCO", "split": "val2017"}
+    metrics = [
+        Metric(kind, value, name=f"{name}, as published", **where) for kind, value, name in measured
+    ]
+    return {"license": row.license, "metrics": metrics, "datasets": (row.data,), "repo": repo}
 
 
 def _confirm(pushed: Pushed, done: Conversion, access: Access) -> None:

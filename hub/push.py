@@ -23,6 +23,7 @@ from typing import Any
 
 from natcupy.hub import card, client, download, shards
 from natcupy.hub.client import ATTEMPTS, FIRST_PAUSE_S, LONGEST_PAUSE_S, Access, Subject
+from natcupy.hub.dense import Model
 from natcupy.hub.download import Expected, Snapshot
 from natcupy.hub.errors import (
     BadToken,
@@ -36,7 +37,6 @@ from natcupy.hub.errors import (
 from natcupy.hub.facts import LICENSES, Facts, Metric, check_repo, taken_over
 from natcupy.hub.files import git_blob_id, sha256_file
 from natcupy.hub.saving import README, Package, is_weights, pack, state_facts, text_writer
-from natcupy.zoo import ImageModel
 
 log = logging.getLogger("natcupy.hub")
 
@@ -76,7 +76,7 @@ class _Target:
 
 
 def push_to_hub(
-    model: ImageModel,
+    model: Model,
     repo_id: str,
     *,
     private: bool | None = None,

@@ -1,7 +1,8 @@
 """Saving: a model becomes a folder that natcupy, transformers and timm read.
 
 In: a model and what its author states. Out: config.json, model.safetensors (or shards and their
-index), preprocessor_config.json and README.md; all or none.
+index), README.md and, where transformers can prepare the pictures, preprocessor_config.json; all or
+none.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ from typing import Any
 
 import torch
 
-from natcupy.hub import card, facts, schema, shards
+from natcupy.hub import card, dense, facts, schema, shards
 from natcupy.hub.config import config_text
+from natcupy.hub.dense import Config, Model
 from natcupy.hub.facts import Facts, Metric
 from natcupy.hub.files import member, write_folder
 from natcupy.hub.locate import CONFIG, PREPROCESSOR, WEIGHTS_FILE
 from natcupy.hub.preprocessor import preprocessor_text
 from natcupy.hub.pretrained import compare
 from natcupy.hub.tensors import write_tensors
-from natcupy.zoo import ImageModel, build_model
 from natcupy.zoo.config import ModelConfig
 
 README = "README.md"
@@ -35,7 +36,7 @@ class Package:
     """Everything to write, checked: functions that write files, and what the card is made of."""
 
     writers: Writers
-    config: ModelConfig
+    config: Config
     cfg: Mapping[str, Any]
     facts: Facts
 
@@ -45,7 +46,7 @@ class Package:
 
 
 def save_pretrained(
-    model: ImageModel,
+    model: Model,
     folder: str | os.PathLike[str],
     *,
     overwrite_card: bool = False,
@@ -58,7 +59,8 @@ def save_pretrained(
     training: Mapping[str, str] | None = None,
     max_shard_bytes: int = shards.MAX_SHARD_BYTES,
 ) -> Path:
-    """Write config.json, model.safetensors, preprocessor_config.json and README.md, all or none.
+    """Write config.json, model.safetensors, README.md and, of a classifier or backbone,
+    preprocessor_config.json, all or none.
 
     A kill at any moment leaves the old folder or the new one, as `from_pretrained` reads it; saving
     into the folder the model was loaded from is safe. Tensors keep their dtype.
@@ -103,7 +105,7 @@ def write(package: Package, folder: str | os.PathLike[str], overwrite_card: bool
     return folder
 
 
-def state_facts(model: ImageModel, repo: str | None = None, **given: Any) -> Facts:
+def state_facts(model: Model, repo: str | None = None, **given: Any) -> Facts:
     """What the card may say: the caller's statements and what the model's own source implies."""
     source = getattr(model, "source", None)
     inherited = model.pretrained_cfg.get("license") or (source.license if source else None)
@@ -120,23 +122,22 @@ def state_facts(model: ImageModel, repo: str | None = None, **given: Any) -> Fac
     )
 
 
-def pack(
-    model: ImageModel, stated: Facts, max_shard_bytes: int = shards.MAX_SHARD_BYTES
-) -> Package:
+def pack(model: Model, stated: Facts, max_shard_bytes: int = shards.MAX_SHARD_BYTES) -> Package:
     """Check a model and lay out its files; nothing is written yet."""
     from natcupy import __version__
 
     state = model.state_dict()
     with torch.device("meta"):
-        compare(state, build_model(model.config).state_dict(), where=f"this {model.name}")
+        compare(state, dense.build(model.config).state_dict(), where=f"this {model.name}")
     cfg = dict(model.pretrained_cfg)
     if stated.license:
         cfg["license"] = stated.license
     parts = shards.split(state, max_shard_bytes)
     writers: Writers = {
         CONFIG: text_writer(config_text(model.config, cfg, __version__)),
-        PREPROCESSOR: text_writer(preprocessor_text(model.config, cfg)),
     }
+    if isinstance(model.config, ModelConfig):
+        writers[PREPROCESSOR] = text_writer(preprocessor_text(model.config, cfg))
     if len(parts) == 1:
         writers[WEIGHTS_FILE] = lambda path: write_tensors(state, path)
     else:

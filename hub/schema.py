@@ -13,6 +13,7 @@ from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 from natcupy.zoo.config import ConfigError, ModelConfig
+from natcupy.zoo.dense import DenseConfig
 from natcupy.zoo.preprocess import CROP_MODES, INTERPOLATIONS
 
 MAX_CONFIG_BYTES = 4_000_000  # 22,000 class names, in the three places that want them
@@ -65,14 +66,14 @@ def _deeper_than(value: Any, depth: int) -> bool:
 # ---------------------------------------------------------------- facts about weights and pictures
 
 
-def check_pretrained_cfg(values: object, config: ModelConfig) -> PretrainedCfg:
+def check_pretrained_cfg(values: object, config: ModelConfig | DenseConfig) -> PretrainedCfg:
     """The pretrained_cfg of a file, checked key by key; keys it does not state stay absent."""
-    out = {}
+    out, schema = {}, _schema(config)
     for key, value in mapping("pretrained_cfg", values).items():
-        check = _CFG_SCHEMA.get(key)
+        check = schema.get(key)
         if check is None:
             raise ConfigError(
-                f"pretrained_cfg has no key {str(key)[:60]!r}; known: {', '.join(_CFG_SCHEMA)}."
+                f"pretrained_cfg has no key {str(key)[:60]!r}; known: {', '.join(schema)}."
             )
         if value is not None:
             out[key] = check(f"pretrained_cfg.{key}", value, config)
@@ -84,9 +85,11 @@ def check_pretrained_cfg(values: object, config: ModelConfig) -> PretrainedCfg:
     return out
 
 
-def clean_pretrained_cfg(cfg: Mapping[str, Any], config: ModelConfig) -> PretrainedCfg:
+def clean_pretrained_cfg(
+    cfg: Mapping[str, Any], config: ModelConfig | DenseConfig
+) -> PretrainedCfg:
     """The part of a model's pretrained_cfg that a file keeps; ConfigError if unreadable."""
-    kept = {key: plain(value) for key, value in cfg.items() if key in _CFG_SCHEMA}
+    kept = {key: plain(value) for key, value in cfg.items() if key in _schema(config)}
     kept["num_classes"] = config.num_classes
     return check_pretrained_cfg(kept, config)
 
@@ -188,22 +191,52 @@ def labels(key: str, value: object, count: int) -> list[str]:
     return list(value)
 
 
-_CFG_SCHEMA: dict[str, Callable[[str, Any, ModelConfig], Any]] = {
+def _side(key: str, value: object, *_: object) -> int:
+    return integer(key, value, 1, 65536)
+
+
+_ANY_SCHEMA: dict[str, Callable[[str, Any, Any], Any]] = {
     "architecture": word,
     "tag": _tag,
     "license": word,
     "num_classes": lambda key, value, _: integer(key, value, 0, MAX_LABELS),
     "label_names": lambda key, value, config: labels(key, value, config.num_classes),
+    "mean": per_channel,
+    "std": per_channel,
+}
+
+_CFG_SCHEMA: dict[str, Callable[[str, Any, ModelConfig], Any]] = {
+    **_ANY_SCHEMA,
     "input_size": _input_size,
     "fixed_input_size": _flag,
     "crop_pct": lambda key, value, _: number(key, value, 0.01, 1.0),
     "crop_mode": _choice(tuple(CROP_MODES)),
     "interpolation": _choice(INTERPOLATIONS),
-    "mean": per_channel,
-    "std": per_channel,
     "first_conv": word,
     "classifier": word,
 }
+
+_DENSE_SCHEMA: dict[str, Callable[[str, Any, DenseConfig], Any]] = {
+    **_ANY_SCHEMA,
+    "task": lambda key, value, config: _choice((config.task,))(key, value),
+    "long_side": _side,
+    "short_side": _side,
+    "pad_divisor": _side,
+}
+
+
+def _schema(config: ModelConfig | DenseConfig) -> dict[str, Callable[[str, Any, Any], Any]]:
+    return _DENSE_SCHEMA if isinstance(config, DenseConfig) else _CFG_SCHEMA
+
+
+def within_limit(text: str) -> str:
+    """The text of a config.json, unless it could not be read back for its length."""
+    if len(text.encode()) > MAX_CONFIG_BYTES:
+        raise ConfigError(
+            f"config.json may take {MAX_CONFIG_BYTES:,} bytes, the class names make it "
+            f"{len(text.encode()):,}; shorten label_names in the model's pretrained_cfg."
+        )
+    return text
 
 
 def plain(value: Any) -> Any:

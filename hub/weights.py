@@ -1,7 +1,8 @@
 """The released checkpoints: one row each, in one table.
 
-In: a name as people write it. Out: a `Row` that says where the weights are and what they are, or
-None. Architecture numbers are the zoo's business; a row only names the architecture.
+In: a name as people write it. Out: a `Row` that says where the weights are and what they are (of
+segmentation and detection models a `DenseRow`), or None. Architecture numbers are the zoo's
+business; a row only names the architecture.
 
 Rows without `repo` were released as .pth files only. natcupy fetches nothing but Hub repositories,
 so those are downloaded by the user and read from disk.
@@ -17,6 +18,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from natcupy.hub import dense_weights
+from natcupy.hub.dense_weights import DenseRow
 from natcupy.zoo.published import PUBLISHED
 
 ORIGINAL_HOST = "https://shi-labs.com/projects/"
@@ -116,10 +119,11 @@ _ROWS = (
 WEIGHTS: dict[str, Row] = {row.tag: row for row in _ROWS}
 
 
-def find(name: str) -> Row | None:
+def find(name: str) -> Row | DenseRow | None:
     """The row for a tag (`nat_small.in1k`) or an architecture (`nat-small`), in either spelling."""
     wanted = _spelling(name)
-    return WEIGHTS.get(wanted) or next((row for row in _ROWS if row.arch == wanted), None)
+    found = WEIGHTS.get(wanted) or next((row for row in _ROWS if row.arch == wanted), None)
+    return found or dense_weights.find(name)
 
 
 def find_repo(repo: str) -> Row | None:
@@ -127,9 +131,10 @@ def find_repo(repo: str) -> Row | None:
     return next((row for row in _ROWS if row.repo and row.repo.lower() == repo.lower()), None)
 
 
-def find_original(file_name: str) -> Row | None:
+def find_original(file_name: str) -> Row | DenseRow | None:
     """The row whose released .pth has exactly this file name."""
-    return next((row for row in _ROWS if row.original.rsplit("/", 1)[1] == file_name), None)
+    found = next((row for row in _ROWS if row.original.rsplit("/", 1)[1] == file_name), None)
+    return found or dense_weights.find_original(file_name)
 
 
 def embedded(name: str) -> Path | None:
@@ -145,7 +150,9 @@ def embedded_names() -> list[str]:
 
 def known_names() -> list[str]:
     """Every name that `from_pretrained` resolves by itself."""
-    return [*embedded_names(), *(row.arch for row in _ROWS), *WEIGHTS]
+    dense = dense_weights.DENSE_WEIGHTS
+    rows = (*_ROWS, *dense.values())
+    return [*embedded_names(), *(row.arch for row in rows), *WEIGHTS, *dense]
 
 
 def nearest(name: str) -> list[str]:

@@ -1,7 +1,8 @@
 """The model zoo: NAT, DiNAT, DiNAT-s and the isotropic models, by name.
 
 In: a name and overrides. Out: a model, or a list of names. The zoo knows no weights and no network:
-`create_model(..., pretrained=True)` hands over to `natcupy.hub`.
+`create_model(..., pretrained=True)` hands over to `natcupy.hub`. Segmentation and detection models
+live in `natcupy.zoo.dense`; their names work here too and load that room when they are used.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Callable, Sequence
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -53,6 +55,11 @@ from natcupy.zoo.nat import (
 from natcupy.zoo.preprocess import Preprocess
 from natcupy.zoo.published import PUBLISHED, Published
 
+if TYPE_CHECKING:
+    from natcupy.zoo.dense.base import DenseModel
+
+TASKS = ("classification", "segmentation", "detection")
+
 MODELS: dict[str, Callable[..., ImageModel]] = {
     "nat_mini": nat_mini,
     "nat_tiny": nat_tiny,
@@ -81,6 +88,8 @@ MODELS: dict[str, Callable[..., ImageModel]] = {
     "vitrpb_base": vitrpb_base,
 }
 
+_DENSE = ("upernet_", "mask_rcnn_", "cascade_mask_rcnn_")
+
 _CLASSES: dict[str, type[ImageModel]] = {
     "nat": NAT,
     "dinat_s": DiNATS,
@@ -94,12 +103,13 @@ def build_model(config: ModelConfig, pretrained_cfg: dict[str, Any] | None = Non
     return _CLASSES[config.family](config, pretrained_cfg)
 
 
-def create_model(name: str, pretrained: bool = False, **overrides: Any) -> ImageModel:
+def create_model(name: str, pretrained: bool = False, **overrides: Any) -> ImageModel | DenseModel:
     """A model by name: `create_model("nat-tiny", num_classes=10)`.
 
     Args:
         name: a name of `list_models()`, with hyphens or underscores, and perhaps its weights' tag
-            ("nat_tiny.in1k").
+            ("nat_tiny.in1k"); or of a segmentation or detection model ("upernet_nat_tiny"), whose
+            overrides `natcupy.zoo.dense.create_dense_model` explains.
         pretrained: load released weights; then `natcupy.hub.from_pretrained(name, **overrides)`
             does the work and `name` may be anything it knows.
         overrides: any field of `ModelConfig` (num_classes, in_chans, drop_path_rate, kernel_size,
@@ -111,6 +121,8 @@ def create_model(name: str, pretrained: bool = False, **overrides: Any) -> Image
     """
     if pretrained:
         return _hub().from_pretrained(name, **overrides)
+    if _is_dense(name):
+        return _dense().create_dense_model(_plain(name), **overrides)
     return MODELS[_resolve(name)](**overrides)
 
 
@@ -125,19 +137,29 @@ def list_models(
     *,
     pretrained: bool = False,
     exclude_filters: str | Sequence[str] = (),
+    task: str = "classification",
 ) -> list[str]:
     """Sorted names that match one of the wildcard patterns and none of those excluded.
 
     Patterns may use hyphens or underscores: `list_models("dinat-s*")`. With `pretrained`, the names
-    whose weights `create_model(name, pretrained=True)` finds by itself, with their tags.
+    whose weights `create_model(name, pretrained=True)` finds by itself, with their tags. `task` is
+    "classification", "segmentation" or "detection".
     """
-    names = _pretrained_names() if pretrained else MODELS
+    if task not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}.")
+    names = MODELS
+    if pretrained:  # of the others, none is on the Hub
+        names = _pretrained_names() if task == "classification" else ()
+    elif task != "classification":
+        names = _dense().names_of_task(task)
     found = (name for name in names if _matches(name, pattern))
     return sorted(name for name in found if not _matches(name, exclude_filters))
 
 
 def is_model(name: str) -> bool:
     """Whether `create_model` knows the name (hyphens, underscores, tag)."""
+    if _is_dense(name):
+        return True
     try:
         _resolve(name)
     except ValueError:
@@ -145,10 +167,27 @@ def is_model(name: str) -> bool:
     return True
 
 
+def _plain(name: str) -> str:
+    return name.strip().lower().replace("-", "_")
+
+
+def _is_dense(name: object) -> bool:
+    """Whether a segmentation or detection model is meant; their room is loaded for such names."""
+    if not isinstance(name, str) or not _plain(name).startswith(_DENSE):
+        return False
+    return _plain(name) in _dense().DENSE_MODELS
+
+
+def _dense() -> Any:
+    return import_module("natcupy.zoo.dense")
+
+
 def _resolve(name: str) -> str:
     if not isinstance(name, str):
         raise TypeError(f"a model's name must be a string, got {type(name).__name__}.")
-    architecture, _, tag = name.strip().lower().replace("-", "_").partition(".")
+    architecture, _, tag = _plain(name).partition(".")
+    if architecture.startswith(_DENSE):
+        _dense().create_dense_model(name)  # raises, with the nearest
     if architecture not in MODELS:
         near = difflib.get_close_matches(architecture, MODELS, n=3, cutoff=0.4)
         hint = f"the nearest are {', '.join(near)}" if near else "see natcupy.list_models()"
@@ -159,6 +198,12 @@ def _resolve(name: str) -> str:
             f"{architecture}.{PUBLISHED[architecture].tag} or no tag."
         )
     return architecture
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith(_DENSE) and name in _dense().DENSE_MODELS:
+        return _dense().DENSE_MODELS[name]
+    raise AttributeError(f"module 'natcupy.zoo' has no attribute {name!r}")
 
 
 def _pretrained_names() -> list[str]:

@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
         ("", f"SHA-256 {done.sha256}"),
         ("model", f"{done.architecture}, {done.parameters:,} parameters"),
         ("proof", f"{done.tensors} tensors equal bit by bit"),
-        ("", f"logits before and after differ by {done.largest_difference:g}"),
+        ("", f"outputs before and after differ by {done.largest_difference:g}"),
     ]
     print(console.facts(pairs))
     return 0

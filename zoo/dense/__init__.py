@@ -15,9 +15,11 @@ from natcupy.zoo.dense.base import DenseModel
 from natcupy.zoo.dense.cascade import CascadeMaskRCNN
 from natcupy.zoo.dense.config import DenseConfig
 from natcupy.zoo.dense.detections import Detections
+from natcupy.zoo.dense.detector import Detector
 from natcupy.zoo.dense.flops import DenseMacs, count_dense_macs
 from natcupy.zoo.dense.images import Prepared, Recipe
 from natcupy.zoo.dense.mask_rcnn import MaskRCNN
+from natcupy.zoo.dense.parameters import num_dense_parameters
 from natcupy.zoo.dense.published import DENSE_PUBLISHED, DensePublished
 from natcupy.zoo.dense.segment import Segmentation
 from natcupy.zoo.dense.upernet import MULTI_SCALE, UPerNet
@@ -91,6 +93,11 @@ def create_dense_model(name: str, **overrides: Any) -> DenseModel:
     return DENSE_MODELS[key](**overrides)
 
 
+def names_of_task(task: str) -> list[str]:
+    """The keys of `DENSE_MODELS` for "segmentation" or "detection"."""
+    return [n for n in DENSE_MODELS if (n.startswith("upernet")) == (task == "segmentation")]
+
+
 def dense_name(name: str) -> str | None:
     """The key of `DENSE_MODELS` that a name with hyphens or underscores means, or None."""
     key = name.replace("-", "_") if isinstance(name, str) else None
@@ -107,6 +114,7 @@ __all__ = [
     "DenseModel",
     "DensePublished",
     "Detections",
+    "Detector",
     "MaskRCNN",
     "Prepared",
     "Recipe",
@@ -116,4 +124,6 @@ __all__ = [
     "count_dense_macs",
     "create_dense_model",
     "dense_name",
+    "names_of_task",
+    "num_dense_parameters",
 ]

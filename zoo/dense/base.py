@@ -117,6 +117,10 @@ class DenseModel(nn.Module):
         """Write `config.json` and `model.safetensors`; see `natcupy.hub.save_pretrained`."""
         return _hub().save_pretrained(self, folder, **kwargs)
 
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Upload to the Hugging Face Hub; see `natcupy.hub.push_to_hub`."""
+        return _hub().push_to_hub(self, repo_id, **kwargs)
+
     def _check_pictures(self, x: Tensor) -> None:
         self.backbone._check_pictures(x)
         if 0 in x.shape:

@@ -64,6 +64,11 @@ class DenseConfig:
         return TASKS[self.architecture]
 
     @property
+    def in_chans(self) -> int:
+        """Channels of the pictures."""
+        return self.backbone.in_chans
+
+    @property
     def strides(self) -> tuple[int, ...]:
         """Input pixels per pixel of each of the backbone's maps."""
         return tuple(4 << level for level in range(len(self.backbone.depths)))

@@ -34,6 +34,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--output must end in .png or another picture suffix, got {output}.")
     device = runtime.pick_device(arguments.device)
     model = runtime.load(arguments.model, device)
+    if not isinstance(model, ImageModel):
+        raise ValueError(
+            f"--model must be a classifier or backbone, got {arguments.model!r}, a "
+            f"{model.config.task} model."
+        )
     layer, stage, block = pick_layer(model, arguments.stage, arguments.block)
     heads = _pick_heads(layer, arguments.head)
     picture = model.preprocess(arguments.image)

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from natcupy.cli import console
+from natcupy.cli import console, dense_info
 from natcupy.cli.models import source, weights_row
 from natcupy.hub import from_pretrained
 from natcupy.zoo import PUBLISHED, ModelConfig, count_macs, create_model, is_model, num_parameters
+from natcupy.zoo.dense import DenseConfig, dense_name
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -30,12 +31,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 def gather(name: str) -> dict[str, Any]:
     """All facts about a model, JSON-able."""
+    dense = dense_name(name.strip().lower())
+    if dense is not None:
+        return dense_info.released(dense)
     if is_model(name):
         return _of_the_zoo(name.partition(".")[0].replace("_", "-"))
     model = from_pretrained(name)
     weights = vars(model.source) | {"licence": model.pretrained_cfg.get("license")}
     weights.pop("license")
-    return _counted(name, model.config, model.pretrained_cfg) | {
+    count = dense_info.counted if isinstance(model.config, DenseConfig) else _counted
+    return count(name, model.config, model.pretrained_cfg) | {
         "published": None,
         "weights": weights,
     }
@@ -73,6 +78,7 @@ def _counted(name: str, config: ModelConfig, cfg: Mapping[str, Any]) -> dict[str
     }
     return {
         "name": name,
+        "task": "classification" if config.num_classes else "features",
         "config": config.to_dict(),
         "channels": list(config.dims),
         "parameters": num_parameters(config),
@@ -82,8 +88,29 @@ def _counted(name: str, config: ModelConfig, cfg: Mapping[str, Any]) -> dict[str
 
 
 def _readable(found: dict[str, Any]) -> list[tuple[str, object]]:
-    config, macs, weights = found["config"], found["macs"], found["weights"]
-    pairs = [
+    whole, weights = found["config"], found["weights"]
+    if "backbone" in whole:
+        config = whole["backbone"]
+        pairs = [
+            *dense_info.readable(found),
+            ("backbone", config["family"]),
+            *_sizes(found, config),
+        ]
+    else:
+        config = whole
+        pairs = [*_classifier(found, config), *_published(found["published"])]
+    pairs.append(("weights", weights["kind"]))
+    pairs += [
+        (key.replace("_", " "), weights[key])
+        for key in ("tag", "repo", "file", "path", "sha256", "size_mb", "licence")
+        if weights.get(key)
+    ]
+    return pairs
+
+
+def _classifier(found: dict[str, Any], config: dict[str, Any]) -> list[tuple[str, object]]:
+    macs = found["macs"]
+    return [
         ("model", found["name"]),
         ("family", config["family"]),
         ("parameters", f"{found['parameters']:,}"),
@@ -93,6 +120,14 @@ def _readable(found: dict[str, Any]) -> list[tuple[str, object]]:
             "layers, attention)",
         ),
         ("", f"{_giga(macs['papers'])} by the papers' counting (with biases, norms, pooling)"),
+        *_sizes(found, config),
+        ("classes", config["num_classes"]),
+        ("pictures", _pictures(found["pictures"])),
+    ]
+
+
+def _sizes(found: dict[str, Any], config: dict[str, Any]) -> list[tuple[str, object]]:
+    return [
         ("channels", _list(found["channels"])),
         ("blocks", _list(config["depths"])),
         ("heads", _list(config["num_heads"])),
@@ -100,17 +135,7 @@ def _readable(found: dict[str, Any]) -> list[tuple[str, object]]:
         ("dilations", _dilations(config["dilations"])),
         ("MLP ratio", f"{config['mlp_ratio']:g}"),
         ("layer scale", "none" if config["layer_scale"] is None else config["layer_scale"]),
-        ("classes", config["num_classes"]),
-        ("pictures", _pictures(found["pictures"])),
     ]
-    pairs += _published(found["published"])
-    pairs.append(("weights", weights["kind"]))
-    pairs += [
-        (key.replace("_", " "), weights[key])
-        for key in ("tag", "repo", "path", "sha256", "size_mb", "licence")
-        if weights.get(key)
-    ]
-    return pairs
 
 
 def _published(printed: dict[str, Any] | None) -> list[tuple[str, object]]:

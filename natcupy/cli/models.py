@@ -8,10 +8,12 @@ from __future__ import annotations
 import argparse
 import difflib
 import fnmatch
+from typing import Any
 
-from natcupy.cli import console
+from natcupy.cli import console, dense_info
 from natcupy.hub import WEIGHTS, Row, embedded_names
-from natcupy.zoo import PUBLISHED, list_models
+from natcupy.zoo import PUBLISHED, TASKS, list_models
+from natcupy.zoo.dense import DENSE_MODELS, dense_name
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -20,27 +22,40 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         console.print_json([record(name) for name in names])
         return 0
-    rows = [
-        (
-            row["name"],
-            f"{row['parameters_millions']} M" if row["parameters_millions"] else "-",
-            f"{row['gmacs']} G" if row["gmacs"] else "-",
-            row["image_size"] or "-",
-            f"{row['top1']} %" if row["top1"] else "-",
-            row["weights"],
-            row["licence"] or "-",
-        )
-        for row in map(record, names)
-    ]
-    headings = ("name", "params", "MACs", "pixels", "top-1", "weights", "licence")
-    print(console.table(headings, rows))
+    records = [record(name) for name in names]
+    tasks = {task: [row for row in records if row["task"] == task] for task in TASKS}
+    print("\n\n".join(_table(task, rows) for task, rows in tasks.items() if rows))
     return 0
+
+
+def _table(task: str, records: list[dict[str, Any]]) -> str:
+    scores = dense_info.SCORES.get(task, ("top-1",))
+    rows = []
+    for row in records:
+        size = row["image_size"]
+        values = row["scores"].values() if "scores" in row else (row["top1"],)
+        rows.append(
+            (
+                row["name"],
+                f"{row['parameters_millions']} M" if row["parameters_millions"] else "-",
+                f"{row['gmacs']} G" if row["gmacs"] else "-",
+                " x ".join(map(str, size)) if isinstance(size, list) else size or "-",
+                *(f"{value} %" if value else "-" for value in values),
+                row["weights"],
+                row["licence"] or "-",
+            )
+        )
+    headings = (task, "params", "MACs", "pixels", *scores, "weights", "licence")
+    return console.table(headings, rows)
 
 
 def matching(pattern: str) -> list[str]:
     """Names that match, bundled ones first. Raises ValueError with the nearest if none does."""
     wanted = pattern.replace("_", "-").lower()
-    known = [*embedded_names(), *(name.replace("_", "-") for name in list_models())]
+    known = [
+        *embedded_names(),
+        *(name.replace("_", "-") for name in (*list_models(), *DENSE_MODELS)),
+    ]
     names = [name for name in known if fnmatch.fnmatchcase(name, wanted)]
     if names:
         return names
@@ -51,11 +66,15 @@ def matching(pattern: str) -> list[str]:
     )
 
 
-def record(name: str) -> dict[str, object]:
+def record(name: str) -> dict[str, Any]:
     """What is known of a model without building it."""
+    dense = dense_name(name)
+    if dense is not None:
+        return dense_info.record(dense)
     if name in embedded_names():
         return {
             "name": name,
+            "task": "classification",
             "parameters_millions": None,
             "gmacs": None,
             "image_size": None,
@@ -67,6 +86,7 @@ def record(name: str) -> dict[str, object]:
     row = weights_row(name)
     return {
         "name": name,
+        "task": "classification",
         "parameters_millions": printed.params,
         "gmacs": printed.gmacs,
         "image_size": printed.img_size,

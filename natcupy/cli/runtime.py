@@ -19,6 +19,7 @@ from natcupy.data import why
 from natcupy.functional import neighborhood
 from natcupy.hub import from_pretrained
 from natcupy.zoo import ImageModel
+from natcupy.zoo.dense import DenseModel
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,12 @@ def load(name: str, device: torch.device) -> ImageModel:
 def load_classifier(name: str, device: torch.device) -> ImageModel:
     """A model that has a classifier. Raises ValueError for one without."""
     model = load(name, device)
+    if isinstance(model, DenseModel):
+        command = {"segmentation": "segment", "detection": "detect"}[model.config.task]
+        raise ValueError(
+            f"--model must be a classifier, got {name!r}, a {model.config.task} model; use "
+            f"`natcupy {command}`."
+        )
     if model.num_classes < 1 or model.config.out_indices is not None:
         raise ValueError(f"--model must be a classifier, got {name!r}, which gives features only.")
     return model

@@ -13,9 +13,21 @@ import natcupy
 from natcupy.cli import demo, main
 from natcupy.cli.console import blocks, facts, table
 from natcupy.cli.parser import build_parser
+from natcupy.zoo import TASKS
+from natcupy.zoo.dense import DENSE_PUBLISHED
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("demo", "classify", "attend", "models", "info", "doctor", "train-digits")
+COMMANDS = (
+    "demo",
+    "classify",
+    "segment",
+    "detect",
+    "attend",
+    "models",
+    "info",
+    "doctor",
+    "train-digits",
+)
 
 
 @pytest.fixture
@@ -121,6 +133,8 @@ def test_every_command_has_help(run, command):
         ("attend", "x.png", "--query", "2,0"),
         ("attend", "x.png", "--query", "nan,0"),
         ("info",),
+        ("segment", "x.png"),
+        ("detect", "x.png", "--model", "y", "--score-threshold", "2"),
         ("train-digits",),
     ],
 )
@@ -265,7 +279,8 @@ def test_models_lists_all_and_filters(run):
     status, out, _ = run("models", "--json")
     names = [row["name"] for row in json.loads(out)]
     assert status == 0 and names[0] == "nat-digits"
-    assert len(names) == len(set(names)) == 1 + len(natcupy.list_models())
+    every = [n for task in TASKS for n in natcupy.list_models(task=task)]
+    assert len(names) == len(set(names)) == 1 + len(every) == 60
     status, out, _ = run("models", "DINAT_s*")
     rows = out.splitlines()[2:]
     assert status == 0 and len(rows) == len(natcupy.list_models("dinat_s*"))
@@ -277,6 +292,28 @@ def test_models_lists_all_and_filters(run):
 def test_models_without_a_match_names_the_nearest(run):
     status, _, err = run("models", "nat-tny")
     assert status == 1 and "nat-tiny" in one_error_line(err)
+
+
+@pytest.mark.parametrize("name", DENSE_PUBLISHED)
+def test_models_lists_the_papers_numbers(name):
+    from natcupy.cli.models import record
+
+    row, printed = record(name.replace("_", "-")), DENSE_PUBLISHED[name]
+    assert (row["parameters_millions"], row["gmacs"]) == (printed.params, printed.gmacs)
+    assert tuple(row["scores"].values()) == printed.scores and row["licence"] == "mit"
+
+
+def test_info_of_segmentation_and_detection_models(run):
+    status, out, err = run("info", "upernet-nat-mini", "--json")
+    found = json.loads(out)
+    assert (status, err, round(found["parameters"] / 1e6, 2)) == (0, "", 49.78)
+    assert round(found["macs"]["papers"] / 1e9) == found["published"]["gmacs"] == 900
+    assert found["weights"]["file"].endswith("SEG/nat_mini_upernet.pth")
+    status, out, _ = run("info", "mask_rcnn_dinat_s_tiny")
+    assert status == 0 and "48 M parameters, 263 GMACs, box AP 46.6, mask AP 42.1" in out
+    assert "1, 28; 1, 14" in out and "maskrcnn_dinat_s_tiny.pth" in out
+    status, out, _ = run("models", "cascade*")
+    assert status == 0 and len(out.splitlines()) == 2 + 13 and "mask AP" in out
 
 
 def test_info_of_a_released_model_needs_no_network(run):
@@ -383,5 +420,6 @@ def test_blocks_show_two_rows_of_pixels_a_line():
 def test_the_parser_names_rooms_that_exist():
     for command in COMMANDS:
         needed = {"classify": ["x"], "attend": ["x"], "info": ["x"], "train-digits": ["--output=x"]}
+        needed |= {name: ["x", "--model=y"] for name in ("segment", "detect")}
         room = build_parser().parse_args([command, *needed.get(command, [])]).room
         assert (ROOT / "natcupy" / "cli" / f"{room}.py").is_file()

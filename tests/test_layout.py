@@ -40,6 +40,7 @@ ROOMS_OF = {  # package: the only rooms that may import it
     "llvmlite": ("natcupy.cpu",),
     "huggingface_hub": ("natcupy.hub", "natcupy.cli.doctor"),
     "datasets": ("natcupy.data.hf",),
+    "pycocotools": ("natcupy.data.coco", "natcupy.data.coco_ap"),
     "sklearn": ("natcupy.digits",),
     "matplotlib": ("natcupy.digits", "natcupy.train.plots"),
     "accelerate": ("natcupy.train.engine",),

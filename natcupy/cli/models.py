@@ -45,7 +45,7 @@ def _table(task: str, records: list[dict[str, Any]]) -> str:
                 row["licence"] or "-",
             )
         )
-    headings = (task, "params", "MACs", "pixels", *scores, "weights", "licence")
+    headings = ("name", "params", "MACs", "pixels", *scores, "weights", "licence")
     return console.table(headings, rows)
 
 

@@ -27,6 +27,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _demo(commands)
     _classify(commands)
+    _segment(commands)
+    _detect(commands)
     _attend(commands)
     _models(commands)
     _info(commands)
@@ -69,6 +71,55 @@ def _classify(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--batch-size", type=_positive, default=16, metavar="N", help="default: %(default)s"
+    )
+    _add_device(parser)
+    _add_json(parser)
+
+
+def _segment(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands, "segment", "segment", "name the class of every pixel: an overlay with a legend"
+    )
+    _add_dense(parser, "upernet", "overlay")
+    parser.add_argument(
+        "--labels", metavar="OUT", help="write the class numbers as grey pictures (as for -o)"
+    )
+    parser.add_argument(
+        "--multi-scale",
+        action="store_true",
+        help="average over six sizes and their mirror images, as the papers' second number",
+    )
+
+
+def _detect(commands: argparse._SubParsersAction) -> None:
+    parser = _command(commands, "detect", "detect", "find objects: boxes, masks, labels and scores")
+    _add_dense(parser, "mask-rcnn", "picture with what was found")
+    parser.add_argument(
+        "--score-threshold",
+        type=_share,
+        default=0.5,
+        metavar="S",
+        help="least score of an object, 0..1 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--no-masks", dest="masks", action="store_false", help="boxes alone, which is faster"
+    )
+
+
+def _add_dense(parser: argparse.ArgumentParser, head: str, what: str) -> None:
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture files, or folders")
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="OUT",
+        help=f"write the {what}: a file for one picture, a folder for several",
+    )
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="MODEL",
+        help=f"folder, Hub repository, or the authors' .pth file of a {head} model "
+        "(`natcupy info NAME` tells where it is)",
     )
     _add_device(parser)
     _add_json(parser)
@@ -244,6 +295,16 @@ def _positive(text: str) -> int:
     value = _natural(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must lie in 0..1, got {text!r}")
     return value
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from natcupy.zoo.dense.targets import Objects
 
 NAMES = ("circle", "square", "triangle")
-SEGMENT_NAMES = ("ground", *NAMES)
+SEGMENT_NAMES = ("background", *NAMES)
 VISIBLE = 0.7  # share of each shape that later ones must leave uncovered
 
 

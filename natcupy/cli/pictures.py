@@ -1,0 +1,131 @@
+"""What `segment` and `detect` share: the model, the files one by one, where results are written.
+
+In: the command line's arguments and a function that turns one picture into a record. Out: a record
+or a reason per file; pictures at the paths that were asked for, each written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from natcupy.cli import runtime
+from natcupy.data import named_files, why
+from natcupy.zoo.dense import DenseModel
+from natcupy.zoo.dense.images import read_pixels
+
+Record = dict[str, Any]
+
+
+def load(name: str, task: str, device: torch.device) -> DenseModel:
+    """A model of the task with its weights. Raises ValueError for one of another task."""
+    model = runtime.load(name, device)
+    if not isinstance(model, DenseModel) or model.config.task != task:
+        kind = f"{model.config.task} model" if isinstance(model, DenseModel) else "classifier"
+        raise ValueError(
+            f"--model must be a {task} model, got {name!r}, a {kind}; `natcupy models` lists them."
+        )
+    return model
+
+
+def targets(files: list[Path], output: str | None, suffix: str = ".png") -> list[Path | None]:
+    """Where each file's result goes: the output itself for one file, else in a folder of that name.
+
+    Raises ValueError where a result would replace one of the pictures, or has no known suffix.
+    """
+    if output is None:
+        return [None] * len(files)
+    place = Path(output)
+    if len(files) == 1 and not place.is_dir() and not output.endswith(("/", os.sep)):
+        if place.suffix.lower() not in Image.registered_extensions():
+            raise ValueError(f"--output must end in .png or another picture suffix, got {output}.")
+        found = [place]
+    else:
+        if place.exists() and not place.is_dir():
+            raise ValueError(f"--output must be a folder for several pictures, got {output}.")
+        found = _names_in(place, files, suffix)
+    pictures = {file.resolve() for file in files}
+    clash = next((path for path in found if path.resolve() in pictures), None)
+    if clash is not None:
+        raise ValueError(f"--output must not replace a picture that is read, got {clash}.")
+    return found
+
+
+def _names_in(folder: Path, files: list[Path], suffix: str) -> list[Path]:
+    """One new name per file, numbered where two have the same."""
+    taken: set[str] = set()
+    found = []
+    for file in files:
+        name, number = file.stem, 1
+        while name.lower() in taken:
+            number += 1
+            name = f"{file.stem}-{number}"
+        taken.add(name.lower())
+        found.append(folder / f"{name}{suffix}")
+    return found
+
+
+def each(
+    files: list[Path], channels: int, work: Callable[[int, np.ndarray], Record]
+) -> Iterator[Record]:
+    """Every file's record, in order; a file that fails has an "error" and stops no other.
+
+    Args:
+        files: pictures.
+        channels: of the model.
+        work: number of the file and pixels `[H, W, channels]` to the record.
+    """
+    quiet = True if len(files) == 1 else None  # None: no bar where stderr is no terminal
+    for number, file in enumerate(tqdm(files, unit="picture", leave=False, disable=quiet)):
+        begun = time.perf_counter()
+        try:
+            pixels = read_pixels(os.fspath(file), channels).numpy()
+        except Exception as error:  # decoders raise nearly anything for broken data
+            yield {"file": str(file), "error": why(error)}
+            continue
+        try:
+            record = work(number, pixels)
+        except (ValueError, OSError) as error:
+            yield {"file": str(file), "error": why(error)}
+            continue
+        size = {"height": pixels.shape[0], "width": pixels.shape[1]}
+        yield {"file": str(file), **size, "seconds": time.perf_counter() - begun, **record}
+
+
+def colour(pixels: np.ndarray) -> np.ndarray:
+    """Pixels of any kind as `[H, W, 3]` uint8, to draw on."""
+    whole = pixels.round().clip(0, 255).astype(np.uint8)
+    return whole if whole.shape[2] == 3 else whole[..., :1].repeat(3, axis=2)
+
+
+def save(image: Image.Image, path: Path) -> None:
+    """Write a picture beside its place, then move it there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.stem}.part{path.suffix}")
+    try:
+        image.save(part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def named(arguments_images: list[str]) -> list[Path]:
+    """The files that the command line names."""
+    return list(named_files(Path(name) for name in arguments_images))
+
+
+def report(records: list[Record]) -> int:
+    """Name the files that failed on stderr; the exit status."""
+    bad = [record for record in records if "error" in record]
+    for record in bad:
+        print(f"natcupy: error: {record['file']}: {record['error']}", file=sys.stderr)
+    return 1 if bad else 0

@@ -1,0 +1,222 @@
+"""Pictures with a map of class numbers each: a folder of pictures and a folder of masks.
+
+In: two folders, or one that holds them. Out: `LabelledMaps`: every picture and the class of every
+pixel. Maps are grey or palette PNGs of the picture's size; their numbers are the labels.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from natcupy.data.files import list_pictures, shown, why
+from natcupy.data.source import DataError
+from natcupy.zoo.dense.images import read_pixels
+from natcupy.zoo.dense.upernet import IGNORE_INDEX
+
+IMAGES = ("images", "image", "img", "JPEGImages")
+MASKS = ("masks", "annotations", "labels", "SegmentationClass")
+CLASSES = "classes.txt"
+_GREY = ("1", "L", "P", "I;16", "I;16B", "I")
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A picture, `pixels` `[H, W, 3]` uint8, and `labels` `[H, W]` int64, 255 where none count."""
+
+    pixels: Tensor
+    labels: Tensor
+
+
+class LabelledMaps:
+    """Pictures and their maps, by index. Picklable, so that workers can open them.
+
+    Args:
+        images, masks: folders; a picture's map has its name, but for the suffix.
+        classes: label names; None: the lines of `classes.txt` beside the folders, else as many
+            numbered ones as the maps need (which reads them all).
+        reduce_zero_label: 0 in a map means "no class", 1 the first one, as in ADE20K.
+
+    Raises DataError for folders that do not fit together.
+    """
+
+    def __init__(
+        self,
+        images: str | os.PathLike[str],
+        masks: str | os.PathLike[str],
+        classes: Sequence[str] | None = None,
+        reduce_zero_label: bool = False,
+    ) -> None:
+        self.images, self.masks = Path(images).expanduser(), Path(masks).expanduser()
+        self.reduce_zero_label = reduce_zero_label
+        self.notes: tuple[str, ...] = ()
+        self._pairs = _paired(self.images, self.masks)
+        self.classes = tuple(classes) if classes is not None else self._named()
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def where(self, index: int) -> str:
+        """Where a picture lies, for messages."""
+        return shown(self.images / self._pairs[index][0])
+
+    def subset(self, indices: Sequence[int]) -> LabelledMaps:
+        """The same with some of the pictures."""
+        other = object.__new__(LabelledMaps)
+        other.__dict__ |= self.__dict__
+        other._pairs = [self._pairs[index] for index in indices]
+        return other
+
+    def key(self, index: int) -> str:
+        """What a picture is called within the set, the same on every machine."""
+        return self._pairs[index][0]
+
+    def __getitem__(self, index: int) -> Labelled:
+        """A picture and its map. Raises DataError, which names the file that is wrong."""
+        picture, mask = self._pairs[index]
+        try:
+            pixels = read_pixels(os.fspath(self.images / picture))
+        except Exception as error:  # decoders raise nearly anything for broken data
+            raise DataError(f"{self.where(index)} cannot be read: {why(error)}.") from None
+        labels = self.labels(index)
+        if labels.shape != pixels.shape[:2]:
+            raise DataError(
+                f"{shown(self.masks / mask)} must be as large as its picture, "
+                f"{pixels.shape[1]} x {pixels.shape[0]}, got {labels.shape[1]} x "
+                f"{labels.shape[0]}. Export it again."
+            )
+        wrong = (labels != IGNORE_INDEX) & (labels >= len(self.classes))
+        if wrong.any():
+            raise DataError(
+                f"{shown(self.masks / mask)} must hold numbers in 0..{len(self.classes) - 1} or "
+                f"{IGNORE_INDEX} (no class), got {int(labels[wrong][0])} in {int(wrong.sum())} "
+                "pixels. Name all classes, or map the numbers to this range."
+            )
+        return Labelled(pixels, labels)
+
+    def labels(self, index: int) -> Tensor:
+        """The map of one picture as int64 `[H, W]`; larger numbers are not refused."""
+        path = self.masks / self._pairs[index][1]
+        try:
+            with Image.open(path) as image:
+                mode, values = image.mode, np.array(image)
+        except Exception as error:
+            raise DataError(f"{shown(path)} cannot be read: {why(error)}.") from None
+        if mode not in _GREY or values.ndim != 2:
+            raise DataError(
+                f"{shown(path)} must be a grey or palette picture whose values are class numbers, "
+                f"got mode {mode!r}. Save the numbers, not their colours."
+            )
+        labels = torch.from_numpy(values.astype(np.int64))
+        if self.reduce_zero_label:
+            none = (labels == 0) | (labels == IGNORE_INDEX)
+            labels = torch.where(none, IGNORE_INDEX, labels - 1)
+        return labels
+
+    def _named(self) -> tuple[str, ...]:
+        for folder in (self.images, *self.images.parents[:3]):
+            path = folder / CLASSES
+            if path.is_file():
+                names = [line.strip() for line in path.read_text("utf-8").splitlines()]
+                return tuple(name for name in names if name)
+        largest = -1
+        for index in range(len(self)):
+            labels = self.labels(index)
+            known = labels[labels != IGNORE_INDEX]
+            largest = max(largest, int(known.max()) if known.numel() else -1)
+        if largest < 0:
+            raise DataError(
+                f"{shown(self.masks)} must name a class of some pixel, got maps of "
+                f"{IGNORE_INDEX} (no class) alone."
+            )
+        return tuple(f"class {number}" for number in range(largest + 1))
+
+
+def find_maps(
+    data: str | os.PathLike[str],
+    *,
+    classes: Sequence[str] | None = None,
+    reduce_zero_label: bool = False,
+) -> dict[str, LabelledMaps]:
+    """The parts of a data set by name: "train" and perhaps "val", or "" where it has no parts.
+
+    Args:
+        data: a folder with `images` and `masks` (or `annotations`), either with parts inside
+            (`images/training`, `masks/training`) or inside parts (`train/images`, `train/masks`).
+        classes, reduce_zero_label: as for `LabelledMaps`.
+    """
+    root = Path(data).expanduser()
+    options = {"classes": classes, "reduce_zero_label": reduce_zero_label}
+    pair = _pair_in(root)
+    if pair is not None:
+        parts = {p.name for p in pair[0].iterdir() if p.is_dir() and (pair[1] / p.name).is_dir()}
+        named = {_part(name): name for name in sorted(parts) if _part(name)}
+        if "train" in named:
+            folders = {part: (pair[0] / n, pair[1] / n) for part, n in named.items()}
+        else:
+            folders = {"": pair}
+    else:
+        inside = sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
+        found = {_part(p.name): _pair_in(p) for p in inside if _part(p.name)}
+        folders = {part: each for part, each in found.items() if each is not None}
+    if not folders:
+        raise DataError(
+            f"{shown(root)} must hold a folder of pictures ({', '.join(IMAGES)}) and one of masks "
+            f"({', '.join(MASKS)}), or parts (train, val) that do."
+        )
+    parts = {part: LabelledMaps(*pair, **options) for part, pair in folders.items()}
+    names = max((part.classes for part in parts.values()), key=len)  # of numbered ones, all
+    for part in parts.values():
+        part.classes = names
+    return parts
+
+
+def _part(name: str) -> str:
+    word = name.lower()
+    if word in ("train", "training"):
+        return "train"
+    return "val" if word in ("val", "validation", "valid", "test") else ""
+
+
+def _pair_in(folder: Path) -> tuple[Path, Path] | None:
+    def first(names: Sequence[str]) -> Path | None:
+        return next((folder / name for name in names if (folder / name).is_dir()), None)
+
+    images, masks = first(IMAGES), first(MASKS)
+    return (images, masks) if images is not None and masks is not None else None
+
+
+def _paired(images: Path, masks: Path) -> list[tuple[str, str]]:
+    """Names of the pictures with those of their maps, each in its folder."""
+    for folder in (images, masks):
+        if not folder.is_dir():
+            raise DataError(f"the folder {shown(folder)} is not there.")
+    of_stem: dict[str, str] = {}
+    for name in list_pictures(masks):
+        stem = os.path.splitext(name)[0]
+        if stem in of_stem:
+            raise DataError(f"{shown(masks)} has two maps for {stem}: {of_stem[stem]} and {name}.")
+        of_stem[stem] = name
+    pairs = []
+    for name in list_pictures(images):
+        mask = of_stem.pop(os.path.splitext(name)[0], None)
+        if mask is None:
+            raise DataError(
+                f"{shown(images / name)} must have a map of the same name in {shown(masks)}, got "
+                "none. Add it, or take the picture out."
+            )
+        pairs.append((name, mask))
+    if of_stem:
+        raise DataError(
+            f"{shown(masks)} has maps without a picture: {', '.join(list(of_stem.values())[:5])}."
+        )
+    if not pairs:
+        raise DataError(f"{shown(images)} must hold pictures, got none.")
+    return pairs

@@ -21,7 +21,7 @@ def bad_windows():
     for name in ("kernel_size", "stride", "dilation"):
         for value in (0, -1, (3, 0), (3,), (3, 3, 3), []):
             yield name, value, ValueError
-        for value in (1.0, "3", None, True, (3, 2.0), (True, 3), object(), {3}):
+        for value in (1.0, "3", None, True, (3, 2.0), (True, 3), ..., {3}):
             yield name, value, TypeError
     for value in ((True,), (True, False, True)):
         yield "is_causal", value, ValueError

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import subprocess
 import sys
 from importlib import metadata, resources
 from pathlib import Path
@@ -83,11 +84,15 @@ def versions() -> dict[str, str]:
 
 
 def driver_version() -> str | None:
-    """The NVIDIA driver's version, as Linux tells it."""
+    """The NVIDIA driver's version, as Linux or nvidia-smi tells it."""
+    ask = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     try:
         text = Path("/proc/driver/nvidia/version").read_text()
     except OSError:
-        return None
+        try:
+            text = subprocess.run(ask, capture_output=True, text=True, timeout=20).stdout
+        except (OSError, subprocess.SubprocessError):
+            return None
     found = re.search(r"\b\d{3,}\.\d+(?:\.\d+)?\b", text)
     return found[0] if found else None
 

@@ -1,7 +1,7 @@
 """`natcupy doctor`: what is installed, which devices and backends there are, and if they are right.
 
-In: nothing. Out: facts, as text or JSON. Exit status 1 if a backend gives wrong answers. No token
-is ever printed, only whether there is one.
+In: nothing. Out: facts, as text or JSON. Exit status 1 if a backend gives wrong answers or a GPU
+fails its self-test. No token is ever printed, only whether there is one.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 import natcupy
 from natcupy import backends, cache
 from natcupy.cli import console, runtime
+from natcupy.cli.selftest import self_test
 from natcupy.cuda import jit
 from natcupy.hub import embedded_names
 
@@ -35,6 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print("\n\n".join(_readable(found)))
     wrong = [b for b in found["backends"] if b["error"] is not None and b["error"] > ALLOWED]
+    wrong += [r for records in found["self_test"].values() for r in records if not _passed(r)]
     return 1 if wrong else 0
 
 
@@ -52,6 +54,12 @@ def gather() -> dict[str, Any]:
         "chosen": {
             device["name"]: runtime.chosen_backend(torch.device(device["name"]))
             for device in devices
+        },
+        "self_test": {
+            device["name"]: self_test(torch.device(device["name"]), "cuda")
+            for device in devices
+            if torch.device(device["name"]).type == "cuda"
+            and runtime.why_not("cuda", torch.device(device["name"])) is None
         },
         "cuda": jit.probe(),
         "binaries": cache.default_store().describe(),
@@ -134,6 +142,10 @@ def _readable(found: dict[str, Any]) -> list[str]:
         "Devices\n" + _facts((d["name"], d["what"]) for d in found["devices"]),
         "Neighborhood attention\n" + _facts(map(_backend_line, found["backends"])),
         "Chosen when nothing is asked for\n" + _facts(_chosen(found)),
+        *(
+            f"Self-test of {device}\n" + _facts(map(_test_line, records))
+            for device, records in found["self_test"].items()
+        ),
         "CUDA kernels\n" + _facts(_cuda(found["cuda"])),
         "Files\n"
         + _facts(
@@ -159,6 +171,21 @@ def _backend_line(record: dict[str, Any]) -> tuple[str, str]:
         return name, f"no: {record['why_not']}"
     verdict = "right" if record["error"] <= ALLOWED else "WRONG"
     return name, f"{verdict}: largest difference from float64 {record['error']:.1e}"
+
+
+def _passed(record: dict[str, Any]) -> bool:
+    return "failed" not in record and record["error"] <= 1
+
+
+def _test_line(record: dict[str, Any]) -> tuple[str, str]:
+    """What became of one call of the self-test, and which kernels ran."""
+    name = f"{record['call']}, {record['dtype']}"
+    kernels = f" ({', '.join(record['kernels'])})" if record["kernels"] else ""
+    if "failed" in record:
+        return name, f"FAILED: {record['failed']}{kernels}"
+    verdict = "right" if _passed(record) else f"WRONG in {record['where']}"
+    share = f"{record['error']:.2g} of the allowed error, {record['seconds']} s"
+    return name, f"{verdict}: {share}{kernels}"
 
 
 def _chosen(found: dict[str, Any]) -> list[tuple[str, str]]:

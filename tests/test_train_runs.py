@@ -1,57 +1,30 @@
-"""Whole runs: finetuned, interrupted, continued, shared between processes, and refused."""
+"""Whole runs: finetuned, stopped, continued, and refused without losing anything."""
 
-import csv
+import errno
 import json
 import os
-import subprocess
-import sys
+import resource
+import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from runs import LONG, config, draw_stripes, same, settled, step_of, tiny, weights
 
 import natcupy
-from natcupy.data import find
-from natcupy.train import TrainConfig, finetune
-from natcupy.zoo import ModelConfig, build_model
+from natcupy.data import DataError, find
+from natcupy.hub import Corrupt
+from natcupy.train import TrainError, finetune
 
 pytest.importorskip("accelerate", reason="training needs accelerate: pip install 'natcupy[train]'")
-
-ROOT = Path(__file__).parent.parent
-TINY = ModelConfig(
-    family="nat", embed_dim=8, depths=(1, 1), num_heads=(1, 2), kernel_size=3, num_classes=3,
-    mlp_ratio=2.0,
-)  # fmt: skip
-FACTS = {"input_size": (3, 16, 16), "crop_pct": 1.0}
-
-
-def tiny():
-    torch.manual_seed(0)
-    return build_model(TINY, FACTS)
-
-
-def config(output, **changes):
-    usual = {"epochs": 2, "batch_size": 6, "lr": 5e-3, "workers": 0, "layer_decay": 1.0}
-    return TrainConfig(**{"output": output, **usual, **changes})
 
 
 @pytest.fixture(scope="module")
 def stripes(tmp_path_factory):
-    """Three classes of pictures that differ in the direction of their stripes."""
-    root, draw = tmp_path_factory.mktemp("stripes"), np.random.default_rng(0)
-    y, x = np.mgrid[:20, :20]
-    for name, wave in (("across", y), ("down", x), ("slanted", x + y)):
-        (root / name).mkdir()
-        for index in range(16):
-            values = (
-                128 + 90 * np.sin(wave * 1.2 + draw.uniform(0, 6.3)) + draw.normal(0, 20, x.shape)
-            )
-            picture = Image.fromarray(values.clip(0, 255).astype(np.uint8))
-            picture.save(root / name / f"{index:02}.png")
-    return root
+    return draw_stripes(tmp_path_factory.mktemp("data") / "stripes")
 
 
 @pytest.fixture(scope="module")
@@ -59,27 +32,6 @@ def done(stripes, tmp_path_factory):
     """One finished run."""
     output = tmp_path_factory.mktemp("done") / "run"
     return finetune(tiny(), stripes, None, config(output, **LONG))
-
-
-LONG = {"epochs": 3, "checkpoint_steps": 3, "ema_decay": 0.9, "accumulate": 2, "drop_path": 0.1,
-        "batch_size": 4}  # fmt: skip
-
-
-def weights(folder):
-    return load_file(folder / "model" / "model.safetensors")
-
-
-def same(one, other):
-    assert one.keys() == other.keys()
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
-
-
-def settled(path):
-    """The rows of a log without what depends on the clock."""
-    with open(path) as file:
-        rows = list(csv.DictReader(file))
-    return [{k: v for k, v in row.items() if k not in ("seconds", "items_per_s", "peak_bytes")}
-            for row in rows]  # fmt: skip
 
 
 # ---------------------------------------------------------------- a run
@@ -122,12 +74,9 @@ def test_scores_are_those_of_the_kept_model(done, stripes):
 
 def test_it_learns(stripes, tmp_path):
     """Fresh weights learn the direction of stripes."""
-    result = finetune(
-        tiny(), stripes, None,
-        config(tmp_path / "run", epochs=15, flip=0.0, crop_scale=(0.7, 1), lr=1e-2),
-    )  # fmt: skip
-    assert result.scores["val_accuracy"] == 1.0
-    assert result.history[-1]["train_loss"] < result.history[0]["train_loss"] - 0.3
+    settings = {"epochs": 12, "flip": 0.0, "crop_scale": (0.7, 1), "lr": 1e-2}
+    result = finetune(tiny(), stripes, None, config(tmp_path / "run", **settings))
+    assert result.history[0]["train_accuracy"] < 0.6 < 0.8 < result.history[-1]["train_accuracy"]
 
 
 def test_what_the_caller_has_stays(stripes, tmp_path):
@@ -161,24 +110,6 @@ def test_half_precision(stripes, tmp_path):
 
 
 # ---------------------------------------------------------------- interrupted and continued
-
-CHILD = """
-import sys, torch
-torch.set_num_threads(1)
-sys.path.insert(0, {tests!r})
-from test_train_runs import LONG, config, tiny
-from natcupy.train import finetune
-if __name__ == "__main__":
-    finetune(tiny(), sys.argv[1], None, config(sys.argv[2], resume=True, **LONG))
-"""
-
-
-def child(stripes, output, **environment):
-    return subprocess.Popen(
-        [sys.executable, "-c", CHILD.format(tests=str(ROOT / "tests")), str(stripes), str(output)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
 
 
 class StoppedError(Exception):
@@ -229,3 +160,127 @@ def test_continued_anywhere(stripes, tmp_path, stop_at, one_thread):
     assert result.scores == expected.scores
     again = finetune(tiny(), stripes, None, config(output, resume=True, **LONG))
     assert again.scores == result.scores  # nothing left to do
+
+
+# ---------------------------------------------------------------- refused, nothing lost
+
+
+def test_a_folder_in_use(done, stripes, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in done.folder.rglob("*")}
+    with pytest.raises(TrainError, match=r"holds a run already\. Continue it with --resume"):
+        finetune(tiny(), stripes, None, config(done.folder, **LONG))
+    with pytest.raises(TrainError, match=r"differs in lr \(was 0.005, now 0.1\)"):
+        finetune(tiny(), stripes, None, config(done.folder, **{**LONG, "lr": 0.1}, resume=True))
+    assert before == {path: path.stat().st_mtime_ns for path in done.folder.rglob("*")}
+    (tmp_path / "thesis.txt").write_text("years")
+    with pytest.raises(TrainError, match="holds files that are not of a run"):
+        finetune(tiny(), stripes, None, config(tmp_path))
+    with pytest.raises(TrainError, match="cannot be made"):
+        finetune(tiny(), stripes, None, config(tmp_path / "thesis.txt" / "run"))
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root writes anywhere")
+def test_an_output_that_cannot_be_written(stripes, tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(TrainError, match="cannot be made: Permission denied"):
+        finetune(tiny(), stripes, None, config(tmp_path / "run"))
+
+
+def test_an_output_that_refuses_files(stripes, tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "write_bytes", denied)
+    with pytest.raises(TrainError, match="cannot be written to: Read-only file system"):
+        finetune(tiny(), stripes, None, config(tmp_path / "run"))
+
+
+def denied(self, data):
+    raise OSError(errno.EROFS, "Read-only file system")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_corrupt_picture(stripes, tmp_path, workers):
+    """The run stops, names the file, and goes on from its checkpoint once it is repaired."""
+    data = tmp_path / "data"
+    shutil.copytree(stripes, data)
+    bad = find(data).train.where(5)
+    good = Path(bad).read_bytes()
+    Path(bad).write_bytes(good[: len(good) // 2])
+    settings = {"epochs": 1, "workers": workers, "batch_size": 4, "checkpoint_steps": 1}
+    with pytest.raises(DataError) as error:
+        finetune(tiny(), data, None, config(tmp_path / "run", **settings))
+    assert str(error.value).startswith(bad) and "\n" not in str(error.value)
+    Path(bad).write_bytes(good)
+    result = finetune(tiny(), data, None, config(tmp_path / "run", **settings, resume=True))
+    expected = finetune(tiny(), data, None, config(tmp_path / "whole", **settings))
+    same(dict(result.model.state_dict()), dict(expected.model.state_dict()))
+
+
+def test_data_that_cannot_be_trained_on(stripes, tmp_path):
+    output = tmp_path / "run"
+
+    def refused(match, val=None):
+        with pytest.raises(DataError, match=match):
+            finetune(tiny(), tmp_path / "data", val, config(output))
+        assert not output.exists()
+
+    shutil.copytree(stripes / "down", tmp_path / "data" / "down")
+    refused("at least two classes, got 1")
+    (tmp_path / "data" / "empty").mkdir()
+    refused("every class folder must hold a picture.*: empty")
+    (tmp_path / "data" / "empty").rmdir()
+    shutil.copytree(stripes / "across", tmp_path / "data" / "across")
+    shutil.copytree(stripes, tmp_path / "val")
+    refused(r"among the 2 classes.*slanted \(16\)", tmp_path / "val")
+
+
+def test_a_loss_that_is_none(stripes, tmp_path):
+    """The last checkpoint stays, and the weights in it are finite."""
+    model = tiny()
+    with torch.no_grad():
+        model.head.weight.fill_(float("nan"))
+    with pytest.raises(TrainError, match=r"the loss must be finite.*Lower lr"):
+        finetune(model, stripes, None, config(tmp_path / "run", head="keep", epochs=1))
+    assert step_of(tmp_path / "run" / "checkpoint" / "state.json") == 0
+
+
+def test_a_full_disk(stripes, tmp_path, stop_at, one_thread):
+    """A checkpoint that does not fit is reported; the run goes on from the one before."""
+    output, settings = tmp_path / "run", {**LONG, "epochs": 1}
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    stop_at(2)
+    with pytest.raises(StoppedError):
+        finetune(tiny(), stripes, None, config(output, **settings))
+    stop_at(10**9)
+    before = {path.name: path.read_bytes() for path in (output / "checkpoint").iterdir()}
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))  # a file may grow no more
+        with pytest.raises(TrainError, match=r"step 3 cannot be written.*one before is whole"):
+            finetune(tiny(), stripes, None, config(output, resume=True, **settings))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert before == {path.name: path.read_bytes() for path in (output / "checkpoint").iterdir()}
+    finetune(tiny(), stripes, None, config(output, resume=True, **settings))
+    finetune(tiny(), stripes, None, config(tmp_path / "whole", **settings))
+    same(weights(output), weights(tmp_path / "whole"))
+
+
+def test_a_damaged_checkpoint(stripes, tmp_path):
+    output = tmp_path / "run"
+    finetune(tiny(), stripes, None, config(output, epochs=1))
+    state = output / "checkpoint" / "state.json"
+    state.write_text(state.read_text().replace('"step": 7', '"step": 6'))
+    with pytest.raises(Corrupt, match="must be of step 6, it is of 7"):
+        finetune(tiny(), stripes, None, config(output, epochs=1, resume=True))
+    state.write_text("{")
+    with pytest.raises(Corrupt, match="not the state of a run"):
+        finetune(tiny(), stripes, None, config(output, epochs=1, resume=True))
+
+
+def test_precisions_that_need_a_gpu(stripes, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    for changes, match in (({"mixed_precision": "fp16"}, "needs a GPU"), ({"fsdp": True}, "GPUs")):
+        with pytest.raises(TrainError, match=match):
+            finetune(tiny(), stripes, None, config(tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()

@@ -19,6 +19,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from natcupy.train.config import TrainConfig, TrainError
 
+WITH_PREVIOUS = 99999  # in timm's patterns: belongs to the layer before, as a downsampler does
+
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW over the parameters that require gradients, with timm's rules for groups.
@@ -53,8 +55,11 @@ def rate_scales(names: list[str], model: nn.Module, decay: float) -> dict[str, f
     if decay == 1.0 or not hasattr(model, "group_matcher"):
         return dict.fromkeys(names, 1.0)
     keys = {name: _layer(name, model.group_matcher(coarse=False)) for name in names}
-    order = {key: number for number, key in enumerate(sorted(set(keys.values())))}
-    return {name: decay ** (len(order) - 1 - order[key]) for name, key in keys.items()}
+    order, number = {}, -1
+    for key in sorted(set(keys.values())):
+        number += key[-1] != WITH_PREVIOUS or not order
+        order[key] = number
+    return {name: decay ** (number - order[key]) for name, key in keys.items()}
 
 
 def _layer(name: str, matcher: Mapping[str, Any]) -> tuple[float, ...]:

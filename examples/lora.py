@@ -1,0 +1,34 @@
+"""LoRA on the attention of a NAT: few parameters train, and are merged into plain weights.
+
+    python examples/lora.py DATA OUTPUT
+
+In: a folder with a folder of pictures per class. Out: the folder of a run; its `model` is a model
+like any other, since the adapters are merged. Needs peft: pip install peft.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from peft import LoraConfig, get_peft_model
+
+import natcupy
+from natcupy.data import find
+from natcupy.train import Result, TrainConfig, finetune
+
+
+def finetune_lora(data: str, output: str, model: str = "nat-digits", **numbers) -> Result:
+    """Adapters on `qkv` and `proj` of every attention, and a fresh head."""
+    split = find(data)
+    base = natcupy.from_pretrained(model, num_classes=len(split.classes))
+    adapters = LoraConfig(
+        r=8, lora_alpha=16, target_modules=r".*\.attn\.(qkv|proj)", modules_to_save=["head"]
+    )
+    lora = get_peft_model(base, adapters)
+    lora.print_trainable_parameters()
+    config = TrainConfig(output, **{"epochs": 10, "lr": 3e-3, **numbers})
+    return finetune(lora, split.train, split.val, config, data_name=split.name)
+
+
+if __name__ == "__main__":
+    print(finetune_lora(sys.argv[1], sys.argv[2]).scores)

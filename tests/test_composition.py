@@ -1,0 +1,170 @@
+"""The table of docs/reliability.md, cell by cell: each backend under each of torch's ways.
+
+A cell says "yes" or "raises", and the test does it and sees. The CUDA backend runs on the
+simulated GPU.
+"""
+
+import importlib.util
+import re
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from tolerances import close
+
+import natcupy
+
+DOC = Path(__file__).parent.parent / "docs" / "reliability.md"
+BACKENDS = ("torch", "cpu", "cuda")
+NEEDS = {"cpu": "llvmlite", "cuda": "cupy"}
+
+
+def table():
+    """{(row, backend): cell}."""
+    text = re.search(r"<!-- composition.*?-->\n(.*?)<!-- end", DOC.read_text(), re.DOTALL)[1]
+    rows = [[cell.strip() for cell in line.strip("| \n").split("|")] for line in text.splitlines()]
+    head, _, *body = rows
+    assert head[-3:] == [f'`"{name}"`' for name in BACKENDS]
+    return {(row[0], name): row[1 + i] for row in body for i, name in enumerate(BACKENDS)}
+
+
+TABLE = table()
+
+
+@pytest.fixture
+def device(request):
+    """Where a backend's tensors live here: a backend that is not installed skips."""
+    backend = request.node.callspec.params["backend"]
+    needed = NEEDS.get(backend)
+    if needed and importlib.util.find_spec(needed) is None:
+        pytest.skip(f"{needed} is not installed")
+    place = nullcontext()
+    if backend == "cuda":
+        sys.path.insert(0, str(Path(__file__).parent / "gpu"))
+        from simulated import SimulatedGpu
+
+        sys.path.pop(0)
+        place = SimulatedGpu().active()
+    with place:
+        yield
+
+
+def tensors(grad=False):
+    make = torch.Generator().manual_seed(0)
+    return [torch.randn(1, 5, 1, 4, generator=make).requires_grad_(grad) for _ in range(3)]
+
+
+def attend(backend, query, key, value):
+    return natcupy.na1d(query, key, value, 3, backend=backend)
+
+
+def define(query, key, value):
+    return natcupy.na1d(*(x.double() for x in (query, key, value)), 3, backend="torch")
+
+
+def autocast(backend):
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attend(backend, *tensors())
+    assert out.dtype == torch.bfloat16
+    close(out, define(*tensors()), torch.bfloat16, backward=True)
+
+
+def double_backward(backend):
+    given = tensors(grad=True)
+
+    def second(run):
+        (first,) = torch.autograd.grad(run(*given).square().sum(), given[0], create_graph=True)
+        return torch.autograd.grad(first.square().sum(), given[0])[0]
+
+    actual = second(lambda *x: attend(backend, *x))
+    close(actual, second(define), torch.float32, backward=True)
+
+
+def jvp(backend):
+    query, key, value = tensors()
+    _, actual = torch.func.jvp(lambda q: attend(backend, q, key, value), (query,), (value,))
+    doubles = [x.double() for x in (query, key, value)]
+    _, true = torch.func.jvp(lambda q: define(q, *doubles[1:]), (doubles[0],), (doubles[2],))
+    close(actual, true, torch.float32, backward=True)
+
+
+def vmap(backend):
+    query, key, value = tensors()
+    queries = torch.stack([query, 2 * query])
+    actual = torch.func.vmap(lambda q: attend(backend, q, key, value))(queries)
+    true = torch.stack([define(q, key, value) for q in queries])
+    close(actual, true, torch.float32)
+
+
+def compile_full_graph(backend):
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *x: attend(backend, *x), backend="aot_eager", fullgraph=True)
+    close(compiled(*tensors()), define(*tensors()), torch.float32)
+
+
+def export(backend):
+    class Net(torch.nn.Module):
+        def forward(self, query, key, value):
+            return attend(backend, query, key, value)
+
+    program = torch.export.export(Net(), tuple(tensors()))
+    close(program.module()(*tensors()), define(*tensors()), torch.float32)
+
+
+def ddp(backend):
+    """One rank is enough to see that hooks and buckets take the gradients."""
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    if not dist.is_available():
+        pytest.skip("this torch has no torch.distributed")
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query = torch.nn.Parameter(tensors()[0])
+
+        def forward(self, key, value):
+            return attend(backend, self.query, key, value)
+
+    query, key, value = tensors(grad=True)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(Net())
+        model(key, value).square().sum().backward()
+    finally:
+        dist.destroy_process_group()
+    (true,) = torch.autograd.grad(define(query, key, value).square().sum(), query)
+    close(model.module.query.grad, true, torch.float32, backward=True)
+
+
+WAYS = {
+    "autocast": autocast,
+    "double backward": double_backward,
+    "jvp": jvp,
+    "vmap": vmap,
+    "compile, full graph": compile_full_graph,
+    "export": export,
+    "DDP": ddp,
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_cell_says_what_happens(way, backend, device):
+    cell = TABLE[way, backend]
+    if cell == "raises":
+        with pytest.raises(NotImplementedError, match="backend='torch'"):
+            WAYS[way](backend)
+    else:
+        assert cell == "yes"
+        WAYS[way](backend)
+
+
+def test_no_cell_is_blank():
+    """Graphs of the CUDA backend are captured in tests/gpu, on the simulated GPU too."""
+    assert all(TABLE.values())
+    assert {row for row, _ in TABLE} == {*WAYS, "CUDA graphs"}
+    assert TABLE["CUDA graphs", "cuda"] == "yes"

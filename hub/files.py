@@ -241,7 +241,7 @@ def _commit(folder: Path, pending: dict[str, str]) -> None:
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
 def _finish(folder: Path) -> None:
@@ -256,7 +256,7 @@ def _finish(folder: Path) -> None:
                 (folder / name).unlink()
             else:
                 os.replace(folder / temporary, folder / name)
-    _sync_folder(folder)
+    sync_folder(folder)
     (folder / JOURNAL).unlink(missing_ok=True)
 
 
@@ -274,7 +274,7 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make renames durable where the system can sync a folder (Windows cannot, and need not)."""
     if os.name == "nt":
         return

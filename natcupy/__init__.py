@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         na3d_qk,
     )
     from natcupy.hub import from_pretrained, push_to_hub, save_pretrained
+    from natcupy.inference import evaluate, predict
     from natcupy.modules import (
         NeighborhoodAttention1D,
         NeighborhoodAttention2D,
@@ -41,9 +42,10 @@ _ROOMS = {
     "natcupy.zoo": ("create_model", "is_model", "list_models"),
     "natcupy.hub": ("from_pretrained", "push_to_hub", "save_pretrained"),
     "natcupy.warmup": ("warmup",),
+    "natcupy.inference": ("evaluate", "predict"),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
-_SUBMODULES = ("data", "functional", "hub", "modules", "zoo")
+_SUBMODULES = ("data", "functional", "hub", "inference", "modules", "zoo")
 
 __all__ = [
     "NeighborhoodAttention1D",
@@ -51,6 +53,7 @@ __all__ = [
     "NeighborhoodAttention3D",
     "__version__",
     "create_model",
+    "evaluate",
     "from_pretrained",
     "is_model",
     "list_models",
@@ -63,6 +66,7 @@ __all__ = [
     "na3d",
     "na3d_av",
     "na3d_qk",
+    "predict",
     "push_to_hub",
     "save_pretrained",
     "warmup",

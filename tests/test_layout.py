@@ -31,6 +31,7 @@ FLOORS = [
     ("natcupy.zoo",),
     ("natcupy.hub", "natcupy.digits", "natcupy.timm", "natcupy.transformers"),
     ("natcupy.data",),
+    ("natcupy.inference",),
     ("natcupy.train",),
     ("natcupy.cli", "natcupy.__main__"),
 ]
@@ -41,6 +42,7 @@ ROOMS_OF = {  # package: the only rooms that may import it
     "huggingface_hub": ("natcupy.hub", "natcupy.cli.doctor"),
     "datasets": ("natcupy.data.hf",),
     "pycocotools": ("natcupy.data.coco", "natcupy.data.coco_ap"),
+    "pyarrow": ("natcupy.inference.tables",),
     "sklearn": ("natcupy.digits",),
     "matplotlib": ("natcupy.digits", "natcupy.train.plots"),
     "accelerate": ("natcupy.train.engine",),

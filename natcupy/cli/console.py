@@ -38,6 +38,14 @@ def print_json(value: object) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
+def list_bad(bad: Sequence[tuple[str, str]], limit: int = 20) -> None:
+    """Name pictures that could not be read, and why, on stderr."""
+    for where, reason in bad[:limit]:
+        print(f"natcupy: error: {where}: {reason}", file=sys.stderr)
+    if len(bad) > limit:
+        print(f"natcupy: error: and {len(bad) - limit:,} more like these", file=sys.stderr)
+
+
 def blocks(pixels: np.ndarray) -> list[str]:
     """A picture `[H, W]` with values in 0..1 as lines of characters, two rows of pixels a line."""
     ink = pixels > 0.45

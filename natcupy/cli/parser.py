@@ -27,6 +27,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _demo(commands)
     _classify(commands)
+    _evaluate(commands)
+    _predict(commands)
     _segment(commands)
     _detect(commands)
     _attend(commands)
@@ -122,6 +124,76 @@ def _add_dense(parser: argparse.ArgumentParser, head: str, what: str) -> None:
         "(`natcupy info NAME` tells where it is)",
     )
     _add_device(parser)
+
+
+_DATA_HELP = (
+    "a folder with one folder per class, such folders below train, val ..., or a Hugging Face "
+    "dataset: a saved folder, or org/name, org/name:config, each with @revision"
+)
+
+
+def _evaluate(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands, "evaluate", "evaluate", "measure accuracy on labelled pictures; runs in torchrun"
+    )
+    parser.add_argument("data", metavar="DATA", help=_DATA_HELP)
+    _add_model(parser)
+    parser.add_argument(
+        "--split", metavar="NAME", help="part of the data (default: val, validation, valid or test)"
+    )
+    parser.add_argument(
+        "--class-map",
+        metavar="FILE",
+        help="which class of the model each folder is: lines of folder, tab or comma, class (an "
+        "index or a label), or JSON (default: by name, else in sorted order)",
+    )
+    parser.add_argument("--per-class", action="store_true", help="a row for every class, too")
+    _add_batches(parser)
+    _add_json(parser)
+
+
+def _predict(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands, "predict", "predict", "write answers to any number of pictures into a table"
+    )
+    parser.add_argument(
+        "data",
+        nargs="+",
+        metavar="DATA",
+        help="picture files, folders (with what is below), or one Hugging Face dataset",
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="FILE", help="ends in .csv, .jsonl or .parquet"
+    )
+    _add_model(parser)
+    parser.add_argument("--split", metavar="NAME", help="part of a dataset with several")
+    parser.add_argument(
+        "--topk", type=_positive, default=1, metavar="N", help="answers per picture (default: 1)"
+    )
+    parser.add_argument(
+        "--features", action="store_true", help="also the pooled features, as column embedding"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with an unfinished run, if there is one"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the output, or drop an unfinished run"
+    )
+    parser.add_argument(
+        "--shard",
+        type=_shard,
+        metavar="I/N",
+        help="do the I-th of N shares (from 0), beside other processes that do the others; the "
+        "last to end writes the output (torchrun shares by itself)",
+    )
+    parser.add_argument(
+        "--part-pictures",
+        type=_positive,
+        default=1024,
+        metavar="N",
+        help="kept at a time: what a kill can lose (default: %(default)s)",
+    )
+    _add_batches(parser)
     _add_json(parser)
 
 
@@ -273,6 +345,26 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_batches(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--batch-size", type=_positive, default=64, metavar="N", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--workers",
+        type=_natural,
+        metavar="N",
+        help="processes that prepare pictures (default: by the number of cores; 0: none)",
+    )
+    _add_device(parser)
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the model (default: %(default)s)",
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
 def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
@@ -312,6 +404,13 @@ def _natural(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}")
     return int(text)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"must be I/N with I in 0..N-1, got {text!r}")
+    return int(index), int(count)
 
 
 def _point(text: str) -> tuple[float, float]:

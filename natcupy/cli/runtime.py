@@ -18,6 +18,7 @@ from natcupy import backends
 from natcupy.data import why
 from natcupy.functional import neighborhood
 from natcupy.hub import from_pretrained
+from natcupy.inference import ranks
 from natcupy.zoo import ImageModel
 from natcupy.zoo.dense import DenseModel
 
@@ -44,7 +45,9 @@ class Outcome:
 def pick_device(name: str | None) -> torch.device:
     """The device asked for, or the GPU where there is one. Raises ValueError for a bad name."""
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and ranks.local_rank() is not None:  # under torchrun, a GPU each
+        name = f"cuda:{ranks.local_rank()}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -59,14 +62,14 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
-def load(name: str, device: torch.device) -> ImageModel:
-    """A model with its weights, ready to answer."""
-    return from_pretrained(name, device=device)
+def load(name: str, device: torch.device, dtype: str | None = None) -> ImageModel:
+    """A model with its weights, ready to answer; float32 unless another dtype is named."""
+    return from_pretrained(name, device=device, dtype=getattr(torch, dtype) if dtype else None)
 
 
-def load_classifier(name: str, device: torch.device) -> ImageModel:
+def load_classifier(name: str, device: torch.device, dtype: str | None = None) -> ImageModel:
     """A model that has a classifier. Raises ValueError for one without."""
-    model = load(name, device)
+    model = load(name, device, dtype)
     if isinstance(model, DenseModel):
         command = {"segmentation": "segment", "detection": "detect"}[model.config.task]
         raise ValueError(

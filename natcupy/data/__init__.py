@@ -6,18 +6,20 @@ and opens, `folders` and `hf` make sources, `find` decides which.
 """
 
 from natcupy.data.files import list_pictures, named_files, why
-from natcupy.data.find import Part, Split, find, find_split
+from natcupy.data.find import Part, Split, find, find_pictures, find_split
 from natcupy.data.pictures import Pictures
-from natcupy.data.source import DataError, Source, Subset
+from natcupy.data.source import DataError, PictureSet, Source, Subset
 
 __all__ = [
     "DataError",
     "Part",
+    "PictureSet",
     "Pictures",
     "Source",
     "Split",
     "Subset",
     "find",
+    "find_pictures",
     "find_split",
     "list_pictures",
     "named_files",

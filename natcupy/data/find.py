@@ -1,22 +1,24 @@
 """What DATA means: a folder per class, a folder with parts, or a Hugging Face dataset.
 
-In: what the user typed. Out: a `Split` to train on, or one part to look at (`find_split`).
+In: what the user typed. Out: a `Split` to train on, one part to look at (`find_split`), or pictures
+without labels (`find_pictures`).
 """
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from natcupy.data import folders, hf
-from natcupy.data.files import shown
-from natcupy.data.folders import HELD_OUT_NAMES, TRAIN_NAMES
-from natcupy.data.source import DataError, Source, stratified
+from natcupy.data.files import is_picture_name, shown
+from natcupy.data.folders import HELD_OUT_NAMES, TRAIN_NAMES, Files
+from natcupy.data.source import DataError, PictureSet, Source, stratified
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,44 @@ def find_split(data: str | os.PathLike[str], split: str | None = None) -> Part:
     return Part(found.parts[name](), f"{found.name}, {name}", found.notes)
 
 
+def find_pictures(
+    data: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], split: str | None = None
+) -> PictureSet:
+    """Pictures without labels.
+
+    Args:
+        data: files and folders (with what is below), or one dataset, saved or on the Hub.
+        split: the part of a dataset with several.
+
+    Raises DataError where there are none.
+    """
+    paths = [data] if isinstance(data, str | os.PathLike) else list(data)
+    if len(paths) == 1 and _is_dataset(os.fspath(paths[0])):
+        name, tables = _tables(paths[0])
+        if split is None and len(tables) == 1:
+            split = next(iter(tables))
+        if split is None or split.lower() not in tables:
+            raise DataError(
+                f"a split must be one of the data's parts, got {split or 'none'}; {name} has the "
+                f"parts {', '.join(tables)}."
+            )
+        return hf.hf_pictures(f"{name}, {split.lower()}", tables[split.lower()])
+    if split is not None:
+        raise DataError(f"a split is of a dataset, got {split} with files or folders.")
+    if len(paths) == 1 and not os.path.lexists(paths[0]):
+        raise DataError(f"there is no file or folder {shown(paths[0])}. Check the path.")
+    files = Files(paths)
+    if not len(files) and not files.problems:
+        raise DataError("there must be pictures, got none.")
+    return files
+
+
+def _is_dataset(text: str) -> bool:
+    if os.path.lexists(text):
+        return os.path.isdir(text) and hf.is_saved(Path(text))
+    return hf.is_name(text) and not is_picture_name(os.path.basename(text))
+
+
 def aligned(source: Source, classes: tuple[str, ...]) -> Source:
     """The source with its labels as indices into other classes, matched by name.
 
@@ -193,14 +233,14 @@ def _look(data: str | os.PathLike[str]) -> _Data:
     path = Path(data)
     if path.is_dir():
         if hf.is_saved(path):
-            return _dataset(path.resolve().name, path)
+            return _dataset(path)
         return _folder(path)
     if path.exists():
         raise DataError(f"DATA must be a folder or a dataset's name, got the file {shown(path)}.")
     text = os.fspath(data)
     if not hf.is_name(text):
         raise DataError(f"there is no folder {shown(path)}. Check the path.")
-    return _dataset(text, text)
+    return _dataset(text)
 
 
 def _folder(path: Path) -> _Data:
@@ -220,12 +260,24 @@ def _folder(path: Path) -> _Data:
     return _Data(name, listed, None, notes)
 
 
-def _dataset(name: str, data: str | Path) -> _Data:
-    tables = hf.splits(data)
+def _dataset(data: str | Path) -> _Data:
+    name, tables = _tables(data)
     parts = {
-        part.lower(): lambda part=part, table=table: hf.hf_source(f"{name}, {part}", table)
+        part: lambda part=part, table=table: hf.hf_source(f"{name}, {part}", table)
         for part, table in tables.items()
     }
     if len(parts) == 1:  # such as a single saved Dataset: nothing is set apart in it
         return _Data(name, {}, next(iter(parts.values())))
     return _Data(name, parts, None)
+
+
+def _tables(data: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
+    """A dataset's name, and its splits."""
+    path = Path(data)
+    if path.is_dir():
+        return shown(path.resolve().name), _lowered(hf.splits(path))
+    return os.fspath(data), _lowered(hf.splits(os.fspath(data)))
+
+
+def _lowered(tables: dict[str, Any]) -> dict[str, Any]:
+    return {name.lower(): table for name, table in tables.items()}

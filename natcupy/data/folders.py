@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from natcupy.data.files import (
     subfolders,
     why,
 )
-from natcupy.data.source import DataError, Source
+from natcupy.data.source import DataError, PictureSet, Source
 from natcupy.zoo.preprocess import open_picture
 
 TRAIN_NAMES = ("train", "training")
@@ -49,8 +50,53 @@ class FolderSource(Source):
         """The picture's path within the folder."""
         return self.names[index]
 
-    def _open(self, index: int) -> Image.Image:
+    def decode(self, index: int) -> Image.Image:
+        """A picture as it is stored."""
         return open_picture(os.path.join(self.root, self.names[index]))
+
+
+class Files(PictureSet):
+    """Picture files without labels: those named, and of folders those in them and below.
+
+    Args:
+        paths: files and folders, in the order wanted.
+
+    Attributes:
+        problems: (path, reason) of every folder below that cannot be listed.
+
+    Raises DataError where a folder holds no pictures.
+    """
+
+    problems: list[tuple[str, str]]
+
+    def __init__(self, paths: Iterable[str | os.PathLike[str]]) -> None:
+        self.problems = []
+        self._names = Names(name for path in paths for name in self._listed(os.fspath(path)))
+
+    def _listed(self, path: str) -> list[str]:
+        if not os.path.isdir(path):
+            return [path]
+        problems: list[tuple[str, str]] = []
+        inside = list_pictures(path, problems)
+        self.problems += [(shown(os.path.join(path, name)), reason) for name, reason in problems]
+        if not inside and not problems:
+            raise DataError(f"a folder must hold pictures, got {shown(path)} without any.")
+        return [os.path.join(path, name) for name in inside]
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def where(self, index: int) -> str:
+        """The picture's path."""
+        return shown(self._names[index])
+
+    def key(self, index: int) -> str:
+        """The picture's path."""
+        return self._names[index]
+
+    def decode(self, index: int) -> Image.Image:
+        """A picture as it is stored."""
+        return open_picture(self._names[index])
 
 
 def parts(folder: Path) -> dict[str, Path]:

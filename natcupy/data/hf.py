@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from natcupy.data.source import DataError, Source
+from natcupy.data.source import DataError, PictureSet, Source
 from natcupy.hub import client
 from natcupy.hub.errors import HubError
 from natcupy.zoo.preprocess import open_picture
@@ -30,13 +30,48 @@ _PICTURE_COLUMNS = ("image", "img", "picture", "jpg", "png")
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "class")
 
 
-class HfSource(Source):
+class HfPictures(PictureSet):
     """The pictures of one split.
 
     Args:
         name: of the dataset and split, for messages.
-        table: the split, its pictures not decoded.
+        table: the split.
         column: the pictures' column.
+    """
+
+    def __init__(self, name: str, table: datasets.Dataset, column: str) -> None:
+        import datasets
+
+        self.name, self.column = name, column
+        only = table.select_columns([column])
+        self._table = only.cast_column(column, datasets.Image(decode=False))
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def where(self, index: int) -> str:
+        """The dataset and the row."""
+        return f"{self.name}, row {index}"
+
+    def key(self, index: int) -> str:
+        """The row's number."""
+        return str(index)
+
+    def decode(self, index: int) -> Image.Image:
+        """A picture as it is stored."""
+        stored = self._table[index][self.column]
+        if stored is None:
+            raise OSError("the row holds no picture")
+        if stored["bytes"] is None:
+            return open_picture(stored["path"])
+        return open_picture(io.BytesIO(stored["bytes"]))
+
+
+class HfSource(HfPictures, Source):
+    """The pictures of one split, with labels.
+
+    Args:
+        name, table, column: as for `HfPictures`.
         labels: `[len(table)]` integers.
         classes: what the labels stand for.
     """
@@ -49,25 +84,8 @@ class HfSource(Source):
         labels: np.ndarray,
         classes: tuple[str, ...],
     ) -> None:
-        self.name, self.column, self.classes = name, column, classes
-        self.labels = labels
-        self._table = table.select_columns([column])
-
-    def where(self, index: int) -> str:
-        """The dataset and the row."""
-        return f"{self.name}, row {index}"
-
-    def key(self, index: int) -> str:
-        """The row's number."""
-        return str(index)
-
-    def _open(self, index: int) -> Image.Image:
-        stored = self._table[index][self.column]
-        if stored is None:
-            raise OSError("the row holds no picture")
-        if stored["bytes"] is None:
-            return open_picture(stored["path"])
-        return open_picture(io.BytesIO(stored["bytes"]))
+        super().__init__(name, table, column)
+        self.labels, self.classes = labels, classes
 
 
 def is_saved(folder: Path) -> bool:
@@ -124,6 +142,11 @@ def _not_loaded(data: str | Path, error: Exception) -> str:
     )
 
 
+def hf_pictures(name: str, table: datasets.Dataset) -> HfPictures:
+    """A split as pictures without labels. Raises DataError without one column of pictures."""
+    return HfPictures(name, table, _picture_column(name, table))
+
+
 def hf_source(name: str, table: datasets.Dataset) -> HfSource:
     """A split as a source.
 
@@ -132,15 +155,20 @@ def hf_source(name: str, table: datasets.Dataset) -> HfSource:
     import datasets
 
     kinds = table.features
-    pictures = [key for key, kind in kinds.items() if isinstance(kind, datasets.Image)]
-    column = _one(name, "pictures", pictures, _PICTURE_COLUMNS, kinds)
     named = [key for key, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)]
     usual = [key for key in _LABEL_COLUMNS if key in kinds]
     labelled = _one(name, "labels", named or usual[:1], _LABEL_COLUMNS, kinds)
     values = table.select_columns([labelled]).with_format("arrow")[:][labelled].to_pylist()
     labels, classes = _labels(f"{name}, column {labelled!r}", values, kinds[labelled])
-    table = table.cast_column(column, datasets.Image(decode=False))
-    return HfSource(name, table, column, labels, classes)
+    return HfSource(name, table, _picture_column(name, table), labels, classes)
+
+
+def _picture_column(name: str, table: datasets.Dataset) -> str:
+    import datasets
+
+    kinds = table.features
+    found = [key for key, kind in kinds.items() if isinstance(kind, datasets.Image)]
+    return _one(name, "pictures", found, _PICTURE_COLUMNS, kinds)
 
 
 def _one(name: str, what: str, found: list[str], usual: tuple[str, ...], kinds: Any) -> str:

@@ -19,8 +19,45 @@ class DataError(ValueError):
     """Data that cannot be used as it is: which, why, and what to do."""
 
 
-class Source(ABC):
-    """Labelled pictures in a fixed order. Picklable, so that workers can open pictures.
+class PictureSet(ABC):
+    """Pictures in a fixed order. Picklable, so that workers can open them."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def where(self, index: int) -> str:
+        """Where a picture lies, for messages and tables."""
+
+    @abstractmethod
+    def key(self, index: int) -> str:
+        """What a picture is called within the set, the same on every machine."""
+
+    @abstractmethod
+    def decode(self, index: int) -> Image.Image:
+        """A picture, upright, in the mode it is stored in; raises whatever its decoder raises."""
+
+    def open(self, index: int) -> Image.Image:
+        """A picture, upright, in the mode it is stored in.
+
+        Raises DataError, which names the picture, for one that cannot be read.
+        """
+        try:
+            return self.decode(index)
+        except Exception as error:  # decoders raise nearly anything for broken data
+            raise DataError(f"{self.where(index)} cannot be read: {why(error)}.") from None
+
+    def picture(self, index: int) -> Image.Image:
+        """A picture, upright, as "RGB" or "L", without transparency. Raises DataError."""
+        opened = self.open(index)
+        try:
+            return plain(opened)
+        except Exception as error:
+            raise DataError(f"{self.where(index)} cannot be read: {why(error)}.") from None
+
+
+class Source(PictureSet):
+    """Pictures with labels.
 
     Attributes:
         classes: the label names; a label is an index into them.
@@ -37,38 +74,9 @@ class Source(ABC):
         """The label of a picture."""
         return int(self.labels[index])
 
-    def open(self, index: int) -> Image.Image:
-        """A picture, upright, in the mode it is stored in.
-
-        Raises DataError, which names the picture, for one that cannot be read.
-        """
-        try:
-            return self._open(index)
-        except Exception as error:  # decoders raise nearly anything for broken data
-            raise DataError(f"{self.where(index)} cannot be read: {why(error)}.") from None
-
-    def picture(self, index: int) -> Image.Image:
-        """A picture, upright, as "RGB" or "L", without transparency. Raises DataError."""
-        opened = self.open(index)
-        try:
-            return plain(opened)
-        except Exception as error:
-            raise DataError(f"{self.where(index)} cannot be read: {why(error)}.") from None
-
     def counts(self) -> np.ndarray:
         """`[classes]`, how many pictures each class has."""
         return np.bincount(self.labels, minlength=len(self.classes))
-
-    @abstractmethod
-    def where(self, index: int) -> str:
-        """Where a picture lies, for messages and tables."""
-
-    @abstractmethod
-    def key(self, index: int) -> str:
-        """What a picture is called within the set, the same on every machine."""
-
-    @abstractmethod
-    def _open(self, index: int) -> Image.Image: ...
 
 
 class Subset(Source):
@@ -93,8 +101,9 @@ class Subset(Source):
         """What a picture is called within the set."""
         return self._source.key(int(self._indices[index]))
 
-    def _open(self, index: int) -> Image.Image:
-        return self._source._open(int(self._indices[index]))
+    def decode(self, index: int) -> Image.Image:
+        """A picture as it is stored."""
+        return self._source.decode(int(self._indices[index]))
 
 
 def stratified(source: Source, fraction: float, seed: int) -> tuple[Subset, Subset]:

@@ -1,0 +1,55 @@
+"""`natcupy predict`: any number of pictures in, a table of answers on disk out.
+
+Exit status 1 if any picture could not be read; the others are in the table all the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+
+from natcupy import inference
+from natcupy.cli import console, runtime
+from natcupy.inference import Report
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Answer, keep, put together."""
+    device = runtime.pick_device(arguments.device)
+    model = runtime.load(arguments.model, device, arguments.dtype)
+    report = inference.predict(
+        model,
+        arguments.data,
+        arguments.out,
+        split=arguments.split,
+        topk=arguments.topk,
+        features=arguments.features,
+        resume=arguments.resume,
+        overwrite=arguments.overwrite,
+        shard=arguments.shard,
+        batch_size=arguments.batch_size,
+        workers=arguments.workers,
+        part_pictures=arguments.part_pictures,
+        progress=not arguments.quiet,
+    )
+    if arguments.json:
+        console.print_json({**asdict(report), "out": str(report.out)})
+    else:
+        print(_text(report))
+    console.list_bad(report.bad)
+    return 1 if report.bad else 0
+
+
+def _text(report: Report) -> str:
+    speed = ""
+    if report.pictures:
+        rate = report.pictures / report.seconds
+        speed = f", {report.pictures:,} pictures in {report.seconds:.1f} s ({rate:,.1f}/s)"
+    if not report.complete:
+        return (
+            f"This share is done{speed}. {report.parts_done:,} of {report.parts:,} parts are "
+            f"there; the process that ends last writes {report.out}."
+        )
+    bad = f" {len(report.bad):,} pictures could not be read." if report.bad else ""
+    done = f"{report.out} is complete{speed or ', nothing was left to do'}."
+    return done + bad

@@ -40,7 +40,7 @@ _MARKS = {
     "mask_rcnn": "roi_head.bbox_head.fc_cls.weight",
     "cascade_mask_rcnn": "roi_head.bbox_head.0.fc_cls.weight",
 }
-_CLASSIFIERS = re.compile(r".*\.(conv_seg|fc_cls|fc_reg|conv_logits)\.(weight|bias)")
+CLASSIFIERS = re.compile(r".*\.(conv_seg|fc_cls|fc_reg|conv_logits)\.(weight|bias)")
 _BACKBONE_FIELDS = tuple(ModelConfig.__dataclass_fields__)
 _DENSE_FIELDS = tuple(DenseConfig.__dataclass_fields__)
 
@@ -191,7 +191,7 @@ def fit(
     out = convert.to_backbone(inner) | out
     left = {f"backbone.{name}" for name in fresh}
     if have.num_classes != want.num_classes:
-        left |= {name for name in out if _CLASSIFIERS.fullmatch(name)}
+        left |= {name for name in out if CLASSIFIERS.fullmatch(name)}
         out = {name: tensor for name, tensor in out.items() if name not in left}
     return out, frozenset(left)
 

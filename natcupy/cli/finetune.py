@@ -17,6 +17,10 @@ from natcupy.train.finetuning import describe, is_first
 
 def run(arguments: argparse.Namespace) -> int:
     """Find the data, load the model, train, report."""
+    if arguments.task != "classification":
+        from natcupy.cli import finetune_dense
+
+        return finetune_dense.run(arguments)
     config = TrainConfig.of(arguments.recipe, **given(arguments))
     split = find(
         arguments.data, seed=config.seed, val_fraction=arguments.val_fraction, val=arguments.val

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-TASKS = ("classification",)
+TASKS = ("classification", "segmentation", "detection")
 RECIPES = (
     "finetune", "nat-in1k", "nat-isotropic-base-in1k", "dinat-22k-to-1k-224",
     "dinat-22k-to-1k-384", "dinat-s-22k-to-1k-384",
@@ -69,7 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "data",
         metavar="DATA",
         help="folder with a folder of pictures per class, or with train and val; or a Hugging Face "
-        "dataset (org/name, or a folder it was saved to)",
+        "dataset (org/name, or a folder it was saved to). For segmentation: a folder with images "
+        "and masks; for detection: a COCO file",
     )
     parser.add_argument("--model", required=True, metavar="MODEL", help="name, folder or org/name")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="of the run")
@@ -84,6 +85,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--val-fraction", type=float, default=0.1, metavar="X",
         help="held out of every class where the data has no held-out part (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--images", metavar="FOLDER", help="detection: where the pictures are")
+    parser.add_argument(
+        "--reduce-zero-label", action="store_true", help="segmentation: 0 in a mask means no class"
+    )
+    parser.add_argument(
+        "--backbone", metavar="MODEL",
+        help="segmentation, detection: classifier whose weights the backbone of a fresh model "
+        "starts from",
     )  # fmt: skip
     parser.add_argument("--from-scratch", action="store_true", help="begin with fresh weights")
     parser.add_argument(

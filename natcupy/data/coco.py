@@ -78,6 +78,21 @@ class CocoPictures:
     def __len__(self) -> int:
         return len(self._images)
 
+    def key(self, index: int) -> str:
+        """What a picture is called within the set, the same on every machine."""
+        return self._images[index]["file_name"]
+
+    def subset(self, indices: Sequence[int]) -> CocoPictures:
+        """The same with some of the pictures; also for evaluation."""
+        other = object.__new__(CocoPictures)
+        other.__dict__ |= self.__dict__
+        other._images = [self._images[index] for index in indices]
+        other._objects = [self._objects[index] for index in indices]
+        ids = {image["id"] for image in other._images}
+        own = [a for a in self.dataset["annotations"] if a["image_id"] in ids]
+        other.dataset = {**self.dataset, "images": other._images, "annotations": own}
+        return other
+
     def where(self, index: int) -> str:
         """Where a picture lies, for messages."""
         return shown(self.folder / self._images[index]["file_name"])

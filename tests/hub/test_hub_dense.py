@@ -109,14 +109,14 @@ def test_other_classes(name, tmp_path, caplog):
     with caplog.at_level("WARNING", "natcupy.hub"):
         other = natcupy.from_pretrained(folder, num_classes=9, drop_path_rate=0.3)
     fresh = [n for n in other.state_dict() if n in caplog.text]
-    assert fresh and all(n.split(".")[-2] in dense._CLASSIFIERS.pattern for n in fresh)
+    assert fresh and all(n.split(".")[-2] in dense.CLASSIFIERS.pattern for n in fresh)
     assert other.num_classes == 9 == other.config.num_classes and len(other.label_names) == 9
     assert other.config.backbone.drop_path_rate == 0.3
     mine, theirs = model.state_dict(), other.state_dict()
     changed = [n for n in mine if mine[n].shape != theirs[n].shape]
-    assert changed and all(dense._CLASSIFIERS.fullmatch(n) for n in changed)
+    assert changed and all(dense.CLASSIFIERS.fullmatch(n) for n in changed)
     for key in mine.keys() - set(changed):
-        if not dense._CLASSIFIERS.fullmatch(key):
+        if not dense.CLASSIFIERS.fullmatch(key):
             assert torch.equal(mine[key], theirs[key])
 
 

@@ -95,8 +95,18 @@ class Detector(DenseModel):
 
     # -- inference -------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, frames: Sequence[Frame] | None = None) -> list[Detections]:
-        """Prepared pictures `[B, 3, H, W]` to the detections of each; see `detect`."""
+    def forward(
+        self,
+        x: Tensor,
+        frames: Sequence[Frame] | None = None,
+        objects: Sequence[Objects] | None = None,
+    ) -> list[Detections] | dict[str, Tensor]:
+        """Prepared pictures `[B, 3, H, W]` to the detections of each; see `detect`.
+
+        With the true objects, the losses; see `losses`.
+        """
+        if objects is not None:
+            return self.losses(x, frames, objects)
         return self.detect(x, frames)
 
     def pyramid(self, x: Tensor) -> list[Tensor]:

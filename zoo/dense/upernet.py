@@ -94,8 +94,10 @@ class UPerNet(DenseModel):
         self.decode_head = UPerHead(dims, config.channels, config.num_classes)
         self.auxiliary_head = FCNHead(dims[self.aux_index], config.aux_channels, config.num_classes)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits at the pictures' size."""
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor | dict[str, Tensor]:
+        """Logits at the pictures' size; with labels, the losses (see `losses`)."""
+        if labels is not None:
+            return self.losses(x, labels)
         return resize(self.decode(x), x.shape[2:])
 
     def decode(self, x: Tensor) -> Tensor:

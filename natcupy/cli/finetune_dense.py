@@ -1,0 +1,121 @@
+"""`natcupy finetune --task segmentation|detection`: data and a model become a model's folder.
+
+In: for segmentation a folder of pictures and masks, for detection a COCO file and its pictures; a
+model, numbers. Out: the folder of the run; on stdout a line per epoch and what came out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from natcupy.cli import console
+from natcupy.cli.finetune_arguments import given
+from natcupy.data.coco import CocoPictures
+from natcupy.data.label_maps import LabelledMaps, find_maps
+from natcupy.train import TrainConfig
+from natcupy.train.dense_finetuning import DenseResult, finetune_dense, load_dense
+from natcupy.train.finetuning import CURVES_PNG, is_first
+
+# Where the command line sets nothing: smaller steps and a smaller rate than a classifier's.
+USUAL = {"batch_size": 8, "lr": 1e-4}
+Data = LabelledMaps | CocoPictures
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Find the data, load the model, train, report."""
+    config = TrainConfig.of(arguments.recipe, **{**USUAL, **given(arguments)})
+    train, val = data_of(arguments, config.seed)
+    if is_first() and not arguments.json:
+        for note in train.notes:
+            print(note, flush=True)
+    wishes = {} if arguments.kernel_size is None else {"kernel_size": arguments.kernel_size}
+    model = load_dense(
+        arguments.model,
+        config,
+        pretrained=not arguments.from_scratch,
+        backbone=arguments.backbone,
+        **wishes,
+    )
+    if model.config.task != arguments.task:
+        raise ValueError(
+            f"--task must be {model.config.task} for {arguments.model}, got {arguments.task}."
+        )
+    name = Path(arguments.data).resolve()
+    result = finetune_dense(
+        model,
+        train,
+        val,
+        config,
+        data_name=name.stem,
+        push=arguments.push,
+        private=arguments.private,
+        license=arguments.license,
+    )
+    if result.main:
+        _report(result, arguments.json)
+    return 0
+
+
+def data_of(arguments: argparse.Namespace, seed: int) -> tuple[Data, Data | None]:
+    """The pictures to train on and those held out, with the same classes."""
+    if arguments.task == "segmentation":
+        parts = find_maps(arguments.data, reduce_zero_label=arguments.reduce_zero_label)
+        train: Data = parts.get("train") or parts.get("") or next(iter(parts.values()))
+        val: Data | None = parts.get("val")
+        if arguments.val is not None:
+            others = find_maps(
+                arguments.val, classes=train.classes, reduce_zero_label=arguments.reduce_zero_label
+            )
+            val = others.get("val") or next(iter(others.values()))
+    else:
+        train = CocoPictures(arguments.data, arguments.images)
+        val = None
+        if arguments.val is not None:
+            val = CocoPictures(arguments.val, arguments.images, classes=train.classes)
+    if val is None and arguments.val_fraction > 0:
+        return held_out(train, arguments.val_fraction, seed)
+    return train, val
+
+
+def held_out(data: Data, fraction: float, seed: int) -> tuple[Data, Data | None]:
+    """A fraction of the pictures set apart, by their names and the seed alone.
+
+    Raises ValueError for a fraction that leaves nothing to train on.
+    """
+    if not 0 < fraction <= 0.9:
+        raise ValueError(f"--val-fraction must lie in 0..0.9, got {fraction}.")
+    count = min(max(round(len(data) * fraction), 1), len(data) - 1)
+    if count < 1:
+        return data, None
+    ranked = sorted(range(len(data)), key=lambda index: _rank(data.key(index), seed))
+    return data.subset(sorted(ranked[count:])), data.subset(sorted(ranked[:count]))
+
+
+def _rank(key: str, seed: int) -> bytes:
+    return hashlib.sha256(f"{seed}/{key}".encode("utf-8", "surrogateescape")).digest()
+
+
+def _report(result: DenseResult, as_json: bool) -> None:
+    if as_json:
+        names = ("scores", "epoch", "seconds", "peak_bytes")
+        told: dict[str, Any] = {name: getattr(result, name) for name in names}
+        pushed = vars(result.pushed) if result.pushed else None
+        console.print_json({**told, "folder": str(result.folder), "pushed": pushed})
+        return
+    rows = [
+        (name.removeprefix("val_").replace("_", " "), f"{100 * value:.2f} % held out")
+        for name, value in result.scores.items()
+    ]
+    rows += [
+        ("epoch kept", f"{result.epoch} of {len(result.history)}"),
+        ("time", f"{result.seconds:.0f} s"),
+        ("peak memory", f"{result.peak_bytes / 2**20:,.0f} MiB"),
+        ("model", f"{result.folder / 'model'}"),
+        ("logs", f"log.csv, log.json, {CURVES_PNG} in {result.folder}"),
+    ]
+    if result.pushed:
+        rows.append(("pushed", result.pushed.url))
+    print(console.facts(rows))

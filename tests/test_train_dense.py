@@ -1,0 +1,214 @@
+"""Training of segmentation and detection models: a few steps, what is written, what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import natcupy
+from natcupy.cli import main
+from natcupy.data.coco import CocoPictures
+from natcupy.data.dense_augment import DetectionViews, SegmentationViews
+from natcupy.data.label_maps import find_maps
+from natcupy.data.source import DataError
+from natcupy.train import TrainConfig, TrainError
+from natcupy.train.dense_finetuning import finetune_dense, load_dense, prepare
+from natcupy.zoo import ModelConfig, build_model
+from natcupy.zoo.config import ConfigError
+from natcupy.zoo.dense import DenseConfig, build_dense_model
+from natcupy.zoo.dense.rpn import ProposalRules
+from natcupy.zoo.dense.shapes import NAMES, SEGMENT_NAMES, make_scene
+
+pytest.importorskip("accelerate")
+codec = pytest.importorskip("pycocotools.mask")
+
+SIDE = 64
+BACKBONE = ModelConfig(
+    family="nat", embed_dim=16, depths=(1, 1, 1), num_heads=(1, 2, 4), kernel_size=3,
+    mlp_ratio=2.0, out_indices=(0, 1, 2),
+)  # fmt: skip
+
+
+def small(architecture, classes, names):
+    torch.manual_seed(0)
+    widths = {"channels": 16, "aux_channels": 8} if architecture == "upernet" else {
+        "channels": 16, "fc_channels": 32}  # fmt: skip
+    model = build_dense_model(
+        DenseConfig(architecture, BACKBONE, classes, **widths),
+        {"label_names": names, "long_side": SIDE, "short_side": SIDE},
+    )
+    if architecture != "upernet":
+        model.train_proposals = ProposalRules(per_level=50, most=30)
+    return model
+
+
+@pytest.fixture(scope="module")
+def maps(tmp_path_factory):
+    root = tmp_path_factory.mktemp("maps")
+    for part, seeds in (("train", range(12)), ("val", range(100, 103))):
+        for kind in ("images", "masks"):
+            (root / part / kind).mkdir(parents=True)
+        for seed in seeds:
+            scene = make_scene(seed, SIDE, SIDE)
+            Image.fromarray(scene.pixels.numpy()).save(root / part / f"images/{seed}.png")
+            labels = Image.fromarray(scene.labels.numpy().astype(np.uint8))
+            labels.save(root / part / f"masks/{seed}.png")
+    (root / "classes.txt").write_text("\n".join(SEGMENT_NAMES))
+    return root
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory):
+    root = tmp_path_factory.mktemp("objects")
+    images, annotations = [], []
+    for seed in range(10):
+        scene = make_scene(seed, SIDE, SIDE, most=0 if seed == 9 else 3)
+        Image.fromarray(scene.pixels.numpy()).save(root / f"{seed}.png")
+        images.append({"id": seed, "file_name": f"{seed}.png", "height": SIDE, "width": SIDE})
+        truth = scene.objects
+        for box, label, mask in zip(truth.boxes, truth.labels, truth.masks, strict=True):
+            x1, y1, x2, y2 = box.tolist()
+            runs = codec.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
+            annotations.append({
+                "id": len(annotations) + 1, "image_id": seed, "category_id": int(label) + 1,
+                "bbox": [x1, y1, x2 - x1, y2 - y1], "area": int(mask.sum()), "iscrowd": 0,
+                "segmentation": {"size": [SIDE, SIDE], "counts": runs["counts"].decode()},
+            })  # fmt: skip
+    categories = [{"id": number, "name": name} for number, name in enumerate(NAMES, 1)]
+    path = root / "objects.json"
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    path.write_text(json.dumps(content))
+    return path
+
+
+def config(folder, **changes):
+    usual = {"epochs": 4, "batch_size": 4, "lr": 2e-3, "layer_decay": 1.0, "workers": 0}
+    return TrainConfig(output=folder, **{**usual, **changes})
+
+
+PLAIN = {
+    "segmentation": SegmentationViews(SIDE, SIDE, (1.0, 1.0), (SIDE, SIDE), photometric=False),
+    "detection": DetectionViews((SIDE,), SIDE, cut_short_sides=()),
+}
+
+
+def test_segmentation_learns_and_leaves_a_folder(maps, tmp_path):
+    parts = find_maps(maps)
+    model = small("upernet", 4, SEGMENT_NAMES)
+    result = finetune_dense(
+        model, parts["train"], parts["val"], config(tmp_path / "run", lr=1e-2, epochs=5),
+        views=PLAIN["segmentation"], data_name="made scenes", license="mit",
+    )  # fmt: skip
+    losses = [row["train_loss"] for row in result.history]
+    assert losses[-1] < 0.9 * losses[0]
+    assert 0 < result.scores["val_miou"] < 1 and result.scores["val_pixel_accuracy"] > 0.3
+    assert {"log.csv", "log.json", "curves.png", "model"} <= {
+        path.name for path in result.folder.iterdir()
+    }
+    again = natcupy.from_pretrained(result.folder / "model")
+    scene = make_scene(100, SIDE, SIDE).pixels
+    assert torch.equal(again.predict(scene).labels, result.model.predict(scene).labels)
+    card = (result.folder / "model/README.md").read_text()
+    assert "Mean IoU" in card and "image-segmentation" in card and "made scenes" in card
+    # the score is what the saved model does on the held-out pictures
+    from natcupy.zoo.dense.metrics import confusion, mean_iou
+
+    matrix = sum(
+        confusion(again.predict(item.pixels).labels, item.labels, 4)
+        for item in map(parts["val"].__getitem__, range(3))
+    )
+    assert mean_iou(matrix)[0] == pytest.approx(result.scores["val_miou"])
+
+
+@pytest.mark.parametrize("architecture", ["mask_rcnn", "cascade_mask_rcnn"])
+def test_detection_learns_and_leaves_a_folder(architecture, objects, tmp_path):
+    data = CocoPictures(objects)
+    model = small(architecture, 3, NAMES)
+    result = finetune_dense(
+        model, data.subset(range(8)), data.subset([8, 9]), config(tmp_path / "run", epochs=3),
+        views=PLAIN["detection"],
+    )  # fmt: skip
+    losses = [row["train_loss"] for row in result.history]
+    assert losses[-1] < losses[0] and np.isfinite(losses).all()
+    assert 0 <= result.scores["val_box_ap"] <= 1 and "val_mask_ap" in result.scores
+    again = natcupy.from_pretrained(result.folder / "model")
+    scene = make_scene(8, SIDE, SIDE).pixels
+    one, other = again.predict(scene), result.model.predict(scene)
+    assert torch.equal(one.boxes, other.boxes) and again.label_names == NAMES
+    assert "Box AP" in (result.folder / "model/README.md").read_text()
+
+
+def test_the_command(maps, objects, tmp_path, capsys):
+    start = small("upernet", 4, SEGMENT_NAMES).save_pretrained(tmp_path / "start")
+    few = ["--epochs", "1", "--workers", "0", "--batch-size", "2", "--json"]
+    command = ["finetune", str(maps), "--task", "segmentation", "--model", str(start)]
+    assert main([*command, "--output", str(tmp_path / "a"), *few]) == 0
+    told = json.loads(capsys.readouterr().out.split("MiB on cpu\n")[-1])
+    assert told["scores"]["val_miou"] > 0
+    start = small("mask_rcnn", 5, None).save_pretrained(tmp_path / "other")
+    command = ["finetune", str(objects), "--task", "detection", "--model", str(start)]
+    assert main([*command, "--output", str(tmp_path / "b"), *few, "--val-fraction", "0.3"]) == 0
+    model = natcupy.from_pretrained(tmp_path / "b/model")
+    assert model.num_classes == 3 and model.label_names == NAMES
+    command[3] = "segmentation"
+    assert main([*command, "--output", str(tmp_path / "c"), *few]) == 1
+    capsys.readouterr()
+    command = ["finetune", str(maps), "--task", "detection", "--model", str(start)]
+    assert main([*command, "--output", str(tmp_path / "c"), *few]) == 1
+    assert not (tmp_path / "c").exists()
+
+
+def test_other_classes_keep_the_rest():
+    model = small("mask_rcnn", 5, tuple("abcde"))
+    other = prepare(model, NAMES, config("x"))
+    assert other.num_classes == 3 and other.label_names == NAMES
+    mine, theirs = model.state_dict(), other.state_dict()
+    changed = {n for n in mine if mine[n].shape != theirs[n].shape}
+    assert {n.split(".")[-2] for n in changed} == {"fc_cls", "fc_reg", "conv_logits"}
+    assert all(torch.equal(mine[n], theirs[n]) for n in mine.keys() - changed)
+    same = small("mask_rcnn", 3, NAMES)
+    assert prepare(same, NAMES, config("x")) is same
+    sized = prepare(same, NAMES, config("x", image_size=32, drop_path=0.4))
+    assert (sized.recipe.short_side, sized.recipe.long_side) == (32, 32)
+    assert sized.config.backbone.drop_path_rate == 0.4
+    assert sized.backbone.levels[2].blocks[0].drop_path.rate == pytest.approx(0.4)
+    with pytest.raises(ConfigError, match="a row per class"):
+        prepare(small("upernet", 3, None), (*NAMES, "x"), config("x", head="keep"))
+    with pytest.raises(ConfigError, match="mixup belongs to classification"):
+        prepare(same, NAMES, config("x", mixup=0.2))
+
+
+def test_a_backbone_starts_from_a_classifier(tmp_path):
+    numbers = natcupy.zoo.model_config(
+        "nat_mini", embed_dim=16, num_heads=(1, 2, 4, 8), depths=(1, 1, 1, 1)
+    )
+    classifier = build_model(numbers)
+    folder = classifier.save_pretrained(tmp_path / "classifier")
+    model = load_dense(
+        "upernet-nat-mini", config("x"), backbone=str(folder), num_classes=3, channels=8,
+        aux_channels=4, embed_dim=16, num_heads=(1, 2, 4, 8), depths=(1, 1, 1, 1),
+    )  # fmt: skip
+    assert torch.equal(
+        model.backbone.patch_embed.proj[0].weight, classifier.patch_embed.proj[0].weight
+    )
+    assert (model.backbone.norm3.weight == 1).all()
+    with pytest.raises(TrainError, match="segmentation or detection model"):
+        load_dense("nat-digits", config("x"))
+
+
+def test_data_that_does_not_belong(maps, objects, tmp_path):
+    data, parts = CocoPictures(objects), find_maps(maps)
+    with pytest.raises(DataError, match="LabelledMaps"):
+        finetune_dense(small("upernet", 3, None), data, None, config(tmp_path / "run"))
+    with pytest.raises(DataError, match="CocoPictures"):
+        finetune_dense(small("mask_rcnn", 3, None), parts["train"], None, config(tmp_path / "run"))
+    with pytest.raises(DataError, match="at least one object"):
+        finetune_dense(
+            small("mask_rcnn", 3, None), data.subset([9]), None, config(tmp_path / "run")
+        )
+    other = find_maps(maps, classes=("a", "b", "c", "d"))["val"]
+    with pytest.raises(DataError, match="in the same order"):
+        finetune_dense(small("upernet", 4, None), parts["train"], other, config(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()

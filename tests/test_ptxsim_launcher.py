@@ -1,9 +1,12 @@
 """The interpreter as a launcher: torch tensors in place, guarded, compiled once."""
 
+import ast
 import struct
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import ptxsim
 import pytest
 import torch
 from ptxsim import PtxCheckError
@@ -154,3 +157,21 @@ def test_natcupy_launches_through_it():
         with pytest.raises(PtxCheckError, match=r"out-of-bounds.*vector_add.cu:6"):
             jit.launch(launch, CPU, keep_alive=(a, out))
     assert [bool(r.issues) for r in run.records] == [False, True]
+
+
+def test_the_interpreter_stands_alone():
+    """numpy and the standard library; torch for the launcher; natcupy where they are joined."""
+    folder = Path(ptxsim.__file__).parent
+    for path in folder.glob("*.py"):
+        tree = ast.parse(path.read_text())
+        top = {id(node) for node in tree.body}
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module]
+            for name in (name.split(".")[0] for name in names):
+                joined = path.name == "launcher.py" and name == "natcupy" and id(node) not in top
+                allowed = {"numpy", *sys.stdlib_module_names}
+                allowed |= {"torch"} if path.name == "launcher.py" else set()
+                allowed |= {"cupy", "cupy_backends"} if path.name == "harness.py" else set()
+                assert name in allowed or joined, f"{path.name}:{node.lineno} imports {name}"

@@ -197,7 +197,7 @@ class Driver:
         assert recipe.shared <= allowed, f"{recipe} was allowed {allowed} bytes"
         if self.lost:
             raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access")
-        tensors, capturing = self.interpreter._observed, self.cuda.capturing
+        tensors, capturing = self.interpreter.observed, self.cuda.capturing
         where = next((s for s in self.cuda.streams if s.cuda_stream == stream), self.cuda.default)
 
         def job():
@@ -211,8 +211,7 @@ class Driver:
 
     def _run(self, function, recipe):
         try:
-            with mock.patch.object(self.interpreter, "program", lambda spec: function):
-                self.interpreter.launch(recipe)
+            self.interpreter.run(function, recipe)
         except (PtxCheckError, PtxFaultError) as error:
             if not self._raises:
                 raise

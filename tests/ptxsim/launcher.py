@@ -106,7 +106,15 @@ class PtxLauncher:
 
     def launch(self, recipe: Any, device: torch.device | None = None) -> None:
         """Run one kernel to its end."""
-        program = self.program(recipe.spec)
+        self.run(self.program(recipe.spec), recipe)
+
+    @property
+    def observed(self) -> tuple[torch.Tensor, ...]:
+        """The tensors that the next launch may use, beside those known to every launch."""
+        return self._observed
+
+    def run(self, program: Program, recipe: Any) -> None:
+        """Run a program that is there already; of `recipe` all but its spec counts."""
         machine = Machine(
             program,
             self._memory(),

@@ -206,13 +206,18 @@ def cached_file(repo: str, revision: str, name: str, access: Access) -> Path | N
     return Path(found) if isinstance(found, str) else None
 
 
+def cache_root(access: Access) -> Path:
+    """The folder that downloads are kept in."""
+    from huggingface_hub import constants
+
+    return Path(access.cache_dir or constants.HF_HUB_CACHE).expanduser()
+
+
 def cache_folder(repo: str, access: Access) -> Path:
     """The folder in the cache that belongs to a repository."""
-    from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
-    root = Path(access.cache_dir or constants.HF_HUB_CACHE).expanduser()
-    return root / repo_folder_name(repo_id=repo, repo_type="model")
+    return cache_root(access) / repo_folder_name(repo_id=repo, repo_type="model")
 
 
 def _version() -> str:

@@ -39,7 +39,7 @@ ROOMS_OF = {  # package: the only rooms that may import it
     "cupy": ("natcupy.cuda.jit", "natcupy.cuda.nvrtc", "natcupy.cuda.launch"),
     "cupy_backends": ("natcupy.cuda.jit", "natcupy.cuda.nvrtc", "natcupy.cuda.launch"),
     "llvmlite": ("natcupy.cpu",),
-    "huggingface_hub": ("natcupy.hub", "natcupy.cli.doctor"),
+    "huggingface_hub": ("natcupy.hub",),
     "datasets": ("natcupy.data.hf",),
     "pycocotools": ("natcupy.data.coco", "natcupy.data.coco_ap"),
     "pyarrow": ("natcupy.inference.tables",),

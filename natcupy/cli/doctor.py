@@ -9,11 +9,9 @@ from __future__ import annotations
 import argparse
 import platform
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants, get_token
 from torch import Tensor
 
 import natcupy
@@ -21,7 +19,7 @@ from natcupy import backends, cache
 from natcupy.cli import console, runtime
 from natcupy.cli.selftest import self_test
 from natcupy.cuda import jit
-from natcupy.hub import embedded_names
+from natcupy.hub import client, embedded_names
 
 PACKAGES = ("torch", "numpy", "pillow", "safetensors", "huggingface_hub", "llvmlite")
 KERNEL, SHAPE, DIM = 3, (7, 9), 16  # of the check
@@ -125,12 +123,13 @@ def _dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def _hub() -> dict[str, Any]:
     """Where the Hub client keeps its files, and whether it has a token."""
-    folder = Path(constants.HF_HUB_CACHE)
+    access = client.Access()
+    folder = client.cache_root(access)
     return {
         "cache": str(folder),
         "cache_exists": folder.is_dir(),
-        "token": get_token() is not None,
-        "offline": bool(constants.HF_HUB_OFFLINE),
+        "token": client.has_login(access),
+        "offline": client.is_offline(),
         "bundled_models": embedded_names(),
     }
 

@@ -24,6 +24,7 @@ import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -80,6 +81,8 @@ class LocalHub:
 
     def reset(self) -> None:
         self.repos.clear()
+        git_id.cache_clear()
+        sha256_of.cache_clear()
         self.requests: list[tuple[str, str, int, str]] = []
         self.faults: list[Fault] = []
         self.weather: Callable[[str, str], Fault | None] = lambda method, path: None
@@ -139,12 +142,18 @@ class LocalHub:
             return self.blobs[sha256]
         trees = (tree for repo in self.repos.values() for tree in repo.commits.values())
         contents = (data for tree in trees for data in tree.values())
-        there = next((d for d in contents if hashlib.sha256(d).hexdigest() == sha256), None)
+        there = next((d for d in contents if sha256_of(d) == sha256), None)
         return self.xet.read(sha256) if there is None and self.xet else there
 
 
+@cache
 def git_id(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+@cache  # until the next reset; content is hashed for every listing
+def sha256_of(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 class _Handler(Writing, BaseHTTPRequestHandler):
@@ -255,7 +264,7 @@ class _Handler(Writing, BaseHTTPRequestHandler):
         for name, data in sorted(tree.items()):
             entry = {"rfilename": name, "size": len(data), "blobId": git_id(data)}
             if name.endswith(LARGE):
-                sha256 = hashlib.sha256(data).hexdigest()
+                sha256 = sha256_of(data)
                 entry["lfs"] = {"sha256": sha256, "size": len(data), "pointerSize": 130}
             siblings.append(entry)
         facts = {"_id": repo_id, "id": repo_id, "sha": oid, "siblings": siblings, "tags": []}
@@ -279,7 +288,7 @@ class _Handler(Writing, BaseHTTPRequestHandler):
         data = tree[name]
         if not name.endswith(LARGE):
             return self._body(data, {**commit, "ETag": f'"{git_id(data)}"'})
-        sha256 = hashlib.sha256(data).hexdigest()
+        sha256 = sha256_of(data)
         link = {"X-Linked-Etag": f'"{sha256}"', "X-Linked-Size": str(len(data))}
         place = {"Location": f"{self.hub.other_origin}/blobs/{sha256}"}
         if stored := self.hub.xet and self.hub.xet.find(sha256):

@@ -429,3 +429,24 @@ def test_only_one_room_knows_the_client():
         has = "huggingface_hub" in path.read_text()
         assert has == (path.name == "client.py"), path
     assert "huggingface_hub" not in dir(hub_package)
+
+
+# ---------------------------------------------------------------- what is shown
+
+SHOWN = """
+import natcupy, sys
+natcupy.from_pretrained("me/mine", cache_dir=sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_one_switch_hides_the_bars(hub, files, cache, quiet):
+    """The client reads the switch once, at import, so each is a process of its own."""
+    hub.commit("me/mine", files)
+    # TQDM_POSITION=-1: the client shows bars where there is no terminal, too.
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TQDM_POSITION": "-1"}
+    env["HF_HUB_DISABLE_PROGRESS_BARS"] = str(int(quiet))
+    done = subprocess.run(
+        [sys.executable, "-c", SHOWN, cache], env=env, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "" and ("100%" in done.stderr) != quiet

@@ -2,20 +2,15 @@
 
 import argparse
 import collections
-import io
-import pickle
-import random
 import zipfile
 
-import numpy as np
 import pytest
 import torch
+from damage import FORMS, GADGETS, STATE, Runs, gadget_file, mutated_pickles, with_program
 
 from natcupy.hub import pickles
 from natcupy.hub.errors import HtmlPage, HubError, LfsPointer, Truncated, UnsafePickle
 from natcupy.hub.pickles import read_pickle
-
-STATE = {"norm.weight": torch.arange(4.0), "head.weight": torch.ones(2, 4).half()}
 
 
 def saved(path, value, **how):
@@ -26,17 +21,6 @@ def saved(path, value, **how):
 def refused(path, word=None):
     with pytest.raises(UnsafePickle, match=word):
         read_pickle(path)
-
-
-def with_program(path, program, like=None):
-    """A checkpoint whose pickle is replaced by the given bytes."""
-    buffer = io.BytesIO()
-    torch.save(like if like is not None else STATE, buffer)
-    with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(path, "w") as new:
-        for item in old.infolist():
-            data = program if item.filename.endswith("data.pkl") else old.read(item)
-            new.writestr(item.filename, data)
-    return path
 
 
 @pytest.mark.parametrize(
@@ -79,61 +63,11 @@ def test_old_torch_is_refused_with_the_remedy():
 # ---------------------------------------------------------------- code
 
 
-class Runs:
-    """Pickles into a call."""
-
-    def __init__(self, function, *arguments):
-        self.call = (function, arguments)
-
-    def __reduce__(self):
-        return self.call
-
-
-def gadgets(canary):
-    import builtins
-    import importlib
-    import os
-    import pathlib
-    import runpy
-    import shutil
-    import subprocess
-
-    command = f"touch {canary}"
-    code = f"open({str(canary)!r}, 'w').close()"
-    yield from (
-        Runs(os.system, command),
-        Runs(subprocess.call, ["touch", str(canary)]),
-        Runs(subprocess.Popen, ["touch", str(canary)]),
-        Runs(builtins.eval, code),
-        Runs(builtins.exec, code),
-        Runs(builtins.open, str(canary), "w"),
-        Runs(builtins.getattr, "x", "upper"),
-        Runs(builtins.__import__, "antigravity"),
-        Runs(importlib.import_module, "antigravity"),
-        Runs(runpy.run_path, str(canary)),
-        Runs(shutil.copy, __file__, str(canary)),
-        Runs(pathlib.Path.touch, pathlib.Path(canary)),
-        Runs(torch.load, str(canary)),
-        Runs(np.save, str(canary), np.ones(1)),
-        Runs(collections.namedtuple, "x", "y"),
-    )
-
-
-@pytest.mark.parametrize("number", range(15))
-@pytest.mark.parametrize("form", ["zip", "nested", "legacy", "raw", "protocol4"])
+@pytest.mark.parametrize("number", range(GADGETS))
+@pytest.mark.parametrize("form", FORMS)
 def test_gadgets_never_run(tmp_path, number, form):
     canary = tmp_path / "canary"
-    gadget = list(gadgets(canary))[number]
-    path = tmp_path / "pytorch_model.bin"
-    if form == "raw":
-        path.write_bytes(pickle.dumps(gadget))
-    elif form == "protocol4":
-        with_program(path, pickle.dumps(gadget, protocol=4))
-    elif form == "nested":
-        saved(path, {"state_dict": {**STATE, "norm.bias": gadget}})
-    else:
-        saved(path, gadget, _use_new_zipfile_serialization=form == "zip")
-    refused(path)
+    refused(gadget_file(tmp_path / "pytorch_model.bin", number, form, canary))
     assert not canary.exists()
 
 
@@ -261,29 +195,4 @@ def test_a_torchscript_archive_is_refused(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # odd escapes in damaged text
 def test_mutations_raise_one_class(tmp_path):
-    """Random damage to the pickle program: tensors of the right kind, or HubError."""
-    chance = random.Random(20261124)
-    buffer = io.BytesIO()
-    torch.save(STATE, buffer)
-    with zipfile.ZipFile(buffer) as archive:
-        program = archive.read("archive/data.pkl")
-    refusals = 0
-    for _ in range(1500):
-        data = bytearray(program)
-        for _ in range(chance.randint(1, 3)):
-            at = chance.randrange(len(data))
-            action = chance.random()
-            if action < 0.6:
-                data[at] = chance.randrange(256)
-            elif action < 0.8:
-                del data[at : at + chance.randint(1, 4)]
-            else:
-                data[at:at] = bytes(chance.randrange(256) for _ in range(3))
-        path = with_program(tmp_path / "x.pth", bytes(data))
-        try:
-            read = read_pickle(path)
-        except HubError:
-            refusals += 1
-        else:
-            assert all(type(t) is torch.Tensor for t in read.tensors.values())
-    assert refusals > 750
+    assert mutated_pickles(1500, 20261124, tmp_path) > 750

@@ -5,8 +5,8 @@ import logging
 
 import pytest
 import torch
-from server import Fault
 from small import CONFIGS, invented, same
+from weather import cut_at_every_request
 
 import natcupy
 from natcupy import hub as hub_package
@@ -389,48 +389,8 @@ def test_a_lost_answer_is_found_again(hub):
 def test_cut_at_every_request(hub, load, case, how, caplog):
     """The line dies at request n for good: the remote is as before or complete. Then again."""
     caplog.set_level(logging.CRITICAL)
-    model, old = invented("dinat", 2), invented("dinat", 1)
-    options = {"branch": {"branch": "dev"}, "shards": {"max_shard_bytes": 8000},
-               "request": {"create_pr": True}}.get(case, {})  # fmt: skip
-    branch = {"branch": "dev", "request": "refs/pr/1"}.get(case, "main")
-    cuts = outcomes = 0
-    seen = set()
-    while True:
-        name = f"me/{case}-{how}-{cuts}"
-        if case != "new":
-            old.push_to_hub(name, token=ALICE)
-        before = hub.tree(name)
-        start = len(hub.requests)
-
-        def weather(method, path, start=start, cut=cuts):
-            now = len(hub.requests) - start
-            return Fault("", 1, **{how if now == cut else "drop": True}) if now >= cut else None
-
-        hub.weather = weather
-        try:
-            model.push_to_hub(name, token=ALICE, **options)
-            finished = True
-        except (Unavailable, Offline):
-            finished = False
-        hub.weather = lambda method, path: None
-        after = hub.tree(name, branch)
-        if finished:
-            break
-        complete = "model.safetensors" in after or "model.safetensors.index.json" in after
-        if complete and after.get("config.json") and after != before:
-            same(load(f"{name}@{branch}").state_dict(), model.state_dict())
-            seen.add("after")
-        else:
-            assert after in ({}, before) or set(after) == {".gitattributes"}, sorted(after)
-            seen.add("before")
-        done = model.push_to_hub(name, token=ALICE, **options)
-        assert hub.repos[name].refs[done.branch] == done.commit
-        same(load(f"{name}@{done.branch}").state_dict(), model.state_dict())
-        assert case != "request" or len(hub.repos[name].requests) == 1
-        cuts += 1
-        outcomes += 1
-        assert cuts < 60
-    assert outcomes >= 5
+    cuts, seen = cut_at_every_request(hub, load, case, how)
+    assert cuts >= 5
     assert seen == ({"before", "after"} if how == "lost" else {"before"})
 
 

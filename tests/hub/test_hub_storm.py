@@ -4,13 +4,11 @@ import hashlib
 import logging
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from small import CONFIGS, invented, same
-from weather import Storm, pull_in_a_storm
+from weather import Storm, cold_cache, pull_in_a_storm
 
 import natcupy
 from natcupy import hub as hub_package
@@ -94,41 +92,14 @@ def test_flipped_bits_are_never_accepted(hub, model, tmp_path, seed):
 
 # ---------------------------------------------------------------- many at once
 
-COLD = """
-import os, sys, torch
-from natcupy import hub
-torch.set_num_threads(1)
-count, cache, results = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-ready, go = os.pipe()
-for number in range(count):
-    if not os.fork():
-        os.close(go)
-        os.read(ready, 1)  # all start when the parent closes the pipe
-        model = hub.from_pretrained("me/mine", cache_dir=cache)
-        with open(f"{results}/{number}", "w") as file:
-            file.write(f"{model.source.sha256} {model.source.commit}")
-        os._exit(0)
-os.close(go)
-print(sum(os.wait()[1] == 0 for _ in range(count)))
-"""
-
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_many_processes_on_a_cold_cache(hub, model, tmp_path):
     """Sixteen start together; all get the same, and the weights come down once."""
-    results = tmp_path / "results"
-    results.mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", COLD, "16", tmp_path / "cache", results],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.stdout.strip() == "16", done.stderr[-2000:]
-    texts = {path.read_text() for path in results.iterdir()}
+    seen, downloads = cold_cache(hub, 16, tmp_path)
     weights = hashlib.sha256(hub.tree("me/mine")["model.safetensors"]).hexdigest()
-    assert texts == {f"{weights} {hub.repos['me/mine'].refs['main']}"}
-    bodies = [p for method, p, status, _ in hub.requests if method == "GET" and "/blobs/" in p]
-    assert len(bodies) == 1
+    assert seen == [f"{weights} {hub.repos['me/mine'].refs['main']}"] * 16
+    assert downloads == 1
 
 
 # ---------------------------------------------------------------- every model of the zoo

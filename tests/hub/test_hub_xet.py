@@ -93,6 +93,7 @@ def test_trouble_ends_in_errors_of_ours(hub, run, tmp_path):
 
     hub.weather = refuse
     commit, damaged, refused = run(TROUBLE, tmp_path / "store")
-    assert (damaged, refused) == ("Corrupt", "Unavailable")
+    assert damaged == "Corrupt"
+    assert refused in ("Forbidden", "Unavailable")  # clients from 1.0 on do not hand on the status
     assert commit == hub.repos["me/mine"].refs["main"]
     assert not list((tmp_path / "home").rglob("snapshots/*/model.safetensors"))

@@ -300,7 +300,7 @@ def models(hub: Any, options: argparse.Namespace, folder: Path) -> dict[str, Any
             pulled = natcupy.from_pretrained("me/mine", cache_dir=Path(place) / "cache")
         assert pulled.config == model.config
         same(pulled.state_dict(), model.state_dict())
-        found[name] = natcupy.zoo.num_parameters(model)
+        found[name] = natcupy.zoo.num_parameters(model.config)
         print(name, found[name], flush=True)
     return {"bit_equal": len(found), "parameters": found}
 

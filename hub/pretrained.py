@@ -168,6 +168,11 @@ def load(
     return model.eval()
 
 
+def read_state(found: Located) -> dict[str, Tensor]:
+    """The verified tensors of a classifier or backbone that was found, in natcupy's names."""
+    return convert.to_natcupy(_Reader(found).tensors())
+
+
 def _backbone_only(wishes: Mapping[str, Any], architecture: str | None) -> bool:
     """Whether the caller wants a backbone, also from the file of a whole dense model."""
     if wishes.get("features_only") or wishes.get("out_indices") is not None:

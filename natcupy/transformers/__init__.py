@@ -22,22 +22,23 @@ try:
         AutoModelForImageClassification,
         PreTrainedConfig,
     )
-
-    from natcupy.transformers.configs import (
-        DinatConfig,
-        DinatSConfig,
-        IsotropicConfig,
-        NatConfig,
-        NatcupyConfig,
-        VitRpbConfig,
-    )
-    from natcupy.transformers.models import NatBackbone, NatForImageClassification, NatModel
-    from natcupy.transformers.pictures import NatcupyImageProcessor
+    from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin  # noqa: F401
 except ImportError as error:
     raise ImportError(
         "natcupy.transformers registers natcupy's models in transformers >= 5.5, which cannot be "
         f"imported ({error}). Install it with: pip install 'natcupy[transformers]'."
     ) from error
+
+from natcupy.transformers.configs import (
+    DinatConfig,
+    DinatSConfig,
+    IsotropicConfig,
+    NatConfig,
+    NatcupyConfig,
+    VitRpbConfig,
+)
+from natcupy.transformers.models import NatBackbone, NatForImageClassification, NatModel
+from natcupy.transformers.pictures import NatcupyImageProcessor
 
 __all__ = [
     "DinatConfig",

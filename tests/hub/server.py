@@ -269,6 +269,7 @@ class _Handler(Writing, BaseHTTPRequestHandler):
             siblings.append(entry)
         facts = {"_id": repo_id, "id": repo_id, "sha": oid, "siblings": siblings, "tags": []}
         facts |= {"private": repo.private, "gated": repo.gated, "downloads": 0, "likes": 0}
+        facts["xetEnabled"] = self.hub.xet is not None  # clients before 0.35 look here
         self._send(200, json.dumps(facts).encode(), {"Content-Type": "application/json"})
 
     def _tree(self, repo_id: str, revision: str) -> None:

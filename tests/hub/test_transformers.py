@@ -16,10 +16,9 @@ from natcupy.hub import Corrupt, convert
 from natcupy.hub.tensors import read_tensors, write_tensors
 
 transformers = library("transformers")
-try:
-    import natcupy.transformers as ours
-except ImportError as error:
-    pytest.skip(str(error), allow_module_level=True)
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 5):
+    pytest.skip("natcupy.transformers needs transformers >= 5.5", allow_module_level=True)
+import natcupy.transformers as ours  # noqa: E402  (after the library that it needs)
 
 ALICE = "hf_alice"
 CLASSIFIERS = [name for name in CONFIGS if name != "backbone"]

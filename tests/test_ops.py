@@ -346,6 +346,24 @@ def test_cpu_tensors_without_a_launcher():
         torch.ops.natcupy.na_fwd(query, key, value, *NONE, *ARGS)
 
 
+@pytest.mark.parametrize("able", [True, False])
+def test_the_machine_is_asked_while_tracing(able, monkeypatch):
+    """Compiled code takes this backend only where eager code would."""
+
+    def arch_for(device):
+        if not able:
+            raise ImportError("CuPy is not installed.")
+
+    monkeypatch.setattr(jit, "arch_for", arch_for)
+    torch._dynamo.reset()
+
+    def model(x):
+        return x + len(ops._device_reasons(torch.device("cuda", 0)))
+
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert compiled(torch.zeros(())) == (0 if able else 1)
+
+
 def test_every_reason_is_named(launcher):
     query = torch.empty(1, 6, 2, 600)
     reason = ops.unsupported_reason(query, query, query, HOOD, *NONE)

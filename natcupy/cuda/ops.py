@@ -60,13 +60,18 @@ def _device_reasons(device: torch.device) -> list[str]:
         return []
     if device.type != "cuda":
         return [f"it needs CUDA tensors, got tensors on {device}: move them with .to('cuda')"]
-    if torch.compiler.is_compiling():  # nothing may be asked of the machine while tracing
-        return []
+    reason = _machine_reason(device.type, device.index)
+    return [reason] if reason else []
+
+
+@torch.compiler.assume_constant_result  # asked once where torch.compile traces
+def _machine_reason(kind: str, index: int | None) -> str:
+    """Why this machine runs no kernels on a device, "" if it does."""
     try:
-        jit.arch_for(device)
+        jit.arch_for(torch.device(kind, index))
     except (ImportError, RuntimeError) as error:
-        return [str(error).rstrip(".")]
-    return []
+        return str(error).rstrip(".")
+    return ""
 
 
 def _size_reasons(query: Tensor, value: Tensor, hood: Neighborhood, rpb) -> list[str]:

@@ -6,6 +6,7 @@ A failure of one way (out of memory, not supported) is a row that says why, neve
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -81,6 +82,8 @@ def parser(what: str) -> argparse.ArgumentParser:
     made.add_argument("--case", help="only cases whose name holds this")
     made.add_argument("--way", help="only these ways to attend, parts of names with commas")
     made.add_argument("--forward-only", action="store_true")
+    made.add_argument("--threads", type=int, help="of torch on a CPU (default: as it comes)")
+    made.add_argument("--append", action="store_true", help="add to the record already there")
     made.add_argument("--seconds", type=float, default=0.3, help="for each row (default 0.3)")
     made.add_argument("--out", type=Path, help="the JSON file; by default in benchmarks/results")
     made.add_argument("--no-plot", action="store_true")
@@ -90,15 +93,29 @@ def parser(what: str) -> argparse.ArgumentParser:
 def settings(arguments: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of a run. Raises ValueError for a GPU that is not there."""
     device = torch.device(arguments.device)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda needs a CUDA GPU, and torch finds none; use --device cpu.")
     default = torch.bfloat16 if device.type == "cuda" else torch.float32
     return device, DTYPES[arguments.dtype] if arguments.dtype else default
 
 
-def start(kind: str, device: torch.device, dtype: torch.dtype, **sizes: Any) -> dict[str, Any]:
-    """A record with its ceilings measured and no rows."""
+def start(
+    kind: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    arguments: argparse.Namespace | None = None,
+    **sizes: Any,
+) -> dict[str, Any]:
+    """A record with its ceilings measured and no rows, or with `--append` the one there is.
+
+    A long run may so be cut into slices of whole cases; every case has all its ways in one slice.
+    """
     made = record.new(kind, device)
+    path = getattr(arguments, "out", None) or record.path_of(made)
+    if getattr(arguments, "append", False) and path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
     made["roofline"] = measure_roofline(device, dtype, **sizes).as_dict()
     made["rows"] = []
     return made
@@ -116,6 +133,9 @@ def finish(made: dict[str, Any], arguments: argparse.Namespace) -> Path:
 def save(made: dict[str, Any], arguments: argparse.Namespace) -> Path:
     """JSON and Markdown of what there is so far."""
     path = arguments.out or record.path_of(made)
+    # measured again, a row takes the place of the one before
+    rows = {(row["case"], row["way"], row["pass"]): row for row in made["rows"]}
+    made["rows"] = list(rows.values())
     record.write(path, made)
     record.write_text(path.with_suffix(".md"), report.speed(made))
     return path

@@ -19,6 +19,8 @@ from benchmarks import harness
 from benchmarks.cases import MODEL_CASES, ModelCase, pick
 from benchmarks.peers import Way, pick_ways
 from benchmarks.roofline import Roofline
+from benchmarks.timm_models import create
+from benchmarks.ways import anything
 from natcupy.modules import (
     NeighborhoodAttention1D,
     NeighborhoodAttention2D,
@@ -27,6 +29,8 @@ from natcupy.modules import (
 from natcupy.zoo import count_macs
 
 PASSES = {False: "inference", True: "training step"}
+SWIN = "swin_tiny_patch4_window7_224"  # as many parameters and operations as NAT-Tiny
+NOTHING = Way("no attention, values pass", False, lambda q, k, v, *rest: v, anything)
 LAYERS = (NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D)
 
 
@@ -34,14 +38,15 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """Run the command; the path of its record."""
     arguments = harness.parser("model").parse_args(argv)
     device, dtype = harness.settings(arguments)
-    ways = pick_ways(arguments.way)
-    made = harness.start("model", device, dtype)
+    ways = (*pick_ways(arguments.way), NOTHING)
+    swin = create(SWIN, device, dtype)
+    made = harness.start("model", device, dtype, arguments)
     for case in pick(MODEL_CASES, arguments.case):
         model = build(case, device, dtype)
         for batch in arguments.batch:
             harness.say(f"{case.label}, batch {batch}")
             made["rows"] += rows(
-                case, model, batch, ways, device, dtype, Roofline(**made["roofline"]),
+                case, model, batch, ways, swin, device, dtype, Roofline(**made["roofline"]),
                 forward_only=arguments.forward_only, seconds=arguments.seconds,
             )  # fmt: skip
             harness.save(made, arguments)
@@ -79,6 +84,7 @@ def rows(
     model: nn.Module,
     batch: int,
     ways: Sequence[Way],
+    swin: nn.Module | str,
     device: torch.device,
     dtype: torch.dtype,
     roofline: Roofline,
@@ -86,7 +92,7 @@ def rows(
     forward_only: bool = False,
     seconds: float = 0.3,
 ) -> list[dict[str, Any]]:
-    """Every way on one model and batch."""
+    """Every way on one model and batch, and timm's Swin-Tiny on the same pictures."""
     make = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 3, case.size, case.size, generator=make).to(device, dtype)
     macs = count_macs(model.config, case.size, case.size).plain
@@ -105,7 +111,32 @@ def rows(
                 )  # fmt: skip
             found.append(made)
             model.zero_grad(set_to_none=True)
+        found.append(
+            _swin_row(
+                swin,
+                f"{case.label}, batch {batch}",
+                images,
+                training,
+                device,
+                dtype,
+                roofline,
+                seconds,
+            )
+        )
     return found
+
+
+def _swin_row(swin, label, images, training, device, dtype, roofline, seconds) -> dict[str, Any]:
+    run, why_not = None, swin if isinstance(swin, str) else None
+    if why_not is None and tuple(images.shape[2:]) != (224, 224):
+        why_not = "it takes 224 x 224 pictures only"
+    if why_not is None:
+        run = (_training_step if training else _inference)(swin.train(training), images)
+    flops = int(2 * 4.5e9) * len(images) * (3 if training else 1)  # Swin (2103.14030), table 1
+    return harness.row(
+        label, f"timm {SWIN}", False, PASSES[training], dtype, run=run, why_not=why_not,
+        device=device, roofline=roofline, flops=flops, moved=None, seconds=seconds,
+    )  # fmt: skip
 
 
 def _reference(model: nn.Module, image: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     device, dtype = harness.settings(arguments)
     cases = [c.at(n) for c in pick(OP_CASES, arguments.case) for n in arguments.batch]
     ways = pick_ways(arguments.way)
-    made = harness.start("op", device, dtype)
+    made = harness.start("op", device, dtype, arguments)
     for case in cases:
         harness.say(case.label)
         made["rows"] += rows(

@@ -10,8 +10,6 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -19,32 +17,11 @@ from torch import Tensor
 from torch.nn import functional as nn_functional
 
 import natcupy
+from benchmarks.cpu_peers import CPU_WAYS, natten_by_halves
+from benchmarks.ways import DENSE_BYTES, Way, anything, flat, unflat
 from natcupy.neighborhood import Neighborhood, rpb_index, window
 
-DENSE_BYTES = {"cuda": 8 << 30, "cpu": 2 << 30}  # the most a mask or a matrix of logits may take
-
-Attend = Callable[[Tensor, Tensor, Tensor, Neighborhood, float, "Tensor | None"], Tensor]
 _MODULES = {"cuda": "natcupy.cuda.ops", "cpu": "natcupy.cpu", "torch": "natcupy.reference"}
-_NATTEN = importlib.util.find_spec("natten") is not None
-
-
-@dataclass(frozen=True)
-class Way:
-    """One way to attend: `why_not(query, hood, rpb, backward)` is None where it can run."""
-
-    name: str
-    exact: bool
-    attend: Attend
-    why_not: Callable[[Tensor, Neighborhood, Tensor | None, bool], str | None]
-
-
-def _flat(x: Tensor) -> Tensor:
-    """[B, *spatial, H, D] as [B, H, N, D], a view where it can be."""
-    return x.flatten(1, -3).transpose(1, 2)
-
-
-def _unflat(x: Tensor, like: Tensor) -> Tensor:
-    return x.transpose(1, 2).unflatten(1, like.shape[1:-2])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -142,10 +119,10 @@ def _flex(query, key, value, hood, scale, rpb):
     # One graph for each shape, bias and mode; the harness runs more of them than a model would.
     with torch._dynamo.config.patch(recompile_limit=1000):
         out = _compiled_flex()(
-            _flat(query), _flat(key), _flat(value),
+            flat(query), flat(key), flat(value),
             score_mod=None if rpb is None else biased, block_mask=mask, scale=scale,
         )  # fmt: skip
-    return _unflat(out, query)
+    return unflat(out, query)
 
 
 def _flex_why_not(query, hood, rpb, backward):
@@ -184,9 +161,9 @@ def _masked(query, key, value, hood, scale, rpb):
     if rpb is not None:
         mask = rpb.flatten(1)[:, index].masked_fill(~seen, float("-inf"))
     out = nn_functional.scaled_dot_product_attention(
-        _flat(query), _flat(key), _flat(value), attn_mask=mask, scale=scale
+        flat(query), flat(key), flat(value), attn_mask=mask, scale=scale
     )
-    return _unflat(out, query)
+    return unflat(out, query)
 
 
 def _masked_why_not(query, hood, rpb, backward):
@@ -201,9 +178,9 @@ def _masked_why_not(query, hood, rpb, backward):
 
 def _dense(query, key, value, hood, scale, rpb):
     out = nn_functional.scaled_dot_product_attention(
-        _flat(query), _flat(key), _flat(value), scale=scale
+        flat(query), flat(key), flat(value), scale=scale
     )
-    return _unflat(out, query)
+    return unflat(out, query)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -285,6 +262,8 @@ def _windows(query, key, value, hood, scale, rpb):
 def _natten(query, key, value, hood, scale, rpb):
     import natten
 
+    if hasattr(natten, f"na{hood.rank}d_qk"):
+        return natten_by_halves(query, key, value, hood, scale, rpb)
     run = getattr(natten, f"na{hood.rank}d")
     return run(
         query.contiguous(), key.contiguous(), value.contiguous(),
@@ -293,15 +272,32 @@ def _natten(query, key, value, hood, scale, rpb):
     )  # fmt: skip
 
 
-def _natten_why_not(query, hood, rpb, backward):
-    if not _NATTEN:
+@functools.cache
+def _natten_missing() -> str | None:
+    if importlib.util.find_spec("natten") is None:
         return "not installed"
-    if rpb is not None:
-        return "it has no relative bias any more"
+    try:
+        importlib.import_module("natten")
+    except Exception as error:  # an old release fails in its own ways
+        return f"installed, but its import fails with {type(error).__name__}: {error}"
     return None
 
 
-def _anything(query, hood, rpb, backward) -> None:
+def _natten_why_not(query, hood, rpb, backward):
+    missing = _natten_missing()
+    if missing is not None:
+        return missing
+    halves = hasattr(importlib.import_module("natten"), f"na{hood.rank}d_qk")
+    if halves:
+        if any(s > 1 for s in hood.stride):
+            return "this release has no stride"
+        if query.device.type == "cpu" and query.dtype not in (torch.float32, torch.float64):
+            return "on a CPU it takes float32 and float64 only"
+        return None
+    if rpb is not None:
+        return "this release has no relative bias any more"
+    if query.device.type == "cpu" and backward:
+        return "this release has no backward pass on a CPU"
     return None
 
 
@@ -311,9 +307,10 @@ WAYS = (
     _natcupy("torch"),
     Way("FlexAttention", True, _flex, _flex_why_not),
     Way("SDPA, masked", True, _masked, _masked_why_not),
-    Way("SDPA, dense", False, _dense, _anything),
-    Way("shifted windows", False, _windows, _anything),
+    Way("SDPA, dense", False, _dense, anything),
+    Way("shifted windows", False, _windows, anything),
     Way("NATTEN", True, _natten, _natten_why_not),
+    *CPU_WAYS,
 )
 
 

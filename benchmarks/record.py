@@ -130,9 +130,12 @@ def new(kind: str, device: torch.device) -> dict[str, Any]:
 
 
 def path_of(record: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """Where a record belongs: kind, device and date name it."""
-    device = slug(record["environment"]["device"])
-    return folder / f"{record['kind']}-{device}-{record['date']}.json"
+    """Where a record belongs: kind, device, threads of a CPU and date name it."""
+    environment = record["environment"]
+    parts = [record["kind"], slug(environment["device"])]
+    if environment["device_type"] == "cpu":
+        parts.append(f"{environment['threads']}-threads")
+    return folder / f"{'-'.join([*parts, record['date']])}.json"
 
 
 def write(path: Path, record: dict[str, Any]) -> None:

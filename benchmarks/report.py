@@ -42,19 +42,26 @@ def speed(record: dict[str, Any]) -> str:
         where(record),
         "",
         f"Measured ceilings in {roof['dtype']}: copy {roof['bandwidth'] / 1e9:,.0f} GB/s, "
-        f'matrix product {roof["peak"] / 1e12:,.2f} TFLOP/s. "Share" is the time these ceilings '
-        "allow over the time taken. Ways marked * compute something else of similar cost.",
+        f'matrix product {roof["peak"] / 1e12:,.2f} TFLOP/s. "Of peak" and "of copy" are the '
+        "shares of these that useful operations and fewest possible bytes reach. Peak MB counts "
+        "what torch allocates for a call, results included. Ways marked * compute something else "
+        "of similar cost.",
     ]
     for case in dict.fromkeys(row["case"] for row in record["rows"]):
         for step in dict.fromkeys(row["pass"] for row in record["rows"]):
             rows = [r for r in record["rows"] if (r["case"], r["pass"]) == (case, step)]
             if rows:
-                lines += ["", f"**{case}** — {step}, {rows[0]['dtype']}", "", _speed_table(rows)]
+                lines += [
+                    "",
+                    f"**{case}** — {step}, {rows[0]['dtype']}",
+                    "",
+                    _speed_table(rows, roof),
+                ]
     return "\n".join(lines) + "\n"
 
 
-def _speed_table(rows: Sequence[dict[str, Any]]) -> str:
-    headings = ("way", "ms", "host ms", "GB/s", "TFLOP/s", "share", "peak MB", "error")
+def _speed_table(rows: Sequence[dict[str, Any]], roof: dict[str, Any]) -> str:
+    headings = ("way", "ms", "host ms", "GB/s", "TFLOP/s", "of copy", "of peak", "peak MB", "error")
     ran = sorted((r for r in rows if r["ms"] is not None), key=lambda r: r["ms"])
     not_run = [r for r in rows if r["ms"] is None]
     cells = [
@@ -64,7 +71,8 @@ def _speed_table(rows: Sequence[dict[str, Any]]) -> str:
             f"{r['host_ms']:.3f}",
             _number(r["gb_s"], ".1f"),
             _number(r["tflop_s"], ".3f"),
-            _number(r["share"], ".1%"),
+            _number(r["gb_s"], ".0%", roof["bandwidth"] / 1e9),
+            _number(r["tflop_s"], ".0%", roof["peak"] / 1e12),
             _number(r["peak_bytes"], ".1f", 1e6),
             _number(r["error"], ".1e"),
         )

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from natcupy.cpu import launch
+
 WARM_UP = 3  # calls before anything is timed, fewer where they are slow
 LEAST, MOST = 3, 200  # timed calls
 CPU_CACHE = 64 << 20  # bytes written to empty a CPU's caches
@@ -29,7 +31,7 @@ class Timing:
     host: float
     first: float
     calls: int
-    peak_bytes: int | None  # allocated by a call beyond what was there; None on a CPU
+    peak_bytes: int  # allocated through torch by a call, results included
 
     def as_dict(self) -> dict[str, float | int | None]:
         return asdict(self)
@@ -47,7 +49,7 @@ def measure(run: Callable[[], object], device: torch.device, seconds: float = 0.
         if time.perf_counter() - begun < seconds + 1.0:
             run()
     wait()
-    peak = _peak(run, device) if on_gpu else None
+    peak = _gpu_peak(run, device) if on_gpu else _cpu_peak(run)
     times, host = (_gpu_times if on_gpu else _cpu_times)(run, device, seconds)
     quarters = statistics.quantiles(times, n=4, method="inclusive")
     low, high = quarters[0], quarters[2]
@@ -59,13 +61,29 @@ def _nothing() -> None:
     pass
 
 
-def _peak(run, device: torch.device) -> int:
+def _gpu_peak(run, device: torch.device) -> int:
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     run()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def _cpu_peak(run) -> int:
+    """The most that torch's allocator held for a call at one time, from the profiler's events."""
+    launch._idle.clear()  # scratch memory kept from the calls before counts too
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        results = run()
+    del results
+    events = profile.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    held = most = 0
+    for _, change in sorted(changes, key=lambda event: event[0]):
+        held += change
+        most = max(most, held)
+    return most
 
 
 def _gpu_times(run, device: torch.device, seconds: float) -> tuple[list[float], list[float]]:

@@ -15,7 +15,7 @@ from operator import index as as_int
 import torch
 from torch import Tensor
 
-from natcupy import backends, reference
+from natcupy import backends, known_calls, reference
 from natcupy.interop import accepts_arrays
 from natcupy.neighborhood import Neighborhood
 
@@ -244,18 +244,26 @@ def _na(
 ):  # fmt: skip
     if not isinstance(return_lse, bool):
         raise TypeError(f"return_lse must be True or False, got {return_lse!r}.")
-    hood = neighborhood(rank, kernel_size, stride, dilation, is_causal)
-    query, key, value, additional_keys, additional_values = _autocast(
-        query, key, value, additional_keys, additional_values
-    )
-    _check_query(query, rank)
-    _check_key_value("key", key, query, query.shape[-1])
-    _check_key_value("value", value, query, None)
-    _check_kv_pair(key, value)
-    _check_additional(additional_keys, additional_values, key, value)
-    _check_rpb(rpb, query, hood)
-    check_fits(query.shape[1:-2], hood)
-    scale = resolve_scale(scale, query.shape[-1])
+    window = (kernel_size, stride, dilation, is_causal)
+    tensors = (query, key, value, rpb, additional_keys, additional_values)
+    like = known_calls.signature(rank, window, scale, tensors)
+    known = known_calls.find(like)
+    if known is not None:
+        hood, scale = known
+    else:
+        hood = neighborhood(rank, *window)
+        query, key, value, additional_keys, additional_values = _autocast(
+            query, key, value, additional_keys, additional_values
+        )
+        _check_query(query, rank)
+        _check_key_value("key", key, query, query.shape[-1])
+        _check_key_value("value", value, query, None)
+        _check_kv_pair(key, value)
+        _check_additional(additional_keys, additional_values, key, value)
+        _check_rpb(rpb, query, hood)
+        check_fits(query.shape[1:-2], hood)
+        scale = resolve_scale(scale, query.shape[-1])
+        known_calls.remember(like, hood, scale, window)
 
     backend = backends.choose(
         backend, query, key, value, hood, rpb, additional_keys, additional_values

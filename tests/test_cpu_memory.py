@@ -20,6 +20,7 @@ from test_cpu import PROBLEMS, ask_oracle, run
 from tolerances import close
 
 from natcupy.cpu import kernels, launch, plan
+from natcupy.neighborhood import Neighborhood
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="maps pages as Linux does")
 
@@ -170,3 +171,56 @@ def test_one_thread_and_a_ragged_map_repeat_exactly():
     assert torch.equal(attend(p, inputs), first)
     expected, _ = oracle.attention(**inputs, **p.window)
     close(first, expected, torch.float32)
+
+
+LARGEST = {  # of the models, and long and large problems: (window, head_dim)
+    "NAT level 1": ((56, 56), (7, 7), (1, 1), 32),
+    "DiNAT level 1": ((96, 96), (7, 7), (12, 12), 32),
+    "wide heads": ((56, 56), (7, 7), (1, 1), 64),
+    "large window": ((128, 128), (13, 13), (1, 1), 32),
+    "line": ((4096,), (63,), (1,), 64),
+    "long window": ((8192,), (255,), (1,), 64),
+    "video": ((8, 28, 28), (3, 7, 7), (1, 1, 1), 32),
+    "large video": ((16, 56, 56), (3, 7, 7), (1, 1, 1), 32),
+}
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("case", LARGEST.values(), ids=LARGEST)
+def test_a_thread_needs_at_most_a_megabyte(case, backward):
+    shape, kernel_size, dilation, dim = case
+    hood = Neighborhood(kernel_size, (1,) * len(shape), dilation, (False,) * len(shape))
+    for stripes in (1, 8):
+        use = kernels.kernel(shape, hood, dim, dim, 0, torch.float32, backward, stripes)
+        assert use.thread_bytes <= 1 << 20
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(2, 28, 28), (3, 4000)], ids=str)
+def test_a_call_allocates_its_results_and_little_more(monkeypatch, shape, threads):
+    """Beyond them two floats for each query and head, and a megabyte for each thread."""
+    allocated = []
+    empty, take = launch._empty, launch._take_scratch
+
+    def kept(make):
+        return lambda *sizes: allocated.append(make(*sizes)) or allocated[-1]
+
+    monkeypatch.setattr(launch, "_empty", kept(empty))
+    monkeypatch.setattr(launch, "_take_scratch", kept(take))
+    monkeypatch.setattr(launch, "_idle", [])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    heads, dim, rank = 2, 32, len(shape) - 1
+    p = Problem(
+        shape[1:], (7,) * rank, (1,) * rank, (1,) * rank, (False,) * rank, batch=shape[0],
+        kv_heads=heads, head_dim=dim, value_dim=dim, rpb=True,
+    )  # fmt: skip
+    inputs = tensors(p, torch.float32, requires_grad=True)
+    leaves = [x for x in inputs.values() if isinstance(x, torch.Tensor)]
+    out = attend(p, inputs)
+    results = out.nbytes
+    backward = sum(x.nbytes for x in leaves)
+    allowed = 2 * 4 * out[..., 0].numel() + threads * (1 << 20)
+    assert sum(x.nbytes for x in allocated) <= results + allowed
+    allocated.clear()
+    torch.autograd.grad(out.sum(), leaves)
+    assert sum(x.nbytes for x in allocated) <= backward + allowed

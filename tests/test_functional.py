@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from strategies import Problem, tensors
 
 import natcupy
+from natcupy import backends
 
 P = Problem((6, 7), (3, 3), (1, 1), (2, 1), (False, False), batch=2, kv_heads=2, groups=2)
 
@@ -168,8 +169,20 @@ WORDS = st.one_of(
 def test_hostile_words_never_pass(name, word):
     if (name == "scale" and isinstance(word, float)) or (word is None and name != "is_causal"):
         word = b"3"
+    if name == "backend" and word in backends.BACKENDS:
+        word += ";"
     with pytest.raises((TypeError, ValueError)):
         call({name: word})
+
+
+def test_checked_windows_are_known_by_more_than_equality():
+    good = {"kernel_size": (1, 3), "is_causal": (True, False)}
+    for _ in range(2):
+        call(good)
+    for name, equal in (("kernel_size", (True, 3)), ("is_causal", (1, 0))):
+        assert equal == good[name]
+        with pytest.raises(TypeError):
+            call(good | {name: equal})
 
 
 def test_backend_torch_is_always_there():

@@ -23,7 +23,7 @@ FLOORS = [
     ("natcupy.cuda.small",),
     ("natcupy.cuda.plan",),
     ("natcupy.tiles", "natcupy.reference", "natcupy.cuda", "natcupy.cpu"),
-    ("natcupy.backends",),
+    ("natcupy.backends", "natcupy.known_calls"),
     ("natcupy.functional",),
     ("natcupy.modules", "natcupy.maps"),
     ("natcupy.natten",),

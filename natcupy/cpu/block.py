@@ -13,7 +13,6 @@ from natcupy.cpu import pack, sums
 from natcupy.cpu.emit import Value
 from natcupy.cpu.plan import ACTIVE, BROADCAST, LANES, MASK_AT, ORIGIN, RUNS, SPAN
 from natcupy.cpu.rows import ENTRY_WORDS
-from natcupy.cpu.sums import LANE_GROUP
 from natcupy.cpu.task import Task
 
 
@@ -150,7 +149,7 @@ class Block(Task):
 
     def passes(self, what: str) -> list[tuple[int, int]]:
         """Channels cut into what fits in registers, (first channel, channels)."""
-        step = sums.vectors_at_once(self.machine) * self.machine.width(self.spec.real)
+        step = sums.VECTORS * self.machine.width(self.spec.real)
         channels = self.channels[what]
         return [(c, min(step, channels - c)) for c in range(0, channels, step)]
 
@@ -166,7 +165,7 @@ class Block(Task):
     def for_lanes_and_passes(self, cls: str, what: str, run: Callable) -> None:
         """`run(first lane, runs, run count, first channel, channels)` for all that have lanes."""
         b = self.b
-        for number, lane in enumerate(range(0, LANES, LANE_GROUP)):
+        for number, lane in enumerate(range(0, LANES, sums.lane_group(self.machine))):
             runs = self.entry(b.table(cls, RUNS + 2 * number))
             count = b.table(cls, RUNS + 2 * number + 1)
 

@@ -97,8 +97,11 @@ def kernel(
         what: pitch(channels, machine, real)
         for what, channels in (("key", head_dim), ("value", value_dim))
     }
-    tuning = Tuning(sizes, sums.LANE_GROUP)
-    item_bytes = REAL_BYTES[real] * (head_dim + pitches["value"])
+    tuning = Tuning(sizes, sums.lane_group(machine))
+    kept = head_dim + pitches["value"]
+    if backward:  # keys along, and the sums of both gradients
+        kept += value_dim + 2 * pitches["key"]
+    item_bytes = REAL_BYTES[real] * kept
     found = plan.make(shape, tuning, backward, item_bytes, stripes)
     words, size = _constants(shape, found, pitches, backward)
     return Kernel(spec, shape, found, words, size * REAL_BYTES[real])
@@ -117,9 +120,9 @@ def _constants(shape: Shape, p: Plan, pitches, backward: bool) -> tuple[dict[str
     size = {
         "zeros": 2 * (p.span + 2 * LANES),
         "keys_across": p.ring * d * key_pitch,
-        "query_across": 2 * d * query_pitch,
+        "query_across": p.sides * d * query_pitch,
         "logits_a": logits,
-        "logits_b": logits,
+        "logits_b": logits * (p.sides - 1),
         "bias": shape.bias_rows * bias_pitch,
         "mirror": shape.bias_rows * mirror_pitch,
         "extra_keys_across": d * extra_pitch,
@@ -132,11 +135,11 @@ def _constants(shape: Shape, p: Plan, pitches, backward: bool) -> tuple[dict[str
             "keys_along": rows * pitches["key"],
             "key_sums": rows * pitches["key"],
             "value_sums": rows * pitches["value"],
-            "query_along": 2 * query_pitch * pitches["key"],
-            "grad_across": 2 * dv * query_pitch,
-            "grad_along": 2 * query_pitch * pitches["value"],
+            "query_along": p.sides * query_pitch * pitches["key"],
+            "grad_across": p.sides * dv * query_pitch,
+            "grad_along": p.sides * query_pitch * pitches["value"],
             "grads_a": logits,
-            "grads_b": logits,
+            "grads_b": logits * (p.sides - 1),
             "grad_lse_rows": 2 * query_pitch,
             "bias_sums": shape.bias_rows * bias_pitch * LANES,
             "mirror_sums": shape.bias_rows * mirror_pitch,

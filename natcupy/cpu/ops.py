@@ -36,7 +36,10 @@ def attention(
     """`reference.attention` by the operators here: (out, lse), with history as there."""
     tensors = (query, key, value, rpb, extra_keys, extra_values)
     if _is_eager(tensors):
-        out, lse = _Attention.apply(*tensors, hood, scale)
+        if _wants_history(tensors):
+            out, lse = _Attention.apply(*tensors, hood, scale)
+        else:
+            out, lse = launch.forward(query, key, value, hood, scale, rpb, extra_keys, extra_values)
     elif _needs_formula(tensors):
         return reference.attention(
             query, key, value, hood, scale, rpb, extra_keys, extra_values, return_lse
@@ -66,6 +69,10 @@ def _is_eager(tensors) -> bool:
     return all(x is None or type(x) in (Tensor, torch.nn.Parameter) for x in tensors) and not any(
         x is not None and torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors
     )
+
+
+def _wants_history(tensors) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _needs_formula(tensors) -> bool:

@@ -18,14 +18,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
+import torch
+
 from natcupy.cpu.cuts import cover, cut, lane_cases, phases
 from natcupy.cpu.rows import steps
 from natcupy.neighborhood import Neighborhood, window
 
 LANES = 8
-TILE_BYTES = 160 << 10  # packed keys and values of one item, where its columns can be cut
-LEAST_COLUMNS = 64  # of an item
-RING_BYTES = 768 << 10  # packed keys and values of a video's rows
+TILE_BYTES = {False: 160 << 10, True: 320 << 10}  # aim for the packed rows of an item, by backward
+LEAST_COLUMNS = 64  # of an item, where they fit
+RING_BYTES = 768 << 10  # most for the packed rows of an item, as far as its window allows
 
 # Words of a class record, then (address, count) of the runs of each group of lanes.
 SPAN, CHUNKS, CHUNKS_AT, MASK_AT, ACTIVE, ORIGIN, BROADCAST, RUNS = range(8)
@@ -72,7 +74,8 @@ class Shape:
     def windows(self, axis: int, length: int) -> list[tuple[int, int]]:
         """The window of each query of a group of `length` members."""
         rule = self.kernel_size[axis], self.stride[axis], self.is_causal[axis]
-        return [window(i, length, *rule) for i in range(length)]
+        start, end = window(torch.arange(length), length, *rule)
+        return list(zip(start.tolist(), end.tolist(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ class Plan:
     taps: int  # most vectors of logits of one query row in a block, additional keys excluded
     span: int  # most taps of one key row
     extra_taps: int
+    sides: int  # query rows of a step
     reach: tuple[int, int]  # columns that are read left and right of an item's first key
     bias_reach: tuple[int, int]  # of [0, 2 * kernel_size - 2], same
     mirror_reach: tuple[int, int]  # of the mirrored bias row
@@ -116,9 +120,9 @@ class _Reach:
 def make(shape: Shape, tuning: Tuning, backward: bool, item_bytes: int, wanted: int) -> Plan:
     """The plan of a forward or backward pass.
 
-    `item_bytes` is the size of one packed key and value. `wanted` is the number of stripes asked
-    for in a forward pass, whose results do not depend on it; a backward pass has its own fixed
-    number, because gradients of keys are summed stripe by stripe.
+    `item_bytes` is the size of all that is kept for one key while it is packed. `wanted` is the
+    number of stripes asked for in a forward pass, whose results do not depend on it; a backward
+    pass has its own fixed number, because gradients of keys are summed stripe by stripe.
     """
     maker = _Maker(shape, tuning, backward)
     maker.add_extra_classes()
@@ -141,6 +145,7 @@ class _Maker:
         self.pieces: dict = {}
         self.classes: dict = {}
         self.ring = self.key_columns = self.query_columns = self.rows = self.span = 0
+        self.sides = 1
         self.reach, self.bias, self.mirror = _Reach(), _Reach(), _Reach()
         last = 2 * shape.kernel_size[2] - 1
         self.bias.show(0, last)
@@ -199,14 +204,26 @@ class _Maker:
                 phase = plane_phase * row_phases + row_phase
                 stripes.append((phase, [self.put(found.words), found.count]))
                 ring, self.rows = max(ring, found.ring), max(self.rows, found.most)
+                self.sides = max(self.sides, found.sides)
         self.ring = max(self.ring, ring)
-        width = max(LEAST_COLUMNS, TILE_BYTES // (ring * item_bytes) // LANES * LANES)
+        width = self._columns(members[2], ring * item_bytes)
         parts = cut(members[2], -(-members[2] // width), LANES)
         tiles = [
             (phase, self._tile(windows[2], a, b, earlier))
             for phase, a, b, earlier in phases(parts, windows[2])
         ]
         return stripes, tiles
+
+    def _columns(self, length: int, column_bytes: int) -> int:
+        """Query columns of a tile, for so many packed bytes in each key column of its ring."""
+        most = RING_BYTES // column_bytes
+        if length <= most:
+            least = LEAST_COLUMNS
+        else:  # the tile's keys are wider than its queries
+            around = self.shape.kernel_size[2] - 1
+            least = max(min(LEAST_COLUMNS, most - around), around // 2)
+        columns = max(least, TILE_BYTES[self.backward] // column_bytes)
+        return max(LANES, columns // LANES * LANES)
 
     def _planes(self, length: int, wanted: int) -> list[tuple[int, int]]:
         """Stripes of axis 0."""
@@ -349,6 +366,7 @@ class _Maker:
             taps=self.rows * self.span,
             span=max(self.span, self.extra_taps),
             extra_taps=self.extra_taps,
+            sides=self.sides,
             reach=(self.reach.low, self.reach.high),
             bias_reach=(self.bias.low, self.bias.high),
             mirror_reach=(self.mirror.low, self.mirror.high),

@@ -30,6 +30,7 @@ class Steps:
     count: int
     ring: int  # slots in use at once
     most: int  # most key rows that one query row sees
+    sides: int  # 2 if any step has two query rows, else 1
 
 
 def steps(
@@ -78,7 +79,8 @@ def steps(
             words += [slots[key], *key, int(earlier(*key))]
             free.append(slots.pop(key))
     most = max(len(keys) for pair in seen for keys in pair)
-    return Steps(words, len(pairs), ring, most)
+    sides = 1 if all(b is None for _, b in pairs) else 2
+    return Steps(words, len(pairs), ring, most, sides)
 
 
 def _keys_of(row: Row, windows, kernel_size) -> dict[Row, int]:

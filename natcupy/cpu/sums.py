@@ -13,11 +13,11 @@ from natcupy.cpu.emit import Builder, Machine, Module
 from natcupy.cpu.plan import LANES
 from natcupy.cpu.rows import ROW_WORDS
 
-LANE_GROUP = 4  # queries whose outputs are in registers together
+VECTORS = 4  # registers of channels that one pass over the keys holds per query
 
 
-def vectors_at_once(machine: Machine) -> int:
-    """Registers of channels that one pass over the keys holds per query."""
+def lane_group(machine: Machine) -> int:
+    """Queries whose outputs are in registers together."""
     return 4 if machine.registers >= 32 else 2
 
 
@@ -28,7 +28,7 @@ def weighted_sum(module: Module, machine: Machine, vectors: int, store) -> str:
     into the tensor. `s` and `extra_s` point at the group's first lane. The weights of one key lie
     `lane_step` apart; every lane sees all additional keys, whose weights are neighbors.
     """
-    lanes, width = LANE_GROUP, machine.width(module.real)
+    lanes, width = lane_group(machine), machine.width(module.real)
     name = f"weighted_{vectors}_{store.name}"
     b = module.function(
         name,
@@ -40,12 +40,12 @@ def weighted_sum(module: Module, machine: Machine, vectors: int, store) -> str:
 
     def accumulate(sums, values_at, weights_at, first, last, steps):
         sums = list(sums)
-        row = [b.vload(b.at(values_at, v * width), width) for v in range(vectors)]
-        for lane in range(first, last):
-            weight = b.splat_load(b.at(weights_at, steps[lane]), width)
-            for v in range(vectors):
+        weights = [b.splat_load(b.at(weights_at, steps[i]), width) for i in range(first, last)]
+        for v in range(vectors):
+            row = b.vload(b.at(values_at, v * width), width)
+            for lane, weight in zip(range(first, last), weights, strict=True):
                 place = lane * vectors + v
-                sums[place] = b.fma(weight, row[v], sums[place], width)
+                sums[place] = b.fma(weight, row, sums[place], width)
         return sums
 
     def key_row(i, sums):
@@ -77,7 +77,7 @@ def weighted_sum(module: Module, machine: Machine, vectors: int, store) -> str:
 
 def spread(module: Module, machine: Machine, vectors: int) -> str:
     """The mirror of `weighted_sum`: sums[key] += s[key][lane] * row[lane] over a group of lanes."""
-    lanes, width = LANE_GROUP, machine.width(module.real)
+    lanes, width = lane_group(machine), machine.width(module.real)
     name = f"spread_{vectors}"
     b = module.function(
         name,
@@ -90,13 +90,12 @@ def spread(module: Module, machine: Machine, vectors: int) -> str:
         source.append([b.vload(b.at(at, v * width), width) for v in range(vectors)])
 
     def accumulate(_, sums_at, weights_at, first, last, steps):
-        places = [b.at(sums_at, v * width) for v in range(vectors)]
-        sums = [b.vload(place, width) for place in places]
-        for lane in range(first, last):
-            weight = b.splat_load(b.at(weights_at, steps[lane]), width)
-            for v in range(vectors):
-                sums[v] = b.fma(weight, source[lane][v], sums[v], width)
-        for place, total in zip(places, sums, strict=True):
+        weights = [b.splat_load(b.at(weights_at, steps[i]), width) for i in range(first, last)]
+        for v in range(vectors):
+            place = b.at(sums_at, v * width)
+            total = b.vload(place, width)
+            for lane, weight in zip(range(first, last), weights, strict=True):
+                total = b.fma(weight, source[lane][v], total, width)
             b.vstore(total, place, width)
         return []
 

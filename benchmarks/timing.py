@@ -31,14 +31,16 @@ class Timing:
     host: float
     first: float
     calls: int
-    peak_bytes: int  # allocated through torch by a call, results included
+    peak_bytes: int | None  # allocated through torch by a call, results included
 
     def as_dict(self) -> dict[str, float | int | None]:
         return asdict(self)
 
 
-def measure(run: Callable[[], object], device: torch.device, seconds: float = 0.5) -> Timing:
-    """Time `run` for about `seconds`, at least `LEAST` times."""
+def measure(
+    run: Callable[[], object], device: torch.device, seconds: float = 0.5, memory: bool = True
+) -> Timing:
+    """Time `run` for about `seconds`, at least `LEAST` times, and weigh it if asked to."""
     on_gpu = device.type == "cuda"
     wait = torch.cuda.synchronize if on_gpu else _nothing
     begun = time.perf_counter()
@@ -49,7 +51,9 @@ def measure(run: Callable[[], object], device: torch.device, seconds: float = 0.
         if time.perf_counter() - begun < seconds + 1.0:
             run()
     wait()
-    peak = _gpu_peak(run, device) if on_gpu else _cpu_peak(run)
+    peak = None
+    if memory:
+        peak = _gpu_peak(run, device) if on_gpu else _cpu_peak(run)
     times, host = (_gpu_times if on_gpu else _cpu_times)(run, device, seconds)
     quarters = statistics.quantiles(times, n=4, method="inclusive")
     low, high = quarters[0], quarters[2]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import record, report
+from benchmarks import record, report, timing
 from benchmarks.roofline import Roofline, measure_roofline
 from benchmarks.timing import measure
 
@@ -83,6 +83,11 @@ def parser(what: str) -> argparse.ArgumentParser:
     made.add_argument("--way", help="only these ways to attend, parts of names with commas")
     made.add_argument("--forward-only", action="store_true")
     made.add_argument("--threads", type=int, help="of torch on a CPU (default: as it comes)")
+    made.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="on a CPU, the thread's own time in place of the wall's; needs --threads 1",
+    )
     made.add_argument("--append", action="store_true", help="add to the record already there")
     made.add_argument("--seconds", type=float, default=0.3, help="for each row (default 0.3)")
     made.add_argument("--out", type=Path, help="the JSON file; by default in benchmarks/results")
@@ -95,6 +100,10 @@ def settings(arguments: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     device = torch.device(arguments.device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    if arguments.cpu_time:
+        if arguments.threads != 1:
+            raise ValueError("--cpu-time is the time of one thread; use it with --threads 1.")
+        timing.use_cpu_time()
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda needs a CUDA GPU, and torch finds none; use --device cpu.")
     default = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -116,6 +125,7 @@ def start(
     path = getattr(arguments, "out", None) or record.path_of(made)
     if getattr(arguments, "append", False) and path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
+    made["clock"] = timing.clock()
     made["roofline"] = measure_roofline(device, dtype, **sizes).as_dict()
     made["rows"] = []
     return made

@@ -41,7 +41,8 @@ def speed(record: dict[str, Any]) -> str:
     lines = [
         where(record),
         "",
-        f"Milliseconds of {record.get('clock', 'wall time')}. Measured ceilings in {roof['dtype']}: copy {roof['bandwidth'] / 1e9:,.0f} GB/s, "
+        f"Milliseconds of {record.get('clock', 'wall time')}. Measured ceilings in "
+        f"{roof['dtype']}: copy {roof['bandwidth'] / 1e9:,.0f} GB/s, "
         f'matrix product {roof["peak"] / 1e12:,.2f} TFLOP/s. "Of peak" and "of copy" are the '
         "shares of these that useful operations and fewest possible bytes reach. Peak MB counts "
         "what torch allocates for a call, results included. Ways marked * compute something else "

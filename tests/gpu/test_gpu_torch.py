@@ -92,19 +92,20 @@ def test_compile(rig, compiler):
 
 @only_gpu
 def test_compiled_zoo_model(rig):
-    """A training step of NAT-Mini, compiled by inductor, against the same step in eager mode."""
+    """A training step of NAT-Mini, compiled by inductor, beside the same step in eager mode."""
     torch.manual_seed(0)
     model = natcupy.create_model("nat_mini").to(rig.device).eval()
     x = torch.randn(2, 3, 224, 224, device=rig.device)
-    losses = []
-    for run_it in (model, torch.compile(model)):
-        model.zero_grad()
-        loss = run_it(x).square().mean()
-        loss.backward()
-        losses.append((loss.item(), model.levels[0].blocks[0].attn.rpb.grad.clone()))
-    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-4)
-    close(losses[1][1] / losses[0][1].abs().max(), losses[0][1] / losses[0][1].abs().max(), F32,
-          backward=True)  # fmt: skip
+    losses, gradients = [], []
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        for step in (model, torch.compile(model)):
+            model.zero_grad()
+            loss = step(x).square().mean()
+            loss.backward()
+            losses.append(loss.item())
+            gradients.append(model.levels[0].blocks[0].attn.rpb.grad.clone())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert (gradients[0] - gradients[1]).abs().max() < 1e-3 * gradients[0].abs().max()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -161,7 +162,7 @@ def test_warmup_makes_a_model_ready_for_capture(rig):
         graph.replay()
         rig.cuda.synchronize()
         expected = model(x)
-    assert torch.equal(out, expected)
+    close(out, expected, F32)  # products may be summed otherwise inside a graph
 
 
 # ------------------------------------------------------------------------------------------------
@@ -282,7 +283,8 @@ def test_models(rig, name, side):
     results = []
     for wanted in ("cuda", "torch"):
         model.zero_grad(set_to_none=True)
-        with pytest.MonkeyPatch.context() as patch:
+        exact = torch.backends.cudnn.flags(allow_tf32=False)
+        with pytest.MonkeyPatch.context() as patch, exact:
             patch.setattr(
                 natcupy.functional.backends, "choose",
                 lambda _, *call, wanted=wanted: attend(wanted, *call),

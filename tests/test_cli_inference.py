@@ -100,6 +100,8 @@ def test_wrong_usage_is_status_2(run, arguments):
     (("predict", "{}", "--out", "y.txt"), "must end in .csv, .jsonl, .parquet"),
     (("evaluate", "{}", "--device", "cuda:77"), "--device must name a device that is there"),
     (("evaluate", "{}", "--split", "val"), "has the parts test"),
+    (("evaluate", "{}", "--class-map", "nope.txt"), "nope.txt: no such file or folder"),
+    (("predict", "{}", "--out", "/proc/x.csv"), "nothing can be written to /proc"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(run, scans, arguments, text):
     status, out, err = run(*(argument.format(scans) for argument in arguments))

@@ -348,4 +348,5 @@ def test_without_the_library_it_says_what_to_install(tmp_path):
         "except ImportError as error: print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "pip install 'natcupy[data]'" in done.stdout, done.stderr
+    assert "there is no folder 'some/name'" in done.stdout, done.stderr
+    assert "pip install 'natcupy[data]'" in done.stdout

@@ -45,4 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def one_line(error: BaseException) -> str:
     """An error's text without line breaks; its kind where it has no text."""
+    if isinstance(error, OSError) and error.strerror and isinstance(error.filename, str):
+        missing = isinstance(error, FileNotFoundError)
+        return f"{error.filename}: {'no such file or folder' if missing else error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__

@@ -108,8 +108,10 @@ def splits(data: str | Path) -> dict[str, datasets.Dataset]:
     try:
         import datasets
     except ImportError:
+        what = "the tables in it are" if isinstance(data, Path) else "a Hub dataset of that name is"
+        found = f"{data} is a dataset" if isinstance(data, Path) else f"there is no folder {data!r}"
         raise ImportError(
-            "Hugging Face datasets are read by the `datasets` library, which is not installed: "
+            f"{found}; {what} read by the `datasets` library, which is not installed: "
             "pip install 'natcupy[data]'."
         ) from None
     try:

@@ -102,7 +102,13 @@ class Run:
     def _create(self) -> None:
         """Make the folder appear with the settings in it, unless another process just did."""
         draft = self.out.with_name(f"{self.folder.name}.{uuid4().hex}.tmp")
-        draft.mkdir()
+        try:
+            draft.mkdir()
+        except OSError as error:
+            raise type(error)(
+                f"nothing can be written to {self.out.parent}: {error.strerror or error}. Choose "
+                "another output."
+            ) from None
         try:
             text = json.dumps(self.settings, indent=1, ensure_ascii=False)
             (draft / SETTINGS).write_text(text, "utf-8")

@@ -50,9 +50,11 @@ BATCH = {"segmentation": 8, "detection": 4}
 
 
 def write_maps(folder: Path, seeds: range) -> None:
-    """Scenes as `folder/images` and `folder/masks`, and `classes.txt`."""
+    """Scenes as `folder/images` and `folder/masks`, and `classes.txt`; once."""
+    if (folder / "classes.txt").is_file():
+        return
     for kind in ("images", "masks"):
-        (folder / kind).mkdir(parents=True)
+        (folder / kind).mkdir(parents=True, exist_ok=True)
     for seed in seeds:
         scene = shapes.make_scene(seed, SIDE, SIDE)
         Image.fromarray(scene.pixels.numpy()).save(folder / f"images/{seed}.png")
@@ -62,8 +64,11 @@ def write_maps(folder: Path, seeds: range) -> None:
 
 
 def write_coco(folder: Path, seeds: range) -> Path:
-    """Scenes as `folder/images` and `folder/objects.json`; the path of the latter."""
-    (folder / "images").mkdir(parents=True)
+    """Scenes as `folder/images` and `folder/objects.json`; the path of the latter; once."""
+    path = folder / "objects.json"
+    if path.is_file():
+        return path
+    (folder / "images").mkdir(parents=True, exist_ok=True)
     images, annotations = [], []
     for seed in seeds:
         scene = shapes.make_scene(seed, SIDE, SIDE)
@@ -85,7 +90,6 @@ def write_coco(folder: Path, seeds: range) -> Path:
                 }
             )
     categories = [{"id": number, "name": name} for number, name in enumerate(shapes.NAMES, 1)]
-    path = folder / "objects.json"
     path.write_text(
         json.dumps({"images": images, "annotations": annotations, "categories": categories})
     )
@@ -143,6 +147,8 @@ def run(task: str, given: argparse.Namespace, output: Path, place: Path):
         seed=given.seed,
         workers=0,
         head="keep",
+        checkpoint_steps=50,
+        resume=True,
     )
     result = finetune_dense(model, train, val, config, views=VIEWS[task], data_name="made scenes")
     return result.model, {
@@ -181,7 +187,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--held-out", type=int, default=100)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--runs", type=Path, help="keep the runs' folders here")
+    parser.add_argument("--runs", type=Path, help="keep the runs here, and continue what is there")
     parser.add_argument("--record", type=Path, help="JSON lines file to append to")
     parser.add_argument("--pictures", type=Path, help="folder for pictures of results")
     given = parser.parse_args()
@@ -189,8 +195,8 @@ def main() -> None:
         torch.set_num_threads(given.threads)
     for task in SCENES if given.task == "all" else [given.task]:
         with tempfile.TemporaryDirectory() as place:
-            output = (given.runs or Path(place) / "runs") / task
-            model, record = run(task, given, output, Path(place) / "data")
+            root = (given.runs or Path(place)) / task
+            model, record = run(task, given, root / "run", root / "data")
         line = json.dumps(record)
         print(line)
         if given.record:

@@ -6,15 +6,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from golden_fill import picture
 from golden_fill_dense import BOX_SEED, MASK_SEED, fill_dense, noise
 from tolerances import MODEL, TOLERANCES, close
 
 from natcupy.zoo.dense import create_dense_model
 from natcupy.zoo.dense.anchors import base_anchors
+from natcupy.zoo.dense.bbox_heads import BBoxHead
 
 FOLDER = Path(__file__).parent / "goldens"
 DTYPES = (torch.float32, torch.float64)
+BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
 
 
 @lru_cache
@@ -81,3 +84,27 @@ def test_base_anchors():
     stored = torch.from_numpy(golden("mask_rcnn_nat_mini")["base_anchors"])
     ours = torch.stack([base_anchors(stride) for stride in (4, 8, 16, 32, 64)])
     assert torch.equal(ours.to(stored.dtype), stored)
+
+
+def by_hand(x, state):
+    """The cascade's box head, written out from its checkpoint's tensors."""
+    for number in range(4):
+        x = F.conv2d(x, state[f"shared_convs.{number}.conv.weight"], padding=1)
+        bn = {k: state[f"shared_convs.{number}.bn.{k}"][:, None, None] for k in BATCH_NORM}
+        x = (x - bn["running_mean"]) / (bn["running_var"] + 1e-5).sqrt() * bn["weight"] + bn["bias"]
+        x = x.clamp(min=0)
+    x = x.reshape(len(x), -1)  # channels, then rows, then columns
+    x = (x @ state["shared_fcs.0.weight"].T + state["shared_fcs.0.bias"]).clamp(min=0)
+    return [x @ state[f"{name}.weight"].T + state[f"{name}.bias"] for name in ("fc_cls", "fc_reg")]
+
+
+def test_cascade_heads():
+    """No stored outputs: the heads against the description, at the released sizes."""
+    head = fill_dense(BBoxHead(256, 1024, 1, 4, 80, (0.033, 0.033, 0.067, 0.067))).double().eval()
+    x = noise(BOX_SEED, 8, 256, 7, 7).double()
+    with torch.no_grad():
+        ours = head(x)
+    assert [tuple(each.shape) for each in ours] == [(8, 81), (8, 320)]
+    for each, true in zip(ours, by_hand(x, head.state_dict()), strict=True):
+        assert true.abs().max() > 0.1
+        close(each, true, torch.float64)

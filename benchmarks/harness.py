@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import record, report, timing
 from benchmarks.roofline import Roofline, measure_roofline
-from benchmarks.timing import measure
+from benchmarks.timing import Timing, measure, measure_together
 
 DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
 Say = Callable[[str], None]
@@ -37,8 +37,9 @@ def row(
     moved: int | None,
     seconds: float,
     error: float | None = None,
+    timed: tuple[Timing, float] | Exception | None = None,
 ) -> dict[str, Any]:
-    """One row: times and rates of `run`, or `why_not` it did not."""
+    """One row: times and rates of `run`, or `why_not` it did not; `timed` if that is done."""
     made: dict[str, Any] = {
         "case": case,
         "way": way,
@@ -47,17 +48,23 @@ def row(
         "dtype": str(dtype).removeprefix("torch."),
         "why_not": why_not,
         "error": error,
-        **dict.fromkeys(("ms", "host_ms", "gb_s", "tflop_s", "share", "peak_bytes", "timing")),
+        **dict.fromkeys(
+            ("ms", "ratio", "host_ms", "gb_s", "tflop_s", "share", "peak_bytes", "timing")
+        ),
     }
     if run is None or why_not is not None:
         return made
     try:
-        timing = measure(run, device, seconds)
+        timed = timed or (measure(run, device, seconds), None)
     except (RuntimeError, NotImplementedError, torch.OutOfMemoryError) as failure:
-        return made | {"why_not": reason(failure)}
+        timed = failure
+    if isinstance(timed, Exception):
+        return made | {"why_not": reason(timed)}
+    timing, ratio = timed
     ms = timing.median
     return made | {
         "ms": ms,
+        "ratio": ratio,
         "host_ms": timing.host,
         "gb_s": None if moved is None else moved / ms / 1e6,
         "tflop_s": flops / ms / 1e9,
@@ -65,6 +72,16 @@ def row(
         "peak_bytes": timing.peak_bytes,
         "timing": timing.as_dict(),
     }
+
+
+def together(asked: list[dict[str, Any]], device: torch.device, seconds: float) -> list[dict]:
+    """A row for each set of arguments of `row`; on a CPU their runs are timed side by side."""
+    able = [one for one in asked if one.get("run") is not None and one.get("why_not") is None]
+    if device.type == "cpu":
+        found = measure_together([one["run"] for one in able], seconds)
+        for one, timed in zip(able, found, strict=True):
+            one["timed"] = timed
+    return [row(**one, device=device, seconds=seconds) for one in asked]
 
 
 def reason(failure: BaseException) -> str:

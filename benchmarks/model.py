@@ -98,45 +98,57 @@ def rows(
     macs = count_macs(model.config, case.size, case.size).plain
     found, truth = [], _reference(model, images[:1])
     for training in (False,) if forward_only else (False, True):
+        common = {
+            "case": f"{case.label}, batch {batch}",
+            "step": PASSES[training],
+            "dtype": dtype,
+            "roofline": roofline,
+            "moved": None,
+        }
+        passes = 3 if training else 1
+        step = _training_step if training else _inference
+        asked = []
+        model.train(training)
         for way in ways:
-            model.train(training)
             with attending(model, way):
                 why_not, error = _try(way, model, images, training, truth)
-                step = _training_step if training else _inference
-                made = harness.row(
-                    f"{case.label}, batch {batch}", way.name, way.exact, PASSES[training], dtype,
-                    run=step(model, images), why_not=why_not, device=device, roofline=roofline,
-                    flops=2 * macs * batch * (3 if training else 1), moved=None, seconds=seconds,
-                    error=error,
-                )  # fmt: skip
-            found.append(made)
-            model.zero_grad(set_to_none=True)
-        found.append(
-            _swin_row(
-                swin,
-                f"{case.label}, batch {batch}",
-                images,
-                training,
-                device,
-                dtype,
-                roofline,
-                seconds,
+            asked.append(
+                common
+                | {
+                    "way": way.name,
+                    "exact": way.exact,
+                    "run": _attending(model, way, step(model, images)),
+                    "why_not": why_not,
+                    "flops": 2 * macs * batch * passes,
+                    "error": error,
+                }
             )
-        )
+        asked.append(common | _swin(swin, images, step, training))
+        found += harness.together(asked, device, seconds)
+        model.zero_grad(set_to_none=True)
     return found
 
 
-def _swin_row(swin, label, images, training, device, dtype, roofline, seconds) -> dict[str, Any]:
-    run, why_not = None, swin if isinstance(swin, str) else None
+def _attending(model: nn.Module, way: Way, run):
+    def both():
+        with attending(model, way):
+            return run()
+
+    return both
+
+
+def _swin(swin: nn.Module | str, images: Tensor, step, training: bool) -> dict[str, Any]:
+    why_not = swin if isinstance(swin, str) else None
     if why_not is None and tuple(images.shape[2:]) != (224, 224):
         why_not = "it takes 224 x 224 pictures only"
-    if why_not is None:
-        run = (_training_step if training else _inference)(swin.train(training), images)
-    flops = int(2 * 4.5e9) * len(images) * (3 if training else 1)  # Swin (2103.14030), table 1
-    return harness.row(
-        label, f"timm {SWIN}", False, PASSES[training], dtype, run=run, why_not=why_not,
-        device=device, roofline=roofline, flops=flops, moved=None, seconds=seconds,
-    )  # fmt: skip
+    return {
+        "way": f"timm {SWIN}",
+        "exact": False,
+        "run": None if why_not else step(swin.train(training), images),
+        "why_not": why_not,
+        # Swin (arXiv 2103.14030), table 1
+        "flops": int(2 * 4.5e9) * len(images) * (3 if training else 1),
+    }
 
 
 def _reference(model: nn.Module, image: Tensor) -> Tensor:

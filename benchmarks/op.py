@@ -52,19 +52,29 @@ def rows(
     tensors = case.tensors(dtype, device)
     found = []
     for backward in (False,) if forward_only else (False, True):
+        asked = []
         for way in ways:
             why_not = way.why_not(tensors["query"], case.hood, tensors["rpb"], backward)
             run, error = None, None
             if why_not is None:
                 run = _step(way, case, tensors) if backward else _forward(way, case, tensors)
                 error, why_not = _error(way, case, dtype, device, truth)
-            made = harness.row(
-                case.label, way.name, way.exact, PASSES[backward], dtype,
-                run=run, why_not=why_not, device=device, roofline=roofline,
-                flops=case.flops(backward), moved=case.bytes(dtype, backward),
-                seconds=seconds, error=error,
-            )  # fmt: skip
-            found.append(made)
+            asked.append(
+                {
+                    "case": case.label,
+                    "way": way.name,
+                    "exact": way.exact,
+                    "step": PASSES[backward],
+                    "dtype": dtype,
+                    "run": run,
+                    "why_not": why_not,
+                    "roofline": roofline,
+                    "flops": case.flops(backward),
+                    "moved": case.bytes(dtype, backward),
+                    "error": error,
+                }
+            )
+        found += harness.together(asked, device, seconds)
     return found
 
 

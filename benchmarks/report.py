@@ -46,7 +46,8 @@ def speed(record: dict[str, Any]) -> str:
         f'matrix product {roof["peak"] / 1e12:,.2f} TFLOP/s. "Of peak" and "of copy" are the '
         "shares of these that useful operations and fewest possible bytes reach. Peak MB counts "
         "what torch allocates for a call, results included. Ways marked * compute something else "
-        "of similar cost.",
+        "of similar cost. Times: the median, over rounds of one call each, of a way's time in "
+        "times that of natcupy's backend for the device.",
     ]
     for case in dict.fromkeys(row["case"] for row in record["rows"]):
         for step in dict.fromkeys(row["pass"] for row in record["rows"]):
@@ -62,13 +63,25 @@ def speed(record: dict[str, Any]) -> str:
 
 
 def _speed_table(rows: Sequence[dict[str, Any]], roof: dict[str, Any]) -> str:
-    headings = ("way", "ms", "host ms", "GB/s", "TFLOP/s", "of copy", "of peak", "peak MB", "error")
+    headings = (
+        "way",
+        "ms",
+        "times",
+        "host ms",
+        "GB/s",
+        "TFLOP/s",
+        "of copy",
+        "of peak",
+        "peak MB",
+        "error",
+    )
     ran = sorted((r for r in rows if r["ms"] is not None), key=lambda r: r["ms"])
     not_run = [r for r in rows if r["ms"] is None]
     cells = [
         (
             r["way"] + ("" if r["exact"] else " *"),
             f"{r['ms']:.3f}",
+            _number(r.get("ratio"), ".2f"),
             f"{r['host_ms']:.3f}",
             _number(r["gb_s"], ".1f"),
             _number(r["tflop_s"], ".3f"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -18,6 +18,7 @@ from natcupy.cpu import launch
 
 WARM_UP = 3  # calls before anything is timed, fewer where they are slow
 LEAST, MOST = 3, 200  # timed calls
+LEAST_ROUNDS = 5  # of runs that are timed together
 CPU_CACHE = 64 << 20  # bytes written to empty a CPU's caches
 
 
@@ -124,12 +125,55 @@ def _gpu_times(run, device: torch.device, seconds: float) -> tuple[list[float], 
     return [start.elapsed_time(end) for start, end in queued], host
 
 
+def measure_together(
+    runs: Sequence[Callable[[], object]], seconds: float
+) -> list[tuple[Timing, float] | Exception]:
+    """Time several runs on a CPU, one call of each after the other, round by round.
+
+    Neighbours on the machine so disturb all of them alike. Out, for each: its `Timing` and the
+    median over the rounds of its time in times that of the first run; or what it failed with.
+    """
+    failed: dict[int, Exception] = {}
+    first, peaks = {}, {}
+    for i, run in enumerate(runs):
+        begun = time.perf_counter()
+        try:
+            run()
+            first[i] = (time.perf_counter() - begun) * 1e3
+            peaks[i] = _cpu_peak(run)
+        except (RuntimeError, NotImplementedError) as failure:
+            failed[i] = failure
+    alive = [i for i in range(len(runs)) if i not in failed]
+    flush = torch.empty(CPU_CACHE, dtype=torch.int8)
+    times: dict[int, list[float]] = {i: [] for i in alive}
+    begun, rounds = time.perf_counter(), 0
+    while rounds < LEAST_ROUNDS or time.perf_counter() - begun < seconds * len(alive):
+        for i in alive:
+            times[i].append(_cpu_time(runs[i], flush, rounds))
+        rounds += 1
+    found: list[tuple[Timing, float] | Exception] = []
+    for i in range(len(runs)):
+        if i in failed:
+            found.append(failed[i])
+            continue
+        low, middle, high = statistics.quantiles(times[i], n=4, method="inclusive")
+        timing = Timing(middle, low, high, middle, first[i], rounds, peaks[i])
+        pairs = zip(times[i], times[alive[0]], strict=True)
+        found.append((timing, statistics.median(mine / other for mine, other in pairs)))
+    return found
+
+
 def _cpu_times(run, device: torch.device, seconds: float) -> tuple[list[float], list[float]]:
     flush = torch.empty(CPU_CACHE, dtype=torch.int8)
     times, begun = [], time.perf_counter()
     while len(times) < MOST and (len(times) < LEAST or time.perf_counter() - begun < seconds):
-        flush.fill_(len(times) % 100)
-        before = _cpu_clock()
-        run()
-        times.append((_cpu_clock() - before) * 1e3)
+        times.append(_cpu_time(run, flush, len(times)))
     return times, times
+
+
+def _cpu_time(run, flush: torch.Tensor, number: int) -> float:
+    """Milliseconds of one call with empty caches."""
+    flush.fill_(number % 100)
+    before = _cpu_clock()
+    run()
+    return (_cpu_clock() - before) * 1e3

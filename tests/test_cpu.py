@@ -302,6 +302,19 @@ def test_own_pool_equals_torchs_team(any_size, monkeypatch):
     assert torch.equal(attend(STRIPES, inputs), expected)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads as Linux lists them")
+def test_no_threads_beside_torchs(any_size):
+    if threads._openmp() is None:
+        pytest.skip("torch's OpenMP runtime cannot be reached here")
+    inputs = tensors(STRIPES, torch.float32)
+    torch.set_num_threads(3)
+    torch.randn(300, 300) @ torch.randn(300, 300)
+    torch.randn(1 << 18).exp()  # wakes the whole team
+    before = len(os.listdir("/proc/self/task"))
+    attend(STRIPES, inputs)
+    assert len(os.listdir("/proc/self/task")) == before
+
+
 def _child(inputs, connection):
     connection.send_bytes(attend(STRIPES, inputs).numpy().tobytes())
 

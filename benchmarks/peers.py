@@ -262,7 +262,7 @@ def _windows(query, key, value, hood, scale, rpb):
 def _natten(query, key, value, hood, scale, rpb):
     import natten
 
-    if hasattr(natten, f"na{hood.rank}d_qk"):
+    if _has_halves(hood.rank):
         return natten_by_halves(query, key, value, hood, scale, rpb)
     run = getattr(natten, f"na{hood.rank}d")
     return run(
@@ -283,12 +283,16 @@ def _natten_missing() -> str | None:
     return None
 
 
+def _has_halves(rank: int) -> bool:
+    """True up to 0.17."""
+    return hasattr(importlib.import_module("natten.functional"), f"na{rank}d_qk")
+
+
 def _natten_why_not(query, hood, rpb, backward):
     missing = _natten_missing()
     if missing is not None:
         return missing
-    halves = hasattr(importlib.import_module("natten"), f"na{hood.rank}d_qk")
-    if halves:
+    if _has_halves(hood.rank):
         if any(s > 1 for s in hood.stride):
             return "this release has no stride"
         if query.device.type == "cpu" and query.dtype not in (torch.float32, torch.float64):

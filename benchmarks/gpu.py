@@ -143,15 +143,15 @@ def dry_stages(made: dict[str, Any], work: Path, path: Path) -> list[Stage]:
     answers = ("--interpreter", "--json", str(work / "questions.json"))
     op = path.with_name(f"op-{path.stem}.json")
     return [
-        Stage("questions", ((*python, "benchmarks.questions", *answers),), 120),
+        Stage("questions", ((*python, "benchmarks.questions", *answers),), 400),
         tests(
-            "numbers", work, [NUMBERS], 120, select="simulated and long_axes", workers=0, mark=""
+            "numbers", work, [NUMBERS], 400, select="simulated and long_axes", workers=0, mark=""
         ),
         Stage(
             "speed of the operation",
             ((*python, "benchmarks.op", "--device", "cpu", "--case", "level 4", "--batch", "1",
               "--way", "natcupy torch", "--forward-only", "--seconds", "0.01", "--no-plot",
-              "--out", str(op)),), 120,
+              "--out", str(op)),), 400,
         ),
     ]  # fmt: skip
 

@@ -78,9 +78,9 @@ def step_of(state):
 
 
 # One process imports once, then forks a child for each run of each group, one group after another.
-# A run may be killed without warning when its checkpoint has reached a step.
+# A run may be killed without warning, at a step of its checkpoint or after some time.
 NURSERY = """
-import json, os, signal, sys, tempfile, time, traceback
+import json, math, os, signal, sys, tempfile, time, traceback
 import torch
 torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
@@ -97,6 +97,9 @@ def begin(run, words):
     status = 1
     try:
         os.environ.update(run["environment"])
+        if run["sharded"]:
+            import sharding
+            sharding.on_gloo(int(os.environ["WORLD_SIZE"]))
         settings = config(run["output"], **run["changes"])
         natcupy.train.finetuning.finetune(tiny(), run["data"], None, settings)
         status = 0
@@ -108,11 +111,13 @@ def begin(run, words):
 
 def tend(run, child):
     state = Path(run["output"]) / "checkpoint" / "state.json"
-    while run["kill"] is not None:
+    begun = time.monotonic()
+    while run["kill"] is not None or run["after"] is not None:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             return status
-        if step_of(state) >= run["kill"]:
+        reached = run["kill"] is not None and step_of(state) >= run["kill"]
+        if reached or time.monotonic() - begun > (run["after"] or math.inf):
             os.kill(child, signal.SIGKILL)
             break
         time.sleep(0.003)
@@ -131,20 +136,20 @@ print(json.dumps(results))
 """
 
 
-def a_run(data, output, changes, kill=None, **environment):
-    """One run, for `in_children`; killed when its checkpoint is of step `kill`."""
+def a_run(data, output, changes, kill=None, after=None, sharded=False, **environment):
+    """One run, for `in_children`; killed at step `kill` of its checkpoint, or after seconds."""
     return {"data": str(data), "output": str(output), "changes": changes, "kill": kill,
-            "environment": environment}  # fmt: skip
+            "after": after, "sharded": sharded, "environment": environment}  # fmt: skip
 
 
-def together(processes, data, output, changes):
+def together(processes, data, output, changes, **more):
     """The same run in several processes that train together."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     return [
         a_run(data, output, changes, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank),
-              LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
+              LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), **more)
         for rank in range(processes)
     ]  # fmt: skip
 

@@ -48,6 +48,7 @@ def shared(stripes, tmp_path_factory):
     """Runs of one and of two processes, and what they ended with."""
     place = tmp_path_factory.mktemp("shared")
     settings = {"epochs": 4, "ema_decay": 0.9, "checkpoint_steps": 3}
+    pieces = {**settings, "batch_size": 4, "channels_last": False}
     odd = five_held_out(stripes, place / "odd")
     (place / "taken").mkdir()
     (place / "taken" / "mine.txt").write_text("keep")
@@ -56,6 +57,8 @@ def shared(stripes, tmp_path_factory):
         together(2, stripes, place / "2", {**settings, "batch_size": 4}),
         together(2, odd, place / "five", {"epochs": 1}),
         together(2, stripes, place / "taken", {}),
+        together(2, stripes, place / "sharded", pieces, sharded=True, kill=7),
+        together(2, stripes, place / "sharded", {**pieces, "resume": True}, sharded=True),
     )
     return place, results
 
@@ -84,6 +87,16 @@ def test_two_processes_train_as_one(shared):
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-4)
     assert "2 processes" in (place / "2" / "model" / "README.md").read_text()
+
+
+def test_a_sharded_run(shared):
+    """Killed and continued on shards, two processes reach what two with whole copies reach."""
+    place, results = shared
+    assert all(code for code, _ in results[4])
+    assert [code for code, _ in results[5]] == [0, 0], results[5]
+    whole, pieces = (weights(place / name) for name in ("2", "sharded"))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(pieces[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_an_odd_number_of_held_out_pictures(shared):

@@ -118,7 +118,7 @@ class TrainConfig:
         mixed_precision: "no", "fp16" (GPUs) or "bf16".
         fsdp: shard parameters, gradients and optimizer over the processes (GPUs).
         grad_checkpointing: recompute activations in the backward pass: less memory, more time.
-        channels_last: keep convolutions' weights in channels-last memory.
+        channels_last: keep convolutions' weights in channels-last memory; not while sharded.
         head: "auto" keeps the classifier if its label names are those of the data, else makes a
             fresh one; "keep" insists on keeping it, "fresh" on a new one.
         image_size: side of the pictures, in pixels; None for the model's own.

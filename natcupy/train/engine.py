@@ -116,7 +116,8 @@ class _Engine:
                     f"{type(model).__name__}. Leave it out."
                 )
             model.set_grad_checkpointing(True)
-        if config.channels_last:
+        # torch's FSDP takes contiguous parameters only.
+        if config.channels_last and "FSDP" not in str(accelerator.distributed_type):
             model.to(memory_format=torch.channels_last)
         optimizer = make_optimizer(model, config)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)

@@ -122,11 +122,14 @@ class Average:
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
         """The model has the average for weights inside."""
-        with torch.no_grad():
-            kept = [p.detach().clone() for p in self._live]
-            torch._foreach_copy_(self._live, self.values)
+        kept = [p.detach().clone() for p in self._live]
+        self._set(self.values)
         try:
             yield
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_(self._live, kept)
+            self._set(kept)
+
+    @torch.no_grad()
+    def _set(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self._live, values, strict=True):
+            parameter.copy_(value)

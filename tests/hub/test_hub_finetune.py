@@ -168,7 +168,7 @@ def test_a_wrapped_model_keeps_its_head(shades, tmp_path):
     peft = library("peft")
     base = natcupy.from_pretrained("nat-digits")
     lora = peft.get_peft_model(base, peft.LoraConfig(target_modules=r".*\.attn\.qkv"))
-    with pytest.raises(ConfigError, match="got 10 for 2 classes"):
+    with pytest.raises(ConfigError, match=r"got 10 for 2 classes\. Load the model"):
         finetune(lora, shades, None, config(tmp_path / "run"))
     with pytest.raises(TrainError, match="got Linear"):
         finetune(torch.nn.Linear(1, 1), shades, None, config(tmp_path / "run"))

@@ -45,7 +45,7 @@ ROOMS_OF = {  # package: the only rooms that may import it
     "pyarrow": ("natcupy.inference.tables",),
     "sklearn": ("natcupy.digits",),
     "matplotlib": ("natcupy.digits", "natcupy.train.plots"),
-    "accelerate": ("natcupy.train.engine",),
+    "accelerate": ("natcupy.train.machine",),
     "timm": ("natcupy.timm", "natcupy.train.timm_parts"),
     "transformers": ("natcupy.transformers",),
 }

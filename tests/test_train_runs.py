@@ -284,3 +284,25 @@ def test_precisions_that_need_a_gpu(stripes, tmp_path):
         with pytest.raises(TrainError, match=match):
             finetune(tiny(), stripes, None, config(tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_the_command(stripes, tmp_path, capsys):
+    """From words to a model that classifies; JSON alone on stdout; errors in one line."""
+    from natcupy.cli import main
+
+    words = ["finetune", str(stripes), "--model", "nat-digits", "--output", str(tmp_path / "run"),
+             "--epochs", "1", "--workers", "0", "--lr", "1e-3", "--kernel-size", "5"]  # fmt: skip
+    assert main([*words, "--json"]) == 0
+    said = capsys.readouterr()
+    told = json.loads(said.out)
+    assert told["scores"].keys() == {"val_loss", "val_accuracy"} and "epoch 1/1" in said.err
+    assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["kernel_size"] == 5
+    picture = str(stripes / "down" / "00.png")
+    assert main(["classify", picture, "--model", str(tmp_path / "run" / "model"), "--json"]) == 0
+    assert "slanted" in capsys.readouterr().out
+    assert main(words) == 1
+    assert "holds a run already" in capsys.readouterr().err
+    assert main([*words[:4], "--output", str(tmp_path / "x"), "--recipe", "nat-in1"]) == 2

@@ -1,7 +1,8 @@
 """`natcupy finetune`: pictures and a model become a finetuned model's folder.
 
-In: DATA, a model, a recipe and numbers over it. Out: the folder of the run; on stdout a line per
-epoch and what came out. Under `torchrun` or `accelerate launch` all processes do this together.
+In: DATA, a model, a recipe and numbers over it. Out: the folder of the run; on stderr a line per
+epoch, on stdout what came out. Under `torchrun` or `accelerate launch` all processes do this
+together.
 """
 
 from __future__ import annotations

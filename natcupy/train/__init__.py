@@ -4,10 +4,10 @@
     result = finetune(model, split.train, split.val, TrainConfig(output="runs/flowers", epochs=10))
 
 The rooms: `config` and `recipes` hold the numbers, `task` says what a model is trained for
-(`classification` is the first), `engine` is the loop on `accelerate`, `optimizer`, `loaders`,
-`augment`, `timm_parts` and `randomness` are its parts, `loading` fits a model to the data,
-`checkpoint` and `run` write to disk, `plots` draws, `finetuning` puts it together. Needs the extra
-"train".
+(`classification` is the first), `engine` is the loop on accelerate, with `machine`, `optimizer`,
+`loaders`, `augment`, `timm_parts` and `randomness` as its parts; `loading` fits a model to the
+data, `checkpoint` and `run` write to disk, `plots` draws, `finetuning` puts it together. Needs the
+extra "train".
 """
 
 from __future__ import annotations

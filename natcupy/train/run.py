@@ -103,7 +103,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 class Bar:
-    """A line that says how it goes: loss, accuracy, items per second, time left."""
+    """A line on stderr that says how it goes: loss, accuracy, items per second, time left."""
 
     def __init__(self, config: TrainConfig, done: int, steps: int, shown: bool) -> None:
         from tqdm import tqdm
@@ -125,9 +125,9 @@ class Bar:
     def say(self, text: str) -> None:
         """A line above the bar."""
         if self.wanted:
-            self._bar.write(text)
+            self._bar.write(text, file=sys.stderr)
         else:
-            print(text, flush=True)
+            print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leave the line as it is."""

@@ -458,6 +458,13 @@ def test_resuming_gives_the_same_bytes(model, tmp_path, seven, monkeypatch, suff
         (tmp_path / f"{out.name}.run.json").unlink()
 
 
+def test_a_kill_while_the_folder_is_made_leaves_nothing_in_the_end(model, tmp_path, seven):
+    (tmp_path / "out.csv.parts.0123.tmp").mkdir()
+    (tmp_path / "out.csv.parts.0123.tmp" / "settings.json").write_text("{")
+    predict(model, seven, tmp_path / "out.csv", resume=True, **SETTINGS)
+    assert sorted(os.listdir(tmp_path)) == ["data", "out.csv", "out.csv.run.json"]
+
+
 def test_only_what_is_missing_is_done_again(model, tmp_path, seven, monkeypatch):
     out = tmp_path / "out.csv"
     interrupted(model, seven, out, 3, monkeypatch, **SETTINGS)

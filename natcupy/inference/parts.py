@@ -197,12 +197,19 @@ class Run:
         return True
 
     def _join(self, join: Callable[[Iterator[Path], IO[bytes]], Any]) -> None:
+        self._sweep()
         pieces = (self.folder / str(number) for number in range(self.count))
         self._put(self.out, lambda file: join(pieces, file))
         text = json.dumps({"settings": self.settings, "bad": self._bad()}, indent=1)
         self._put(self.record, lambda file: file.write(text.encode()))
         sync_folder(self.out.parent)
         self._put(self.folder / JOINED, lambda file: None)
+
+    def _sweep(self) -> None:
+        """Remove what a kill in `_create` left beside the folder; nobody creates it any more."""
+        for path in self.out.parent.iterdir():
+            if path.name.startswith(f"{self.folder.name}.") and path.name.endswith(".tmp"):
+                shutil.rmtree(path, ignore_errors=True)
 
     def _bad(self) -> Bad:
         parts = (self.folder / f"{number}.bad" for number in range(self.count))

@@ -290,3 +290,26 @@ def test_what_is_not_decayed():
     names = on_meta("upernet_nat_mini", **TINY).no_weight_decay()
     assert "backbone.norm0.weight" in names and "backbone.levels.0.blocks.0.attn.rpb" in names
     assert not any(".bn." in name for name in names)
+
+
+def test_the_zoo_knows_the_names():
+    from natcupy import zoo
+
+    assert zoo.upernet_nat_tiny is DENSE_MODELS["upernet_nat_tiny"]
+    assert not hasattr(zoo, "upernet_nat_huge") and not hasattr(zoo, "nat_huge")
+    with torch.device("meta"):
+        model = zoo.create_model("Mask-RCNN-NAT-Mini", num_classes=2)
+    assert model.name == "mask_rcnn_nat_mini" and model.num_classes == 2
+    assert zoo.is_model("cascade-mask-rcnn-dinat-s-tiny") and not zoo.is_model("upernet_nat_huge")
+    tasks = {task: zoo.list_models(task=task) for task in ("segmentation", "detection")}
+    assert {task: len(names) for task, names in tasks.items()} == {
+        "segmentation": 13,
+        "detection": 21,
+    }
+    assert {name for names in tasks.values() for name in names} == set(DENSE_MODELS)
+    assert zoo.list_models("mask-rcnn-dinat*", task="detection")[0] == "mask_rcnn_dinat_mini"
+    assert zoo.list_models(task="detection", pretrained=True) == []
+    with pytest.raises(ValueError, match="nearest are upernet_nat_tiny"):
+        zoo.create_model("upernet-nat-tny")
+    with pytest.raises(ValueError, match="task must be one of"):
+        zoo.list_models(task="sewing")

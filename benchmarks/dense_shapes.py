@@ -43,8 +43,8 @@ BACKBONE = {
     "mlp_ratio": 2.0,
     "drop_path_rate": 0.0,
 }
-SCENES = {"segmentation": 3200, "detection": 1600}
-EPOCHS = {"segmentation": 4, "detection": 2}
+SCENES = {"segmentation": 3200, "detection": 800}
+EPOCHS = {"segmentation": 4, "detection": 3}
 RATES = {"segmentation": 2e-3, "detection": 1.5e-3}
 BATCH = {"segmentation": 8, "detection": 4}
 

@@ -111,6 +111,7 @@ def test_segmentation_learns_and_leaves_a_folder(maps, tmp_path):
     scene = make_scene(100, SIDE, SIDE).pixels
     assert torch.equal(again.predict(scene).labels, result.model.predict(scene).labels)
     card = (result.folder / "model/README.md").read_text()
+    assert "stochastic depth" in card and "label smoothing" not in card
     assert "Mean IoU" in card and "image-segmentation" in card and "made scenes" in card
     # the score is what the saved model does on the held-out pictures
     from natcupy.zoo.dense.metrics import confusion, mean_iou

@@ -195,6 +195,13 @@ def finetune_dense(
     )
 
 
+def _regular(model: DenseModel, config: TrainConfig) -> str:
+    """In plain words, for the card."""
+    text = f"stochastic depth {model.config.backbone.drop_path_rate:g}"
+    text += f", clipping at {config.clip_grad:g}" if config.clip_grad else ""
+    return text + (f", weight average {config.ema_decay:g}" if config.ema_decay else "")
+
+
 def _check_data(model: nn.Module, train_data: Any, val_data: Any) -> None:
     kind = getattr(getattr(model, "config", None), "task", None)
     wanted = {"segmentation": LabelledMaps, "detection": CocoPictures}.get(kind)
@@ -237,7 +244,7 @@ def _finished(
     )
     if not trained.main:
         return result
-    told = told_of(trained, task, config, data_name)
+    told = told_of(trained, task, config, data_name) | {"regularisation": _regular(kept, config)}
     plots.curves(trained.history, task.shown, trained.folder / CURVES_PNG)
     task.finish(kept, trained.folder, trained.scores, trained.found, told)
     if push:

@@ -1,6 +1,6 @@
 // Backward for small 2-D windows on tensor cores, keys at rest: d_key and d_value. What na_bwd_dkv
 // computes, with the fragments of na2d_small_fwd turned round: rows of a fragment are keys, a step
-// is 16 of the queries that see them, which the inverse windows name.
+// is some of the queries that see them, which the inverse windows name.
 //
 // A block stages queries and output gradients of all queries that see its tile of keys, with their
 // log-sum-exp and delta. With grouped heads it walks all query heads of its keys' head, one after
@@ -8,6 +8,7 @@
 
 #include "common.cuh"
 #include "neighborhood.cuh"
+#include "products.cuh"
 #include "small.cuh"
 
 struct Params {
@@ -51,7 +52,6 @@ na2d_small_bwd_dkv(const __grid_constant__ Params p) {
     const int from = inverse_window(least(column0, width - 1), width, KW).begin;
     const int to = inverse_window(least(column0 + 7, width - 1), width, KW).end;
     const float scale = (float)p.scale * (float)LOG2_E;
-    const Grid keys(p.key, g, item, head), values(p.value, g, item, head);
     const unsigned table = shared_address(tables) + role.head * BIASES * 4;
     const unsigned lse_here = shared_address(known) + role.head * 2 * tokens * 4;
     const unsigned here = staged + 2 * role.head * tensor_bytes(g);
@@ -64,15 +64,14 @@ na2d_small_bwd_dkv(const __grid_constant__ Params p) {
         Left key, value;
         float d_key[D / 8][4], d_value[D / 8][4];
         if (mine) {
-            Chunk k[2][BANDS], v[2][BANDS];
+            const Grid keys(p.key, g, item, head), values(p.value, g, item, head);
+            Chunk k[2][PIECES], v[2][PIECES];
 #pragma unroll
-            for (int side = 0; side < 2; ++side)
-#pragma unroll
-                for (int b = 0; b < BANDS; ++b) {
-                    const int skip = b * 32 + c * 8, down = two ? row + side : row;
-                    k[side][b] = read_global(keys.at(down, near) + skip);
-                    v[side][b] = read_global(values.at(down, near) + skip);
-                }
+            for (int side = 0; side < 2; ++side) {
+                const bool there = side == 0 || two;
+                read_row(keys.at(row + side, near), c, there, k[side]);
+                read_row(values.at(row + side, near), c, there, v[side]);
+            }
             key.set(k[0], k[1], g.zero);
             value.set(v[0], v[1], g.zero);
         }
@@ -108,11 +107,11 @@ na2d_small_bwd_dkv(const __grid_constant__ Params p) {
             const int end = inverse_window(two ? row + 1 : row, height, KH).end;
 #pragma unroll 1
             for (int begin = from; begin < to; begin += COLUMNS) {
-                const int at = least(begin, left + g.pitch - COLUMNS);  // 16 staged columns
-                unsigned biases[4];
+                const int at = least(begin, left + g.pitch - COLUMNS);  // all of them staged
+                unsigned biases[OWN];
 #pragma unroll
-                for (int x = 0; x < 4; ++x) {
-                    const int query = at + x / 2 * 8 + c * 2 + x % 2;
+                for (int x = 0; x < OWN; ++x) {
+                    const int query = at + own_column(x, c);
                     const Interval seen = window(query, width, KW);
                     const bool sees = query >= begin && query < width && near >= seen.begin &&
                                       near < seen.end;
@@ -121,24 +120,25 @@ na2d_small_bwd_dkv(const __grid_constant__ Params p) {
                 unsigned skip = (first - top) * line;
                 unsigned scalars = lse_here + ((first - top) * g.pitch + at - left + c * 2) * 4;
                 const unsigned rows_at = here + row_offset(at - left, role.lane);
-                const unsigned across =
-                    here + transposed_offset(at - left, role.lane, DENSE ? line : 8 * ROW);
-                const unsigned last_across = here + transposed_offset(at - left, role.lane, 0);
+                const Across across = Across(at - left, role.lane, block_bytes(g)) + here;
 #pragma unroll 1
-                for (int i = first; i < end; i += DENSE ? 2 : 1) {
-                    unsigned weights[2][2], ds[2][2];
-                    const bool half = DENSE && i + 1 >= end;
+                for (int i = first; i < end; i += EACH) {
+                    const int blocks = step_blocks(i, end);
+                    const unsigned next = blocks < STEP ? 0 : block_bytes(g);
+                    float t[STEP][4], d[STEP][4];
+                    scores(t, key, rows_at + skip, next);
+                    scores(d, value, rows_at + tensor_bytes(g) + skip, next);
+                    key.renew(g.zero);
+                    value.renew(g.zero);
+                    Weights<STEP> weights, ds;
 #pragma unroll
-                    for (int h = 0; h < 2; ++h) {
-                        const int query = DENSE ? i + h : i;
-                        weights[h][0] = weights[h][1] = ds[h][0] = ds[h][1] = 0;
-                        if (DENSE && h == 1 && half) continue;
+                    for (int h = 0; h < STEP; ++h) {
+                        const int query = PAIRED ? i + h : i;
+                        weights.clear(h);
+                        ds.clear(h);
+                        if (h >= blocks) continue;
                         const Interval seen = window(query, height, KH);
-                        const unsigned step = DENSE ? h * line : h * 8 * ROW;
-                        const unsigned scalar = scalars + (DENSE ? h * g.pitch : h * 8) * 4;
-                        float t[4], d[4];
-                        scores(t, key, rows_at + skip + step);
-                        scores(d, value, rows_at + tensor_bytes(g) + skip + step);
+                        const unsigned scalar = scalars + h * (PAIRED ? g.pitch : 8) * 4;
 #pragma unroll
                         for (int side = 0; side < 2; ++side) {
                             if (!(row + side >= seen.begin && row + side < seen.end)) continue;
@@ -147,21 +147,21 @@ na2d_small_bwd_dkv(const __grid_constant__ Params p) {
 #pragma unroll
                             for (int e = 0; e < 2; ++e) {
                                 const float bias =
-                                    read_float(biases[DENSE ? e : 2 * h + e] + distance);
-                                x[e] = exp_2(t[2 * side + e] * scale + bias -
+                                    read_float(biases[PAIRED ? e : 2 * h + e] + distance);
+                                x[e] = exp_2(t[h][2 * side + e] * scale + bias -
                                              read_float(scalar + e * 4));
-                                y[e] = x[e] * (d[2 * side + e] -
+                                y[e] = x[e] * (d[h][2 * side + e] -
                                                read_float(scalar + (tokens + e) * 4));
                             }
-                            weights[h][side] = pair(scalar_t(), x[0], x[1]);
-                            ds[h][side] = pair(scalar_t(), y[0], y[1]);
+                            weights.set(h, side, x[0], x[1]);
+                            ds.set(h, side, y[0], y[1]);
                         }
                     }
-                    accumulate(d_value, weights,
-                               (half ? last_across : across) + tensor_bytes(g) + skip, half);
-                    accumulate(d_key, ds, (half ? last_across : across) + skip, half);
-                    skip += DENSE ? 2 * line : line;
-                    scalars += g.pitch * (DENSE ? 8 : 4);
+                    accumulate(scalar_t(), d_value, weights, across + (tensor_bytes(g) + skip), block_bytes(g),
+                               blocks);
+                    accumulate(scalar_t(), d_key, ds, across + skip, block_bytes(g), blocks);
+                    skip += EACH * line;
+                    scalars += EACH * g.pitch * 4;
                 }
             }
         }

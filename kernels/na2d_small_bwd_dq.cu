@@ -11,6 +11,7 @@
 
 #include "common.cuh"
 #include "neighborhood.cuh"
+#include "products.cuh"
 #include "small.cuh"
 
 struct Params {
@@ -30,68 +31,123 @@ struct Params {
     acc_t* partial;  // [blocks per head, heads, 2 * kernel_size - 1 per axis]
 };
 
-struct Sums {  // what a warp holds of the bias gradient
-    float bias[KH + 1][DENSE ? 2 : 4];
-    int distance;   // from the first query row to its window
-    int column[4];  // this lane's columns of the table
+// What a warp holds of the bias gradient: for every row of the table that a pair of rows meets this
+// lane's numbers, in registers if the loop over rows is straight code, else in shared memory.
+struct Sums {
+    enum { ROWS = KH + 1, HELD = UNROLLED == 1 ? 0 : ROWS };
+    float held[HELD + 1][OWN];
+    unsigned lane_at;  // [row][pair of numbers][lane]
+    int distance;      // from the first query row to its window
+    int column[OWN];   // this lane's columns of the table
+
+    __device__ __forceinline__ unsigned at(int row, int x) const {
+        return lane_at + (row * OWN + x) * 128;
+    }
+    __device__ __forceinline__ void read(int row, float (&sum)[OWN]) const {
+#pragma unroll
+        for (int x = 0; x < OWN; x += 2) {
+            if (HELD) {
+                sum[x] = held[row * !!HELD][x];
+                sum[x + 1] = held[row * !!HELD][x + 1];
+            } else {
+                asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                    : "=f"(sum[x]), "=f"(sum[x + 1]) : "r"(at(row, x)));
+            }
+        }
+    }
+    __device__ __forceinline__ void write(int row, const float (&sum)[OWN]) {
+#pragma unroll
+        for (int x = 0; x < OWN; x += 2) {
+            if (HELD) {
+                held[row * !!HELD][x] = sum[x];
+                held[row * !!HELD][x + 1] = sum[x + 1];
+            } else {
+                asm volatile("st.shared.v2.f32 [%0], {%1, %2};"
+                    :: "r"(at(row, x)), "f"(sum[x]), "f"(sum[x + 1]));
+            }
+        }
+    }
+    __device__ __forceinline__ void add(int row, const float (&y)[OWN]) {
+        float sum[OWN];
+        read(row, sum);
+#pragma unroll
+        for (int x = 0; x < OWN; ++x) sum[x] += y[x];
+        write(row, sum);
+    }
+    __device__ __forceinline__ void clear() {
+        const float zero[OWN] = {};
+#pragma unroll
+        for (int row = 0; row < ROWS; ++row) write(row, zero);
+    }
 };
 
 // d_query of a pair of rows into `out`, its dS into `sums`.
-template <int STAGGER>
 __device__ __forceinline__ void attend(
-    const SmallGeometry& g, const Left& query, const Left& d_out, unsigned keys, unsigned values,
-    unsigned across, unsigned last_across, const unsigned (&biases)[4], float scale,
-    const float (&lse)[2], const float (&delta)[2], float (&out)[D / 8][4], Sums& sums) {
-    constexpr int ROWS = KH + STAGGER, STEPS = DENSE ? (KH + 1) / 2 : ROWS;
+    const SmallGeometry& g, Left& query, Left& d_out, unsigned keys, unsigned values,
+    Across across, const unsigned (&biases)[OWN], float scale, const float (&lse)[2],
+    const float (&delta)[2], bool staggered, float (&out)[D / 8][4], Sums& sums) {
     const unsigned line = g.pitch * ROW;
 #pragma unroll
     for (int j = 0; j < D / 8; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e) out[j][e] = 0;
-    float bias[4];  // of the second query's next row: the first query's row before it
+    float bias[OWN];  // of the second query's next row: the first query's row before it
 #pragma unroll
-    for (int x = 0; x < 4; ++x) bias[x] = STAGGER ? 0 : read_float(biases[x]);
+    for (int x = 0; x < OWN; ++x) bias[x] = read_float(biases[x]);
+    float before[OWN] = {};  // the first query's dS of the row before, which has the same bias
+#pragma unroll UNROLLED
+    for (int i = 0; i < SEEN; i += EACH) {
+        if (i == KH && !staggered) break;
+        const int blocks = step_blocks(i, SEEN);
+        float t[STEP][4], d[STEP][4];
+        scores(t, query, keys, blocks < STEP ? 0 : block_bytes(g));
+        scores(d, d_out, values, blocks < STEP ? 0 : block_bytes(g));
+        query.renew(g.zero);
+        d_out.renew(g.zero);
+        Weights<STEP> ds;
+        float both[OWN];  // dS that share biases
 #pragma unroll
-    for (int i = 0; i < STEPS; ++i) {
-        unsigned ds[2][2];
-        bool half = false;
+        for (int h = 0; h < STEP; ++h) {
+            const int row = PAIRED ? i + h : i, x = PAIRED ? 0 : 2 * h;
+            ds.clear(h);
+            if (row >= SEEN) continue;
+            float next[2] = {0, 0};
+            if (row < KH)
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const int row = DENSE ? 2 * i + h : i;
-            ds[h][0] = ds[h][1] = 0;
-            half = row >= ROWS;
-            if (row >= ROWS) continue;
-            float t[4], d[4];
-            scores(t, query, keys + (DENSE ? h * line : h * 8 * ROW));
-            scores(d, d_out, values + (DENSE ? h * line : h * 8 * ROW));
-            float next[2];
+                for (int e = 0; e < 2; ++e)
+                    next[e] = read_float(biases[x + e] + (row + 1) * (BIAS_PITCH * 4));
 #pragma unroll
-            for (int e = 0; e < 2; ++e)
-                next[e] = row < KH ? read_float(biases[DENSE ? e : 2 * h + e] +
-                                                (row + 1) * (BIAS_PITCH * 4)) : 0.0f;
+            for (int e = 0; e < 2; ++e) both[x + e] = before[x + e];
+            if (row > 0 || !staggered) {
+                float y[2];
 #pragma unroll
-            for (int side = 0; side < 2; ++side)
-                if (side == 0 ? row < KH : row >= STAGGER) {
-                    float x[2];
-#pragma unroll
-                    for (int e = 0; e < 2; ++e) {
-                        const int at = DENSE ? e : 2 * h + e;
-                        const float b = side == 0 ? next[e] : bias[at];
-                        const float weight = exp_2(t[2 * side + e] * scale + b - lse[side]);
-                        x[e] = weight * (d[2 * side + e] - delta[side]);
-                        if (RPB_GRAD) sums.bias[side == 0 ? row + 1 : row][at] += x[e];
-                    }
-                    ds[h][side] = pair(scalar_t(), x[0], x[1]);
+                for (int e = 0; e < 2; ++e) {
+                    const float weight = exp_2(t[h][2 + e] * scale + bias[x + e] - lse[1]);
+                    y[e] = weight * (d[h][2 + e] - delta[1]);
+                    both[x + e] += y[e];
                 }
+                ds.set(h, 1, y[0], y[1]);
+            }
 #pragma unroll
-            for (int e = 0; e < 2; ++e) bias[DENSE ? e : 2 * h + e] = next[e];
+            for (int e = 0; e < 2; ++e) before[x + e] = 0;
+            if (row < KH) {
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    const float weight = exp_2(t[h][e] * scale + next[e] - lse[0]);
+                    before[x + e] = weight * (d[h][e] - delta[0]);
+                }
+                ds.set(h, 0, before[x], before[x + 1]);
+            }
+#pragma unroll
+            for (int e = 0; e < 2; ++e) bias[x + e] = next[e];
+            if (RPB_GRAD && (PAIRED || h == STEP - 1)) sums.add(row, both);
         }
-        accumulate(out, ds, half ? last_across : across, half);
-        keys += DENSE ? 2 * line : line;
-        values += DENSE ? 2 * line : line;
-        across += DENSE ? 2 * line : line;
-        last_across += 2 * line;
+        accumulate(scalar_t(), out, ds, across, block_bytes(g), blocks);
+        keys += EACH * line;
+        values += EACH * line;
+        across += EACH * line;
     }
+    if (RPB_GRAD && !staggered) sums.add(KH, before);
 }
 
 // Registers to the warp's table, lanes of one column in order.
@@ -99,19 +155,18 @@ __device__ __forceinline__ void flush(Sums& sums, float* table, int lane) {
 #pragma unroll 1
     for (int turn = 0; turn < 8; ++turn) {
         if (lane / 4 == turn)
+#pragma unroll UNROLLED
+            for (int row = 0; row < Sums::ROWS; ++row) {
+                float sum[OWN];
+                sums.read(row, sum);
 #pragma unroll
-            for (int j = 0; j <= KH; ++j)
-#pragma unroll
-                for (int x = 0; x < (DENSE ? 2 : 4); ++x)
+                for (int x = 0; x < OWN; ++x)
                     if (sums.column[x] != NO_BIAS)
-                        table[(sums.distance + KH - 1 + j) * BIAS_PITCH + sums.column[x]] +=
-                            sums.bias[j][x];
+                        table[(sums.distance + KH - 1 + row) * BIAS_PITCH + sums.column[x]] += sum[x];
+            }
         __syncwarp();
     }
-#pragma unroll
-    for (int j = 0; j <= KH; ++j)
-#pragma unroll
-        for (int x = 0; x < (DENSE ? 2 : 4); ++x) sums.bias[j][x] = 0;
+    sums.clear();
 }
 
 extern "C" __global__ void __launch_bounds__(256, 1)
@@ -130,13 +185,12 @@ na2d_small_bwd_dq(const __grid_constant__ Params p) {
     const float scale = (float)p.scale * (float)LOG2_E;
     const int c = role.lane % 4;
     Sums sums;
-#pragma unroll
-    for (int j = 0; j <= KH; ++j)
-#pragma unroll
-        for (int x = 0; x < (DENSE ? 2 : 4); ++x) sums.bias[j][x] = 0;
+    sums.lane_at = shared_address(tables + (g.heads_here + role.warps) * BIASES) +
+                   role.warp * (Sums::ROWS * OWN * 128) + role.lane * 8;
+    if (RPB_GRAD) sums.clear();
     sums.distance = 0;
 #pragma unroll
-    for (int x = 0; x < 4; ++x) sums.column[x] = NO_BIAS;
+    for (int x = 0; x < OWN; ++x) sums.column[x] = NO_BIAS;
 
     for (int n = blockIdx.x / teams; n < p.items; n += gridDim.x / teams) {
         SmallItem item;
@@ -156,21 +210,17 @@ na2d_small_bwd_dq(const __grid_constant__ Params p) {
         const int begin =
             least(window(active ? column0 : 0, width, KW).begin, left + g.pitch - COLUMNS);
         const Interval seen = window(near, width, KW);
-        int bias_column[4];
+        int bias_column[OWN];
 #pragma unroll
-        for (int x = 0; x < 4; ++x) {
-            const int key = begin + x / 2 * 8 + c * 2 + x % 2;
+        for (int x = 0; x < OWN; ++x) {
+            const int key = begin + own_column(x, c);
             const bool sees = key >= seen.begin && key < seen.end;
             bias_column[x] = sees ? rpb_index(key, near, KW) : (int)NO_BIAS;
         }
         const unsigned table = shared_address(tables) + role.head * BIASES * 4;
         const unsigned offset = staged + 2 * role.head * tensor_bytes(g);
         const unsigned keys = offset + row_offset(begin - left, role.lane);
-        const unsigned across =
-            offset + transposed_offset(begin - left, role.lane, DENSE ? line : 8 * ROW);
-        const unsigned last_across = offset + transposed_offset(begin - left, role.lane, 0);
-        const Grid queries(p.query, g, item, head), outs(p.out, g, item, head);
-        const Grid d_outs(p.d_out, g, item, head), d_queries(p.d_query, g, item, head);
+        const Across across = Across(begin - left, role.lane, block_bytes(g)) + offset;
         const long long image = (item.batch * g.heads + head) * g.length[0] * g.length[1];
         copies_done();
         __syncthreads();
@@ -180,27 +230,29 @@ na2d_small_bwd_dq(const __grid_constant__ Params p) {
         for (int row = row0 + 2 * role.split; row <= last; row += 2 * g.splits) {
             const int from = window(row, height, KH).begin;
             const bool two = row + 1 < height;
-            Chunk q[2][BANDS], d[2][BANDS];
+            const Grid queries(p.query, g, item, head), outs(p.out, g, item, head);
+            const Grid d_outs(p.d_out, g, item, head), d_queries(p.d_query, g, item, head);
+            Chunk q[2][PIECES], d[2][PIECES], o[PIECES];
             float lse[2], delta[2];
 #pragma unroll
             for (int side = 0; side < 2; ++side) {
-                const int down = two ? row + side : row;
+                const bool there = side == 0 || two;
+                read_row(queries.at(row + side, near), c, there, q[side]);
+                read_row(d_outs.at(row + side, near), c, there, d[side]);
+                read_row(outs.at(row + side, near), c, there, o);
                 delta[side] = 0;
 #pragma unroll
-                for (int b = 0; b < BANDS; ++b) {
-                    const int skip = b * 32 + c * 8;
-                    q[side][b] = read_global(queries.at(down, near) + skip);
-                    d[side][b] = read_global(d_outs.at(down, near) + skip);
-                    float x[8], y[8];
-                    widen(d[side][b], x);
-                    widen(read_global(outs.at(down, near) + skip), y);
+                for (int n = 0; n < PIECES; ++n) {
+                    float x[CHUNK], y[CHUNK];
+                    widen(d[side][n], x);
+                    widen(o[n], y);
 #pragma unroll
-                    for (int e = 0; e < 8; ++e) delta[side] += x[e] * y[e];
+                    for (int e = 0; e < CHUNK; ++e) delta[side] += x[e] * y[e];
                 }
                 delta[side] = sum_of_quad(delta[side]);
-                const long long token = image + item.token(g, down, near);
-                const bool real = column < width && (side == 0 || two);
-                if (p.d_lse) delta[side] -= p.d_lse[token];
+                const long long token = image + item.token(g, row + side, near);
+                const bool real = column < width && there;
+                if (p.d_lse && real) delta[side] -= p.d_lse[token];
                 if (real && c == 0) p.delta[token] = delta[side];
                 // Rows that are not there weigh nothing.
                 lse[side] = real ? p.lse[token] * (float)LOG2_E : -minus_infinity();
@@ -209,27 +261,24 @@ na2d_small_bwd_dq(const __grid_constant__ Params p) {
             if (RPB_GRAD) {
                 bool other = distance != sums.distance;
 #pragma unroll
-                for (int x = 0; x < (DENSE ? 2 : 4); ++x) other |= bias_column[x] != sums.column[x];
+                for (int x = 0; x < OWN; ++x) other |= bias_column[x] != sums.column[x];
                 if (__any_sync(0xFFFFFFFFu, other)) flush(sums, own, role.lane);
                 sums.distance = distance;
 #pragma unroll
-                for (int x = 0; x < 4; ++x) sums.column[x] = bias_column[x];
+                for (int x = 0; x < OWN; ++x) sums.column[x] = bias_column[x];
             }
-            unsigned biases[4];
+            unsigned biases[OWN];
 #pragma unroll
-            for (int x = 0; x < 4; ++x)
+            for (int x = 0; x < OWN; ++x)
                 biases[x] = table + (bias_column[x] + (distance + KH - 1) * BIAS_PITCH) * 4;
             Left query, d_out;
             query.set(q[0], q[1], g.zero);
             d_out.set(d[0], d[1], g.zero);
             const unsigned skip = (from - top) * line;
             float out[D / 8][4];
-            if (!DENSE && two && window(row + 1, height, KH).begin != from)
-                attend<1>(g, query, d_out, keys + skip, keys + tensor_bytes(g) + skip,
-                          across + skip, 0, biases, scale, lse, delta, out, sums);
-            else
-                attend<0>(g, query, d_out, keys + skip, keys + tensor_bytes(g) + skip,
-                          across + skip, last_across + skip, biases, scale, lse, delta, out, sums);
+            const bool staggered = !DENSE && two && window(row + 1, height, KH).begin != from;
+            attend(g, query, d_out, keys + skip, keys + tensor_bytes(g) + skip, across + skip,
+                   biases, scale, lse, delta, staggered, out, sums);
 #pragma unroll
             for (int side = 0; side < 2; ++side)
                 store_row(d_queries.at(row + side, near), out, side, (float)p.scale, c,

@@ -3,8 +3,8 @@
 // A block of threads stages keys and values that a tile of queries sees, once. A warp owns blocks
 // of 8 query columns and walks down pairs of rows; the fragment of a pair meets one step of keys
 // at a time. Two consecutive windows begin 0 or 1 rows apart, so a pair is either aligned (KH rows
-// of keys) or staggered (KH + 1, the first and last of which only one query row sees): which rows
-// are seen is a matter of loop bounds, never of masks. Columns are masked by the bias table, where
+// of keys) or staggered (KH + 1, the first and last of which only one query row sees): rows that are
+// not seen are skipped, never masked. Columns are masked by the bias table, where
 // a pair that does not see each other finds minus infinity.
 //
 // The softmax is exact and streamed: weights are 2^(t - peak), where `peak` is the largest score of
@@ -16,6 +16,7 @@
 
 #include "common.cuh"
 #include "neighborhood.cuh"
+#include "products.cuh"
 #include "small.cuh"
 
 struct Params {
@@ -33,13 +34,11 @@ struct Sums {  // of a pair of rows
     float out[D / 8][4], peak[2], total[2];
 };
 
-// Fragment `query` against the keys at `keys`, values at `values`; `biases` are this lane's four
-// columns of the table, at the row before the first query's first.
-template <int STAGGER>
+// Fragment `query` against the keys at `keys`, values at `values`; `biases` are this lane's columns
+// of the table, at the row before the first query's first.
 __device__ __forceinline__ void attend(
-    const SmallGeometry& g, const Left& query, unsigned keys, unsigned values, unsigned last_values,
-    const unsigned (&biases)[4], float scale, Sums& sums) {
-    constexpr int ROWS = KH + STAGGER, STEPS = DENSE ? (KH + 1) / 2 : ROWS;
+    const SmallGeometry& g, Left& query, unsigned keys, Across values,
+    const unsigned (&biases)[OWN], float scale, bool staggered, Sums& sums) {
     const unsigned line = g.pitch * ROW;
     float (&peak)[2] = sums.peak, (&total)[2] = sums.total;
     peak[0] = peak[1] = -1e30f;  // finite: a table may hold minus infinity
@@ -48,21 +47,24 @@ __device__ __forceinline__ void attend(
     for (int j = 0; j < D / 8; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e) sums.out[j][e] = 0;
-    float bias[4];  // of the second query's next row: the first query's row before it
+    float bias[OWN];  // of the second query's next row: the first query's row before it
 #pragma unroll
-    for (int x = 0; x < 4; ++x) bias[x] = STAGGER ? 0 : read_float(biases[x]);
+    for (int x = 0; x < OWN; ++x) bias[x] = read_float(biases[x]);
+#pragma unroll UNROLLED
+    for (int i = 0; i < SEEN; i += EACH) {
+        if (i == KH && !staggered) break;
+        const int blocks = step_blocks(i, SEEN);
+        float t[STEP][4], high[2] = {-1e30f, -1e30f};
+        scores(t, query, keys, blocks < STEP ? 0 : block_bytes(g));
+        query.renew(g.zero);
 #pragma unroll
-    for (int i = 0; i < STEPS; ++i) {
-        float t[2][4], high[2] = {-1e30f, -1e30f};
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const int row = DENSE ? 2 * i + h : i;
-            if (row >= ROWS) continue;
-            scores(t[h], query, keys + (DENSE ? h * line : h * 8 * ROW));
+        for (int h = 0; h < STEP; ++h) {
+            const int row = PAIRED ? i + h : i;
+            if (row >= SEEN) continue;
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-                const int x = DENSE ? e : 2 * h + e;
-                if (row >= STAGGER) {
+                const int x = PAIRED ? e : 2 * h + e;
+                if (row > 0 || !staggered) {
                     t[h][2 + e] = t[h][2 + e] * scale + bias[x];
                     high[1] = fmaxf(high[1], t[h][2 + e]);
                 }
@@ -73,7 +75,7 @@ __device__ __forceinline__ void attend(
                 }
             }
         }
-        if (i <= STAGGER ||
+        if (i == 0 ||
             __any_sync(0xFFFFFFFFu, high[0] > peak[0] + 8 || high[1] > peak[1] + 8)) {
             float factor[2];
 #pragma unroll
@@ -91,32 +93,29 @@ __device__ __forceinline__ void attend(
                     for (int e = 0; e < 4; ++e) sums.out[j][e] *= factor[e / 2];
             }
         }
-        unsigned weights[2][2];
-        bool half = false;
+        Weights<STEP> weights;
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const int row = DENSE ? 2 * i + h : i;
-            weights[h][0] = weights[h][1] = 0;
-            half = row >= ROWS;
+        for (int h = 0; h < STEP; ++h) {
+            const int row = PAIRED ? i + h : i;
+            weights.clear(h);
 #pragma unroll
             for (int side = 0; side < 2; ++side)
-                if (row < ROWS && (side == 0 ? row < KH : row >= STAGGER)) {
+                if (side == 0 ? row < KH : row < SEEN && (row > 0 || !staggered)) {
                     const float a = exp_2(t[h][2 * side] - peak[side]);
                     const float b = exp_2(t[h][2 * side + 1] - peak[side]);
                     total[side] += a + b;
-                    weights[h][side] = pair(scalar_t(), a, b);
+                    weights.set(h, side, a, b);
                 }
         }
-        accumulate(sums.out, weights, half ? last_values : values, half);
-        keys += DENSE ? 2 * line : line;
-        values += DENSE ? 2 * line : line;
-        last_values += 2 * line;
+        accumulate(scalar_t(), sums.out, weights, values, block_bytes(g), blocks);
+        keys += EACH * line;
+        values += EACH * line;
     }
     total[0] = sum_of_quad(total[0]);
     total[1] = sum_of_quad(total[1]);
 }
 
-extern "C" __global__ void __launch_bounds__(256, D == 32 ? 2 : 1)
+extern "C" __global__ void __launch_bounds__(FLOATS ? 192 : 256, D == 32 && !(FLOATS && BLOCKS == 3) ? 2 : 1)
 na2d_small_fwd(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) unsigned char shared[];
     const SmallGeometry& g = p.geometry;
@@ -145,23 +144,18 @@ na2d_small_fwd(const __grid_constant__ Params p) {
     const int begin =
         least(window(active ? column0 : 0, width, KW).begin, left + g.pitch - COLUMNS);
     const Interval seen = window(near, width, KW);
-    unsigned offsets[4];
+    unsigned offsets[OWN];
 #pragma unroll
-    for (int x = 0; x < 4; ++x) {
-        const int key = begin + x / 2 * 8 + c * 2 + x % 2;
+    for (int x = 0; x < OWN; ++x) {
+        const int key = begin + own_column(x, c);
         const bool sees = key >= seen.begin && key < seen.end;
         offsets[x] = 4 * (role.head * BIASES + (sees ? rpb_index(key, near, KW) : (int)NO_BIAS));
     }
     const Grid queries(p.query, g, item, head), outs(p.out, g, item, head);
-    Chunk first[BANDS], second[BANDS];
+    Chunk first[PIECES], second[PIECES];
     const auto load = [&](int row) {
-        const scalar_t* a = queries.at(least(row, height - 1), near) + c * 8;
-        const scalar_t* b = queries.at(least(row + 1, height - 1), near) + c * 8;
-#pragma unroll
-        for (int n = 0; n < BANDS; ++n) {
-            first[n] = read_global(a + 32 * n);
-            second[n] = read_global(b + 32 * n);
-        }
+        read_row(queries.at(row, near), c, row < height, first);
+        read_row(queries.at(row + 1, near), c, row + 1 < height, second);
     };
     load(row0 + 2 * role.split);
     copies_done();
@@ -171,31 +165,28 @@ na2d_small_fwd(const __grid_constant__ Params p) {
     const unsigned line = g.pitch * ROW, table = shared_address(tables);
     const unsigned keys = staged + 2 * role.head * tensor_bytes(g) +
                           row_offset(begin - left, role.lane);
-    const unsigned values_here = staged + (2 * role.head + 1) * tensor_bytes(g);
-    const unsigned values =
-        values_here + transposed_offset(begin - left, role.lane, DENSE ? line : 8 * ROW);
-    const unsigned last_values = values_here + transposed_offset(begin - left, role.lane, 0);
+    const Across values = Across(begin - left, role.lane, block_bytes(g)) +
+                          (staged + (2 * role.head + 1) * tensor_bytes(g));
     const float scale = (float)p.scale * (float)LOG2_E;
     float* lse = p.lse + (item.batch * g.heads + head) * g.length[0] * g.length[1];
 
+    constexpr bool AHEAD = !FLOATS;  // the next rows travel while these are worked on
 #pragma unroll 1
     for (int row = row0 + 2 * role.split; row <= last; row += 2 * g.splits) {
         const int from = window(row, height, KH).begin;
         const bool two = row + 1 < height;
+        if (!AHEAD && row >= row0 + 2 * g.splits) load(row);
         Left query;
         query.set(first, second, g.zero);
-        if (row + 2 * g.splits <= last) load(row + 2 * g.splits);
-        unsigned biases[4];
+        if (AHEAD && row + 2 * g.splits <= last) load(row + 2 * g.splits);
+        unsigned biases[OWN];
 #pragma unroll
-        for (int x = 0; x < 4; ++x)
+        for (int x = 0; x < OWN; ++x)
             biases[x] = table + offsets[x] + (from - row + KH - 1) * (BIAS_PITCH * 4);
         const unsigned skip = (from - top) * line;
         Sums sums;
-        if (!DENSE && two && window(row + 1, height, KH).begin != from)
-            attend<1>(g, query, keys + skip, values + skip, 0, biases, scale, sums);
-        else
-            attend<0>(g, query, keys + skip, values + skip, last_values + skip, biases, scale,
-                      sums);
+        const bool staggered = !DENSE && two && window(row + 1, height, KH).begin != from;
+        attend(g, query, keys + skip, values + skip, biases, scale, staggered, sums);
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
             const bool write = column < width && (side == 0 || two);

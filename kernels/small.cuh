@@ -1,18 +1,13 @@
-// Tensor cores for small 2-D windows: fragments, asynchronous copies and the walk of a block.
+// Tensor cores for small 2-D windows: the walk of a block over a map, and what it stages.
 //
-// The prelude gives
-//   SCALAR         F16 or BF16 (before sm_80 only F16)
-//   HEAD_DIM       32 or 64, of keys and values alike
-//   KERNEL_HEIGHT, KERNEL_WIDTH  1 to 9
-//   DENSE          1 where every dilation group is exactly one window: KERNEL_WIDTH <= 8, one tile
+// The prelude gives, beside what products.cuh asks for,
+//   KERNEL_HEIGHT, KERNEL_WIDTH  1 to 13
+//   DENSE          1 where every dilation group is exactly one window: one tile, no mask
 //
 // One fragment is 2 rows x 8 columns of tokens: lane 4 g + c of a warp holds column g of both rows,
-// and of their neighbours the columns 2 c and 2 c + 1 of two blocks of 8. Of a row of the halo
-// those two blocks are 16 consecutive columns; in a dense group, which fits one block of 8, they
-// are two rows. One such step feeds one k16 product.
-//
-// Staged rows are swizzled in chunks of 16 bytes, so that both ways to read them are free of bank
-// conflicts: `read_chunk` (a row per lane quad) and `read_transposed` (one chunk of 8 rows).
+// and of their neighbours the columns 2 c and 2 c + 1 of every block of 8. A step is as many
+// consecutive columns of one row of the halo as the windows of 8 neighbours span: one to three
+// blocks. In a dense group that fits one block of 8, a step is two rows.
 //
 // A fragment mixes 16 rows in one product: a NaN or infinity in a staged row can reach every query
 // of the fragments that load it, also those whose window it is not in.
@@ -33,230 +28,35 @@ struct SmallGeometry {
 };
 
 enum {
-    D = HEAD_DIM,
     KH = KERNEL_HEIGHT,
     KW = KERNEL_WIDTH,
-    ROW = 2 * D,          // bytes of a staged row
-    CHUNKS = D / 8,       // 16-byte chunks of a row
-    BANDS = D / 32,       // a lane holds one chunk of every 32 numbers
-    COLUMNS = DENSE ? 8 : 16,           // columns of one step
+    BLOCKS = (KW + (DENSE ? 7 : 14)) / 8,  // of 8 columns, of one row of a step
+    PAIRED = DENSE && BLOCKS == 1,         // a step is two rows
+    STEP = PAIRED ? 2 : BLOCKS,            // blocks of a step
+    COLUMNS = 8 * BLOCKS,
+    OWN = 2 * BLOCKS,                      // columns of a row that a lane holds
+    EACH = PAIRED ? 2 : 1,                 // rows of a step
+    SEEN = DENSE ? KH : KH + 1,            // rows that a pair of rows sees at most
+    UNROLLED = FLOATS || KH > 9 ? 1 : SEEN,  // steps of straight code: it must fit its cache
     BIAS_PITCH = (2 * KW + 3) / 4 * 4,  // numbers of a bias row: 2 KW - 1, then minus infinity
     BIAS_ROWS = 2 * KH,                 // one before the first is read for rows past the map
     BIASES = BIAS_ROWS * BIAS_PITCH,
     NO_BIAS = BIAS_PITCH - 1            // the column of pairs that do not see each other
 };
 
-static_assert(HEAD_DIM == 32 || HEAD_DIM == 64, "rows are one or two bands of 32 numbers");
-static_assert(KH >= 1 && KW >= 1 && KH <= 9 && KW <= 9, "8 windows span at most 16 columns");
-static_assert(!DENSE || KW <= 8, "a dense group is one block of 8 columns");
+static_assert(KH >= 1 && KW >= 1 && KH <= 13 && KW <= 13, "8 windows span at most 24 columns");
 
-// ---- instructions ----------------------------------------------------------------------------
+// Number x of a lane's columns of a row.
+__device__ __forceinline__ int own_column(int x, int c) { return x / 2 * 8 + c * 2 + x % 2; }
 
-__device__ __forceinline__ unsigned shared_address(const void* p) {
-    return (unsigned)__cvta_generic_to_shared(p);
+// Bytes from a block of a step to the next.
+__device__ __forceinline__ unsigned block_bytes(const SmallGeometry& g) {
+    return PAIRED ? g.pitch * ROW : 8 * ROW;
 }
 
-// 16 bytes to shared memory, or zeros; there after `copies_done`.
-__device__ __forceinline__ void copy_chunk(unsigned to, const void* from, bool real) {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-        :: "r"(to), "l"(from), "r"(real ? 16 : 0));
-#else
-    unsigned x = 0, y = 0, z = 0, w = 0;
-    if (real)
-        asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
-            : "=r"(x), "=r"(y), "=r"(z), "=r"(w) : "l"(from));
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};"
-        :: "r"(to), "r"(x), "r"(y), "r"(z), "r"(w));
-#endif
-}
-
-__device__ __forceinline__ void copies_done() {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ Chunk read_chunk(unsigned at) {
-    Chunk c;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-        : "=r"(c.word[0]), "=r"(c.word[1]), "=r"(c.word[2]), "=r"(c.word[3]) : "r"(at));
-    return c;
-}
-
-__device__ __forceinline__ float read_float(unsigned at) {
-    float x;
-    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(at));
-    return x;
-}
-
-// Four 8 x 8 blocks, transposed; lane n names row n % 8 of block n / 8.
-__device__ __forceinline__ void read_transposed(unsigned (&b)[4], unsigned at) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-        : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(at));
-}
-
-__device__ __forceinline__ Chunk read_global(const void* at) {
-    Chunk c;
-    asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
-        : "=r"(c.word[0]), "=r"(c.word[1]), "=r"(c.word[2]), "=r"(c.word[3]) : "l"(at));
-    return c;
-}
-
-#define MMA(shape_and_types, a_list, b_list) \
-    asm volatile("mma.sync.aligned." shape_and_types " {%0, %1, %2, %3}, " a_list ", " b_list \
-        ", {%0, %1, %2, %3};"
-
-// c += A B: A is 16 x 16, B 16 x 8.
-__device__ __forceinline__ void multiply(
-    F16, float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
-    unsigned b0, unsigned b1) {
-#if __CUDA_ARCH__ >= 800
-    MMA("m16n8k16.row.col.f32.f16.f16.f32", "{%4, %5, %6, %7}", "{%8, %9}")
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-#else
-    MMA("m16n8k8.row.col.f32.f16.f16.f32", "{%4, %5}", "{%6}")
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(b0));
-    MMA("m16n8k8.row.col.f32.f16.f16.f32", "{%4, %5}", "{%6}")
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a2), "r"(a3), "r"(b1));
-#endif
-}
-
-__device__ __forceinline__ void multiply(
-    BF16, float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
-    unsigned b0, unsigned b1) {
-    MMA("m16n8k16.row.col.f32.bf16.bf16.f32", "{%4, %5, %6, %7}", "{%8, %9}")
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-// Two numbers in one word, the first one low.
-__device__ __forceinline__ unsigned pair(F16, float low, float high) {
-    unsigned both;
-#if __CUDA_ARCH__ >= 800
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-#else
-    F16 a, b;
-    narrow(low, a);
-    narrow(high, b);
-    both = a.bits | (unsigned)b.bits << 16;
-#endif
-    return both;
-}
-__device__ __forceinline__ unsigned pair(BF16, float low, float high) {
-    unsigned both;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    return both;
-}
-
-__device__ __forceinline__ float sum_of_quad(float x) {
-    x += __shfl_xor_sync(0xFFFFFFFFu, x, 1);
-    return x + __shfl_xor_sync(0xFFFFFFFFu, x, 2);
-}
-__device__ __forceinline__ float max_of_quad(float x) {
-    x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 1));
-    return fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 2));
-}
-
-// ---- fragments -------------------------------------------------------------------------------
-
-// 16 rows, two of each lane's column, as the left factor of products over HEAD_DIM.
-//
-// The order of the numbers within a band of 32 is permuted, the same way left and right: lane c
-// holds numbers 8 c to 8 c + 7, so a row is read 16 bytes at a time.
-struct Left {
-    unsigned a[BANDS][2][4];
-
-    // `zero` makes every word a value of its own; otherwise ptxas keeps the words where the load
-    // put them and copies all four before every product.
-    __device__ __forceinline__ void set(
-        const Chunk (&first)[BANDS], const Chunk (&second)[BANDS], unsigned zero) {
-#pragma unroll
-        for (int n = 0; n < BANDS; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                a[n][i / 2][i % 2 * 2] = first[n].word[i] ^ zero;
-                a[n][i / 2][i % 2 * 2 + 1] = second[n].word[i] ^ zero;
-            }
-    }
-};
-
-// Where a chunk of a staged row lies in it: the swizzle depends on the column only. Columns 8 apart
-// share it; of two neighbours the chunks 0 to 3 fill different banks.
-__device__ __forceinline__ int place(int chunk, int column) {
-    const int turn = column / 2 % 4;
-    return chunk ^ (D == 32 ? turn : column % 2 * 4 + turn);
-}
-
-// Byte offset of this lane's chunk of a block of 8 columns that starts at `column`: right factors.
-__device__ __forceinline__ unsigned row_offset(int column, int lane) {
-    column += lane / 4;
-    return column * ROW + place(lane % 4, column) * 16;
-}
-
-// Byte offset of this lane's row for `read_transposed`: lanes 8 to 15 and 24 to 31 take the second
-// block of the step, `second` bytes further; lanes from 16 on the next chunk.
-__device__ __forceinline__ unsigned transposed_offset(int column, int lane, unsigned second) {
-    column += lane % 8;
-    return column * ROW + place(lane / 16, column) * 16 + (lane / 8 % 2 ? second : 0);
-}
-
-// Scores of 16 rows with the 8 staged rows at `at`.
-__device__ __forceinline__ void scores(float (&s)[4], const Left& rows, unsigned at) {
-    s[0] = s[1] = s[2] = s[3] = 0;
-#pragma unroll
-    for (int n = 0; n < BANDS; ++n) {
-        const Chunk c = read_chunk(at ^ (n * 64));
-        const auto& a = rows.a[n];
-        multiply(scalar_t(), s, a[0][0], a[0][1], a[0][2], a[0][3], c.word[0], c.word[1]);
-        multiply(scalar_t(), s, a[1][0], a[1][1], a[1][2], a[1][3], c.word[2], c.word[3]);
-    }
-}
-
-// out += weights of a step times its staged rows. With `half`, only the first block of the step is
-// there; the second is taken as zeros, whatever lies at its place.
-__device__ __forceinline__ void accumulate(
-    float (&out)[D / 8][4], const unsigned (&w)[2][2], unsigned at, bool half) {
-#pragma unroll
-    for (int j = 0; j < D / 16; ++j) {
-        unsigned b[4];
-        read_transposed(b, at ^ (j * 32));
-        multiply(scalar_t(), out[2 * j], w[0][0], w[0][1], w[1][0], w[1][1], b[0],
-                 half ? 0u : b[1]);
-        multiply(scalar_t(), out[2 * j + 1], w[0][0], w[0][1], w[1][0], w[1][1], b[2],
-                 half ? 0u : b[3]);
-    }
-}
-
-// A row of results: four lanes hold pairs of numbers of every 8; they trade them, so that each
-// stores whole chunks. All lanes take part; `write` says which rows there are.
-__device__ __forceinline__ void store_row(
-    scalar_t* row, const float (&x)[D / 8][4], int side, float factor, int c, bool write) {
-#pragma unroll
-    for (int n = 0; n < BANDS; ++n) {
-        unsigned w[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-            w[j] = pair(scalar_t(), x[4 * n + j][2 * side] * factor,
-                        x[4 * n + j][2 * side + 1] * factor);
-        // Transpose 4 x 4: first pairs of lanes, then pairs of pairs.
-#pragma unroll
-        for (int step = 1; step <= 2; ++step) {
-            const bool odd = c & step;
-#pragma unroll
-            for (int k = 0; k < 2; ++k) {
-                const int low = step == 1 ? 2 * k : k, high = low + step;
-                const unsigned got =
-                    __shfl_xor_sync(0xFFFFFFFFu, odd ? w[low] : w[high], step);
-                if (odd) w[low] = got; else w[high] = got;
-            }
-        }
-        if (write)
-            asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
-                :: "l"(row + n * 32 + c * 8), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3])
-                : "memory");
-    }
+// Blocks of the step of rows i, ...: the last of an odd number of rows is alone.
+__device__ __forceinline__ int step_blocks(int i, int rows) {
+    return PAIRED && i + 1 == rows ? 1 : STEP;
 }
 
 // ---- the walk --------------------------------------------------------------------------------
@@ -348,7 +148,7 @@ __device__ __forceinline__ void stage(
             const int chunk = x % CHUNKS, at = x / CHUNKS;
             const bool real = column + at < item.extent[1];
             copy_chunk(line + at * ROW + place(chunk, at) * 16,
-                       source + (real ? at * from.right : 0) + chunk * 8, real);
+                       source + (real ? at * from.right : 0) + chunk * CHUNK, real);
         }
     }
 }

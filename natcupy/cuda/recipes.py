@@ -36,6 +36,7 @@ class Problem:
     arch: int  # compute capability without the dot, 80 or 120
     alignment: int  # of all pointers, a power of two, at most 16
     strides: tuple[tuple[str, tuple[int, ...]], ...]  # tensor name -> (batch, *axes, head)
+    tf32: bool = False  # whether float32 products may keep 11 bits only
 
     @property
     def rank(self) -> int:

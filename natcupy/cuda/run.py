@@ -44,6 +44,13 @@ def _new_lse(query: Tensor) -> Tensor:
     return lse.movedim(1, -1)
 
 
+def _tf32_allowed() -> bool:
+    """Whether torch's own setting lets float32 matrix products on CUDA round to TF32."""
+    matmul = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", None)  # from torch 2.9 on the one that counts
+    return matmul.allow_tf32 if precision is None else precision == "tf32"
+
+
 def _problem(tensors: dict[str, Tensor | None], hood, scale: float, rpb: bool) -> plan.Problem:
     """The call in numbers; `tensors` are those with rows, inputs and results."""
     query, key, value, extra = (tensors[n] for n in ("query", "key", "value", "extra_key"))
@@ -65,6 +72,7 @@ def _problem(tensors: dict[str, Tensor | None], hood, scale: float, rpb: bool) -
         arch=jit.arch_for(query.device).capability,
         alignment=address & -address,
         strides=tuple((n, x.stride()[:-1]) for n, x in tensors.items() if x is not None),
+        tf32=query.dtype == torch.float32 and _tf32_allowed(),
     )
 
 

@@ -33,12 +33,16 @@ _SHADOW_BYTES = 1 << 26  # most memory the race maps of one batch may take
 
 @dataclass(frozen=True)
 class Checks:
-    """What is looked for. Counting memory traffic costs time and is off by default."""
+    """What is looked for. Counting memory traffic costs time and is off by default.
+
+    `truncated_sums` makes tensor cores round their float32 sums towards zero, as devices do.
+    """
 
     races: bool = True
     uninitialised: bool = True
     late_copies: bool = True
     traffic: bool = False
+    truncated_sums: bool = False
 
 
 class Blend(dict[str, np.ndarray]):

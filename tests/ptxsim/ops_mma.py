@@ -2,7 +2,8 @@
 
 In: m16n8k4 / k8 / k16 with f16, bf16 and tf32 operands and f32 or f16 sums, m8n8k4 with f64. Out:
 closures over all warps of the group at once. Products are exact, sums are float32 (or float64) in
-numpy's order: a device may differ in the last bits.
+numpy's order, or rounded towards zero if `Checks.truncated_sums` asks for it: a device may differ
+in the last bits.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from . import access
 from .barriers import whole_warps
 from .emit import put_at
 from .errors import PtxParseError
-from .numerics import bf16_to_f32, to_tf32
+from .numerics import bf16_to_f32, directed, to_tf32
 from .parse import Instruction, split_operands
 from .program import Op, Scope, opcode
 
@@ -98,9 +99,17 @@ def _accumulate(
     m: Machine, left: np.ndarray, right: np.ndarray, c: list[int], d: list[int], dt: str
 ) -> None:
     """D = A Bt' + C; thread (g, t) holds rows g and g + 8, columns 2t and 2t + 1."""
+    wide = m.checks.truncated_sums and dt == "f32"
+    if wide:
+        left, right = left.astype(np.float64), right.astype(np.float64)
     product = np.matmul(left, right.swapaxes(1, 2)).reshape(-1, 2, 8, 4, 2)
     if dt == "f32":
         old = [m.pick(m.v["f32"][s]) for s in c]
+        if wide:
+            for k, slot in enumerate(d):
+                total = product[:, k >> 1, :, :, k & 1].reshape(-1) + old[k].astype(np.float64)
+                put_at(m, "f32", slot, directed(total, "rz"))
+            return
         for k, slot in enumerate(d):
             put_at(m, "f32", slot, product[:, k >> 1, :, :, k & 1].reshape(-1) + old[k])
         return

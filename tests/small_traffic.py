@@ -1,0 +1,141 @@
+"""How many 32-byte sectors the small-window kernels must move, from the tiles of their plan alone.
+
+In: a case and an architecture. Out: sectors read and written by each kernel. A tile reads the
+tokens that it sees (or that see it) of two tensors and its own of the others, each row whole;
+beside rows there are the bias tables, and log-sum-exp and delta, 4 bytes a token, read row by row.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from math import prod
+
+from kernel_cases import Case
+from test_plan import problem
+
+from natcupy.cuda import plan, run, small
+from natcupy.neighborhood import inverse_window, window
+
+
+def sectors(addresses) -> int:
+    """Sectors that one access of a warp touches."""
+    return len({address // 32 for address in addresses})
+
+
+def plan_of(given: Case, arch: int):
+    return problem(
+        given.shape, given.hood.kernel_size, (1, 1), given.hood.dilation, (False, False),
+        dtype=run.DTYPES[given.dtype], batch=given.batch, heads=given.heads,
+        kv_heads=given.kv_heads, head_dim=given.head_dim, value_dim=given.head_dim,
+        rpb=given.rpb, arch=arch,
+    )  # fmt: skip
+
+
+def expected(given: Case, arch: int = 90) -> dict[str, tuple[int, int]]:
+    """(sectors read, sectors written) by kernel."""
+    p = plan_of(given, arch)
+    return {
+        "na2d_small_fwd": _kernel(given, p, small.FORWARD),
+        "na2d_small_bwd_dq": _kernel(given, p, small.QUERIES),
+        "na2d_small_bwd_dkv": _kernel(given, p, small.KEYS),
+    }
+
+
+def _kernel(given: Case, p, side: str) -> tuple[int, int]:
+    tile = small._tile(p, side)
+    row = given.head_dim * given.dtype.itemsize // 32
+    heads = given.kv_heads if side == small.KEYS else given.heads
+    group = given.heads // given.kv_heads if side == small.KEYS else 1
+    read = write = 0
+    for image, head, box in product(range(given.batch), range(heads), list(_boxes(given, tile))):
+        own, segments = _own(box, tile)
+        staged = _staged(given, box, side)
+        firsts = [
+            ((image * given.heads + head * group + m) * prod(given.shape)) for m in range(group)
+        ]
+        mine = sum(_scalars(given, firsts[0], *segment, 8) for segment in segments)
+        if side == small.FORWARD:
+            read += row * (own + 2 * len(staged[0]) * len(staged[1]))
+            write += row * own + mine
+        elif side == small.QUERIES:
+            read += row * (3 * own + 2 * len(staged[0]) * len(staged[1])) + 2 * mine
+            write += row * own + mine
+        else:
+            passes = group if group > 1 else 1
+            read += row * (2 * own + 2 * passes * len(staged[0]) * len(staged[1]))
+            for first in firsts:
+                read += 2 * sum(_scalars(given, first, down, staged[1], 32) for down in staged[0])
+            write += 2 * row * own
+    tables = _tables(given, p, side)
+    return read + tables[0], write + tables[1]
+
+
+def _boxes(given: Case, tile):
+    """Every tile: per axis (group, its length, first token, end), in group coordinates."""
+    steps = (tile.rows, 8 * tile.blocks)
+    axes = []
+    for length, d, step in zip(given.shape, given.hood.dilation, steps, strict=True):
+        extents = [(g, -(-(length - g) // d)) for g in range(d)]
+        axes.append([(g, n, b, min(b + step, n)) for g, n in extents for b in range(0, n, step)])
+    return product(*axes)
+
+
+def _own(box, tile):
+    """Tokens of a tile, and the runs of at most 8 columns in which warps take them."""
+    (g, _, top, bottom), (h, _, left, right) = box
+    del g, h
+    segments = [
+        (down, range(x, min(x + 8, right)))
+        for down in range(top, bottom)
+        for x in range(left, right, 8)
+    ]
+    return (bottom - top) * (right - left), [
+        (_real(box, 0, d), _reals(box, 1, x)) for d, x in segments
+    ]
+
+
+def _real(box, axis: int, position: int) -> tuple[int, int]:
+    return box[axis][0], position
+
+
+def _reals(box, axis: int, positions) -> list[tuple[int, int]]:
+    return [(box[axis][0], position) for position in positions]
+
+
+def _staged(given: Case, box, side: str):
+    """Tokens per axis that a tile sees, or that see it."""
+    sees = inverse_window if side == small.KEYS else window
+    found = []
+    for axis, ((_, n, begin, end), k) in enumerate(zip(box, given.hood.kernel_size, strict=True)):
+        found.append(_reals(box, axis, range(sees(begin, n, k)[0], sees(end - 1, n, k)[1])))
+    return found
+
+
+def _scalars(given: Case, first: int, down, columns, lanes: int) -> int:
+    """Sectors of numbers of 4 bytes, one for each of these tokens of a row."""
+    d, e = given.hood.dilation
+    line = first + (down[0] + down[1] * d) * given.shape[1]
+    at = [4 * (line + g + x * e) for g, x in columns]
+    return sum(sectors(at[i : i + lanes]) for i in range(0, len(at), lanes))
+
+
+def _tables(given: Case, p, side: str) -> tuple[int, int]:
+    """Bias tables of all blocks: read whole, and with the gradient one written."""
+    if not given.rpb:
+        return 0, 0
+    height, width = given.hood.kernel_size
+    pitch, per_head = (2 * width + 3) // 4 * 4, (2 * height - 1) * (2 * width - 1)
+    padded = [
+        4 * (down * (2 * width - 1) + x) if x < 2 * width - 1 and down >= 0 else None
+        for down in range(-1, 2 * height - 1)
+        for x in range(pitch)
+    ]
+    one = 0
+    for i in range(0, len(padded), 32):
+        one += sectors(at for at in padded[i : i + 32] if at is not None)
+    tile = small._tile(p, side)
+    if side == small.QUERIES:
+        blocks = small.query_side(p, True, plan.BLOCKS)[1]
+        written = -(-4 * per_head // 32)
+        return blocks * given.heads * one, blocks * given.heads * written
+    return tile.items * given.heads * one, 0

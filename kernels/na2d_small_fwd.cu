@@ -115,6 +115,58 @@ __device__ __forceinline__ void attend(
     total[1] = sum_of_quad(total[1]);
 }
 
+// Whether a NaN or infinity came to any row of the fragment.
+__device__ __forceinline__ bool spoilt(const Sums& sums) {
+    float sum = 0;
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum += sums.out[j][e];
+    return __any_sync(0xFFFFFFFFu, !(fabsf(sum) < -minus_infinity()));
+}
+
+// One row of the fragment key by key, in floats: a product of 16 rows would multiply what other rows
+// see by zero, and a NaN or infinity times zero is NaN. The first key of the row's window is at
+// `column` of the staged row at `keys`, its bias at `biases`. Lanes of a quad share the row.
+__device__ __forceinline__ void attend_alone(
+    const SmallGeometry& g, const Chunk (&query)[PIECES], unsigned keys, int column,
+    unsigned biases, float scale, int c, bool write, scalar_t* out, float* lse) {
+    float peak = -1e30f, total = 0, sum[PIECES][CHUNK] = {};
+#pragma unroll 1
+    for (int n = 0; n < KH * KW; ++n) {
+        const int at = column + n % KW;
+        const unsigned row = keys + n / KW * g.pitch * ROW + at * ROW;
+        float dot = 0, x[CHUNK], y[CHUNK];
+#pragma unroll
+        for (int i = 0; i < PIECES; ++i) {
+            widen(query[i], x);
+            widen(read_chunk(row + place(4 * i + c, at) * 16), y);
+#pragma unroll
+            for (int e = 0; e < CHUNK; ++e) dot += x[e] * y[e];
+        }
+        const float bias = read_float(biases + (n / KW * BIAS_PITCH + n % KW) * 4);
+        const float t = sum_of_quad(dot) * scale + bias;
+        const float high = fmaxf(peak, t), factor = exp_2(peak - high), weight = exp_2(t - high);
+        peak = high;
+        total = total * factor + weight;
+#pragma unroll
+        for (int i = 0; i < PIECES; ++i) {
+            widen(read_chunk(row + tensor_bytes(g) + place(4 * i + c, at) * 16), y);
+#pragma unroll
+            for (int e = 0; e < CHUNK; ++e) sum[i][e] = sum[i][e] * factor + weight * y[e];
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < PIECES; ++i) {
+        Chunk chunk;
+#pragma unroll
+        for (int e = 0; e < CHUNK; ++e) sum[i][e] /= total;
+        pack(scalar_t(), sum[i], chunk);
+        if (write) write_global(out + (4 * i + c) * CHUNK, chunk.word);
+    }
+    if (write && c == 0) *lse = (peak + log_2(total)) * (float)LN_2;
+}
+
 extern "C" __global__ void __launch_bounds__(FLOATS ? 192 : 256, D == 32 && !(FLOATS && BLOCKS == 3) ? 2 : 1)
 na2d_small_fwd(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) unsigned char shared[];
@@ -187,6 +239,22 @@ na2d_small_fwd(const __grid_constant__ Params p) {
         Sums sums;
         const bool staggered = !DENSE && two && window(row + 1, height, KH).begin != from;
         attend(g, query, keys + skip, values + skip, biases, scale, staggered, sums);
+        if (spoilt(sums)) {
+#pragma unroll 1
+            for (int side = 0; side < (two ? 2 : 1); ++side) {
+                const int top_row = window(row + side, height, KH).begin;
+                Chunk alone[PIECES];
+                read_row(queries.at(row + side, near), c, true, alone);
+                attend_alone(
+                    g, alone, staged + 2 * role.head * tensor_bytes(g) + (top_row - top) * line,
+                    seen.begin - left,
+                    table + 4 * (role.head * BIASES + rpb_index(seen.begin, near, KW) +
+                                 (top_row - row - side + KH) * BIAS_PITCH),
+                    scale, c, column < width, outs.at(row + side, near),
+                    lse + item.token(g, row + side, near));
+            }
+            continue;
+        }
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
             const bool write = column < width && (side == 0 || two);

@@ -9,8 +9,9 @@
 // consecutive columns of one row of the halo as the windows of 8 neighbours span: one to three
 // blocks. In a dense group that fits one block of 8, a step is two rows.
 //
-// A fragment mixes 16 rows in one product: a NaN or infinity in a staged row can reach every query
-// of the fragments that load it, also those whose window it is not in.
+// A fragment mixes 16 rows in one product: a NaN or infinity in a staged row can reach every row of
+// the fragments that load it, also those whose window it is not in. The forward kernel computes such
+// fragments again, row by row; in gradients it may spread to those rows.
 
 struct SmallGeometry {
     int length[2];    // tokens per axis

@@ -17,10 +17,11 @@ from ptxsim.errors import PtxCheckError
 from ptxsim.launcher import PtxLauncher, compile_with_natcupy
 from small_traffic import expected
 from test_kernels import Gpu, Interpreter, check, run
+from test_plan import problem
 from tolerances import close
 
-from natcupy import na2d
-from natcupy.cuda import ops, plan
+from natcupy import na2d, neighborhood
+from natcupy.cuda import ops, plan, small
 from natcupy.cuda.source import use_sources
 
 pytestmark = pytest.mark.skipif(
@@ -168,6 +169,47 @@ def test_inputs_are_not_written():
 
 
 # ------------------------------------------------------------------------------------------------
+# which calls
+
+
+def planned(**changes):
+    given = {
+        "shape": (28, 28), "kernel_size": (7, 7), "stride": (1, 1), "dilation": (1, 1),
+        "causal": (False, False), "head_dim": 32, "value_dim": 32, "dtype": "F32", "arch": 90,
+    } | changes  # fmt: skip
+    return problem(**given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dtype": "F64"}, "float16"),
+        ({"dtype": "F32", "arch": 75}, "float32 from sm_80 on"),
+        ({"dtype": "BF16", "arch": 75}, "bfloat16"),
+        ({"head_dim": 48, "value_dim": 48}, "both 32 or both 64"),
+        ({"value_dim": 64}, "both 32 or both 64"),
+        ({"kernel_size": (7, 14)}, "at most 13"),
+        ({"stride": (1, 2)}, "stride 1"),
+        ({"causal": (True, False)}, "no causal axis"),
+        ({"extras": 1}, "no additional keys"),
+        ({"alignment": 8}, "multiples of 16 bytes"),
+        ({"kernel_size": (13, 13), "head_dim": 64, "value_dim": 64, "arch": 86}, "shared memory"),
+    ],
+    ids=str,
+)
+def test_calls_they_do_not_take(changes, reason):
+    assert not small.why_not(planned())
+    assert reason in small.why_not(planned(**changes))
+
+
+def test_calls_they_should_not_take():
+    assert small.pays(planned()) and small.pays(planned(kernel_size=(13, 13), dtype="BF16"))
+    assert not small.pays(planned(kernel_size=(2, 4)))
+    wide = planned(shape=(56, 56), kernel_size=(11, 11), head_dim=64, value_dim=64)
+    assert not small.why_not(wide) and not small.pays(wide)
+
+
+# ------------------------------------------------------------------------------------------------
 # numbers at the edge
 
 
@@ -208,6 +250,29 @@ def test_bias_of_minus_infinity(engine):
     close(out.cpu()[seen], true_out[seen], F16)
     close(lse.cpu()[seen], true_lse[seen], lse.dtype)
     assert not out.cpu()[~seen].isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", [F16, F32], ids=str)
+@pytest.mark.parametrize("name", ["key", "value", "query"])
+def test_nan_reaches_its_windows_and_nothing_else(name, dtype, engine):
+    given = case("nan", (7, 11), (3, 4), "", dtype=dtype)
+    tensors = {
+        n: None if x is None else x.detach() for n, x in inputs(given, engine.device).items()
+    }
+    with engine.active():
+        right, _ = ops.attention(*list(tensors.values())[:3], given.hood, given.factor,
+                                 tensors["rpb"], None, None)  # fmt: skip
+        tensors[name] = tensors[name].clone()
+        tensors[name][0, 3, 5] = float("inf" if name == "value" else "nan")
+        out, lse = ops.attention(*list(tensors.values())[:3], given.hood, given.factor,
+                                 tensors["rpb"], None, None)  # fmt: skip
+    index, _, _ = neighborhood.neighbor_table(given.shape, given.hood, "cpu")
+    token = 3 * 11 + 5
+    seen = (index == token).any(1) if name != "query" else torch.arange(len(index)) == token
+    seen = seen.view(given.shape)
+    assert torch.equal(~out.isfinite().all(-1)[0, ..., 0].cpu(), seen)
+    close(out[0, ~seen], right[0, ~seen].cpu(), dtype)
+    assert lse[0, ~seen].isfinite().all()
 
 
 # ------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from natcupy.neighborhood import inverse_window, window
 DIMS = (32, 64)  # head_dim
 LARGEST_WINDOW = 13  # per axis: the windows of 8 neighbours span at most 24 columns
 SMALLEST_WINDOW = 9  # keys; below, most of a step of 16 columns is masked
+LARGEST_HALO = 6.0  # staged tokens per token: beyond, tiles are too small for shared memory's sake
 WARPS = 8  # of a block
 LARGEST_GRID = 2**31 - 1
 LARGEST_TABLE = 2**31 - 1  # entries of all heads' bias tables, indexed in 32 bits
@@ -77,7 +78,9 @@ def why_not(p: Problem) -> str:
 
 def pays(p: Problem) -> bool:
     """Whether the kernels are expected to beat the portable ones on `p`, which they can run."""
-    return prod(p.hood.kernel_size) >= SMALLEST_WINDOW
+    if prod(p.hood.kernel_size) < SMALLEST_WINDOW:
+        return False
+    return max(_tile(p, side).moved for side in _EXTRAS) <= LARGEST_HALO
 
 
 # ------------------------------------------------------------------------------------------------

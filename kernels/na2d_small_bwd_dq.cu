@@ -34,7 +34,7 @@ struct Params {
 // What a warp holds of the bias gradient: for every row of the table that a pair of rows meets this
 // lane's numbers, in registers if the loop over rows is straight code, else in shared memory.
 struct Sums {
-    enum { ROWS = KH + 1, HELD = UNROLLED == 1 ? 0 : ROWS };
+    enum { ROWS = KH + 1, HELD = UNROLLED == 1 ? 0 : ROWS, STRAIGHT = HELD ? HELD : 1 };
     float held[HELD + 1][OWN];
     unsigned lane_at;  // [row][pair of numbers][lane]
     int distance;      // from the first query row to its window
@@ -155,7 +155,7 @@ __device__ __forceinline__ void flush(Sums& sums, float* table, int lane) {
 #pragma unroll 1
     for (int turn = 0; turn < 8; ++turn) {
         if (lane / 4 == turn)
-#pragma unroll UNROLLED
+#pragma unroll Sums::STRAIGHT
             for (int row = 0; row < Sums::ROWS; ++row) {
                 float sum[OWN];
                 sums.read(row, sum);

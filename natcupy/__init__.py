@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         na3d_av,
         na3d_qk,
     )
+    from natcupy.graphs import graph
     from natcupy.hub import from_pretrained, push_to_hub, save_pretrained
     from natcupy.inference import evaluate, predict
     from natcupy.modules import (
@@ -41,6 +42,7 @@ _ROOMS = {
     "natcupy.modules": tuple(f"NeighborhoodAttention{rank}D" for rank in (1, 2, 3)),
     "natcupy.zoo": ("create_model", "is_model", "list_models"),
     "natcupy.hub": ("from_pretrained", "push_to_hub", "save_pretrained"),
+    "natcupy.graphs": ("graph",),
     "natcupy.warmup": ("warmup",),
     "natcupy.inference": ("evaluate", "predict"),
 }
@@ -55,6 +57,7 @@ __all__ = [
     "create_model",
     "evaluate",
     "from_pretrained",
+    "graph",
     "is_model",
     "list_models",
     "na1d",

@@ -20,6 +20,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import secrets
 import stat
 import struct
@@ -49,6 +50,7 @@ JUST_USED = 60.0  # seconds in which an entry counts as in use
 ABANDONED = 3600.0  # seconds after which a temporary file has no writer any more
 
 _MAGIC = b"natcupy1"
+_KEY = re.compile(r"[0-9a-f]{64}")
 _BODY = len(_MAGIC) + 32  # where the part under the checksum begins
 _FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
@@ -92,6 +94,7 @@ class Store:
         self._why = ""  # why binaries are not kept on disk; empty while all is well
         self._warned: dict[str, object] = {}
         self._memory: dict[str, bytes] = {}
+        self._told: dict[str, dict[str, str]] = {}  # the short ingredients of what is in memory
         self._locks: dict[tuple[int, str], threading.Lock] = {}
 
     def get_or_build(self, ingredients: Mapping[str, str], build: Callable[[], bytes]) -> bytes:
@@ -114,10 +117,44 @@ class Store:
                     self._keep(key, ingredients, image)
                 return image
 
+    def get(self, ingredients: Mapping[str, str]) -> bytes | None:
+        """The entry for `ingredients` if somebody has made it."""
+        return self._look_up(key_of(ingredients))
+
+    def find(self, **told: str) -> list[tuple[dict[str, str], bytes]]:
+        """Every entry whose ingredients hold `told`: its ingredients (the short ones) and bytes."""
+        return [(known, image) for _, known, image in self._find(told)]
+
+    def discard_all(self, **told: str) -> int:
+        """Forget every entry whose ingredients hold `told`; how many there were."""
+        found = [key for key, _, _ in self._find(told)]
+        for key in found:
+            self._drop(key)
+        return len(found)
+
+    def _find(self, told: Mapping[str, str]) -> Iterator[tuple[str, dict[str, str], bytes]]:
+        self._open()
+        for key, data in [*self._memory.items(), *self._on_disk()]:
+            held = self._told.get(key)
+            known, image = (held, data) if held is not None else _contents(key, data)
+            if image is not None and known.items() >= told.items():
+                yield key, known, image
+
+    def _on_disk(self) -> Iterator[tuple[str, bytes]]:
+        """Key and bytes of every file that may be an entry, none of them marked as used."""
+        for name, _, _ in self._files():
+            key, ending = os.path.splitext(name)
+            if ending == ".bin" and _KEY.fullmatch(key) and key not in self._memory:
+                with contextlib.suppress(OSError, _UntrustedError):
+                    yield key, _read_file(self._path(key), mark=False)
+
     def discard(self, ingredients: Mapping[str, str]) -> None:
         """Forget an entry, for instance one that its user could not load."""
-        key = key_of(ingredients)
+        self._drop(key_of(ingredients))
+
+    def _drop(self, key: str) -> None:
         self._memory.pop(key, None)
+        self._told.pop(key, None)
         self._open()
         if self._writes:
             _remove(self._path(key))
@@ -213,7 +250,7 @@ class Store:
 
     def _keep(self, key: str, ingredients: Mapping[str, str], image: bytes) -> None:
         """Put an entry in place in one step; in memory it stays only if that fails."""
-        self._memory[key] = image
+        self._told[key], self._memory[key] = _short(ingredients), image
         if not self._writes or len(image) > self._limit:
             return
         try:
@@ -224,6 +261,7 @@ class Store:
             self.give_up(f"{self._folder} cannot be written ({_reason(error)})", reads=True)
         else:
             self._memory.pop(key, None)
+            self._told.pop(key, None)
             self._trim(key + ".bin")
 
     def _put(self, key: str, data: bytes) -> None:
@@ -324,8 +362,8 @@ def _check_owner(info: os.stat_result, what: str) -> None:
         )
 
 
-def _read_file(path: str) -> bytes:
-    """All bytes of a plain file of this user; marks it as used now."""
+def _read_file(path: str, mark: bool = True) -> bytes:
+    """All bytes of a plain file of this user; marks it as used now, unless told not to."""
     if not _NO_LINK and os.path.islink(path):
         raise _UntrustedError(f"{path} is a symbolic link")
     try:
@@ -344,8 +382,9 @@ def _read_file(path: str) -> bytes:
             parts.append(part)
     finally:
         os.close(file)
-    with contextlib.suppress(OSError):
-        os.utime(path)
+    if mark:
+        with contextlib.suppress(OSError):
+            os.utime(path)
     return b"".join(parts)
 
 
@@ -402,10 +441,22 @@ def _checked(image: bytes) -> bytes:
 
 def _pack(key: str, ingredients: Mapping[str, str], image: bytes) -> bytes:
     """Magic, checksum, key, the short ingredients for the curious, the image."""
-    told = {name: value for name, value in ingredients.items() if len(value) <= 200}
-    note = json.dumps(told, sort_keys=True).encode("ascii")
+    note = json.dumps(_short(ingredients), sort_keys=True).encode("ascii")
     body = bytes.fromhex(key) + struct.pack("<I", len(note)) + note + image
     return _MAGIC + hashlib.sha256(body).digest() + body
+
+
+def _short(ingredients: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in ingredients.items() if len(value) <= 200}
+
+
+def _contents(key: str, data: bytes) -> tuple[dict[str, str], bytes | None]:
+    """The short ingredients and the image of an entry; no image where anything is not right."""
+    image = _unpack(key, data)
+    if image is None:
+        return {}, None
+    size = struct.unpack_from("<I", data, _BODY + 32)[0]
+    return json.loads(data[_BODY + 36 : _BODY + 36 + size]), image
 
 
 def _unpack(key: str, data: bytes) -> bytes | None:

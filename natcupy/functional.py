@@ -345,6 +345,8 @@ def check_fits(shape: Sequence[int], hood: Neighborhood) -> None:
 
 
 def _per_axis(name: str, given: IntOrAxes, rank: int) -> tuple[int, ...]:
+    if type(given) is int and given > 0:  # the usual cases first: this runs at every call
+        return (given,) * rank
     entries = given if isinstance(given, (list, tuple)) else (given,) * rank
     if len(entries) != rank:
         raise ValueError(

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 
 from natcupy import functional as F
+from natcupy.layouts import joined
 
 
 class _NeighborhoodAttention(nn.Module):
@@ -63,7 +65,7 @@ class _NeighborhoodAttention(nn.Module):
         shape = x.shape[1:-1]
         padded = self._pad(x)
         qkv = self.qkv(padded).unflatten(-1, (3, self.num_heads, self.head_dim))
-        query, key, value = qkv.unbind(-3)
+        query, key, value = _split(qkv)
         out = self._attend(query, key, value).flatten(-2)
         if padded is not x:
             for axis, length in enumerate(shape, 1):
@@ -157,6 +159,33 @@ _OPS = {
     2: (F.na2d, F.na2d_qk, F.na2d_av),
     3: (F.na3d, F.na3d_qk, F.na3d_av),
 }
+
+
+def _split(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`[..., 3, heads, head_dim]` as three views, whose gradients need not be joined by a copy."""
+    plain = torch.is_grad_enabled() and qkv.requires_grad and type(qkv) is Tensor
+    if not plain or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return qkv.unbind(-3)
+    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+        return qkv.unbind(-3)
+    if unpack_dual(qkv).tangent is not None:
+        return qkv.unbind(-3)
+    return _Split.apply(qkv)
+
+
+class _Split(torch.autograd.Function):
+    """`unbind(-3)`; gradients that lie in one tensor, as the CUDA backend makes them, stay."""
+
+    @staticmethod
+    def forward(ctx, qkv):
+        return qkv.unbind(-3)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        # A recorded or batched backward pass needs torch's own operator.
+        watched = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+        whole = None if watched else joined(*gradients)
+        return torch.stack(gradients, -3) if whole is None else whole
 
 
 def _check_heads(embed_dim: int, num_heads: int) -> None:

@@ -58,13 +58,15 @@ class Call:
 class Warmed:
     """What a warm-up did: `kernels` are ready, `compiled` of them now, the rest were kept before.
 
-    `calls` counts the attention calls that were seen, forward and backward, `seconds` the time.
+    `calls` counts the attention calls that were seen, forward and backward, `seconds` the time,
+    `measured` the classes of calls whose choice of kernel was measured now.
     """
 
     calls: int
     kernels: int
     compiled: int
     seconds: float
+    measured: int = 0
 
     @property
     def cached(self) -> int:
@@ -72,9 +74,10 @@ class Warmed:
         return self.kernels - self.compiled
 
     def __str__(self) -> str:
+        measured = f", {self.measured} kinds of calls measured" if self.measured else ""
         return (
             f"{self.kernels} kernels ready for {self.calls} calls in {self.seconds:.1f} s: "
-            f"{self.compiled} compiled, {self.cached} from the cache"
+            f"{self.compiled} compiled, {self.cached} from the cache{measured}"
         )
 
 
@@ -88,6 +91,7 @@ def warmup(
     backend: str | None = None,
     workers: int | None = None,
     quiet: bool = False,
+    autotune: bool = False,
 ) -> Warmed:
     """Compile and load every kernel that a model, or a list of calls, will need.
 
@@ -103,6 +107,9 @@ def warmup(
         backend: as in `natcupy.na2d`, for calls.
         workers: compilers that run at once; by default one per CPU, at most 16.
         quiet: show no progress bar.
+        autotune: on a GPU, also run each kind of call once in every way the plan knows, and keep
+            the fastest for this and later processes, as `NATCUPY_AUTOTUNE=1` does at first use.
+            Takes the memory of one call and a GPU that does nothing else meanwhile.
 
     Returns a `Warmed`. Calls that the plain torch backend will run need nothing and count nothing.
 
@@ -114,10 +121,11 @@ def warmup(
         seen = _watch_model(what, _sizes(what, input_size), backward, device, dtype, backend)
     else:
         seen = _watch_calls(what, input_size, backward, device, dtype, backend)
+    measured = _measure(seen) if autotune else 0
     jobs = _jobs(seen)
     done = [_make_ready(kind, place, jobs[kind, place], workers, quiet) for kind, place in jobs]
     kernels, compiled = (sum(column) for column in zip(*done, strict=True)) if done else (0, 0)
-    return Warmed(len(seen), kernels, compiled, time.perf_counter() - begun)
+    return Warmed(len(seen), kernels, compiled, time.perf_counter() - begun, measured)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -147,6 +155,16 @@ class _Layout:
             return x
         span = sum((n - 1) * s for n, s in zip(x.shape, x.stride, strict=True) if n)
         room = torch.empty(x.offset + span + 1, dtype=x.dtype, device="meta")
+        return room.as_strided(x.shape, x.stride, x.offset)
+
+    @staticmethod
+    def random(x: Any, device: torch.device) -> Any:
+        """A tensor of that layout with random numbers on a device; anything else as it is."""
+        if not isinstance(x, _Layout):
+            return x
+        span = sum((n - 1) * s for n, s in zip(x.shape, x.stride, strict=True) if n)
+        make = torch.Generator(device).manual_seed(0)
+        room = torch.randn(x.offset + span + 1, generator=make, device=device).to(x.dtype)
         return room.as_strided(x.shape, x.stride, x.offset)
 
 
@@ -285,6 +303,22 @@ def _jobs(seen) -> dict[tuple[str, torch.device], dict[Any, int]]:
     return jobs
 
 
+def _measure(seen) -> int:
+    """Run every different call of the CUDA backend on random numbers; classes measured."""
+    calls = {
+        (name, str(args), device): args for name, args, device in seen if not name.startswith("cpu")
+    }
+    if not calls:
+        return 0
+    from natcupy.cuda import run, tuning
+
+    with tuning.measuring() as measured, torch.no_grad():
+        for (name, _, device), args in calls.items():
+            compute = {"na_fwd": run.forward, "na_bwd": run.backward}[name]
+            compute(*(_Layout.random(x, device) for x in args))
+    return len(measured)
+
+
 _recording = threading.Lock()
 
 
@@ -341,7 +375,8 @@ def _ready_cuda(wanted: dict[Any, int], device, workers, quiet) -> tuple[int, in
     from natcupy.cuda import jit
 
     target = jit.arch_for(device)
-    missing = [spec for spec in wanted if not _is_kept(jit.ingredients(spec, target))]
+    store = cache.default_store()
+    missing = [spec for spec in wanted if store.get(jit.ingredients(spec, target)) is None]
     with _bar(len(missing), str(device), quiet) as step:
         jit.compile_many(missing, target, workers, progress=lambda *_: step())
     for spec, shared in wanted.items():
@@ -353,28 +388,14 @@ def _ready_cpu(wanted: dict[Any, int], device, workers, quiet) -> tuple[int, int
     """One after another: LLVM's binding holds a lock."""
     from natcupy.cpu import host
 
-    missing = [spec for spec in wanted if not _is_kept(host._ingredients(spec))]
+    store = cache.default_store()
+    missing = [spec for spec in wanted if store.get(host._ingredients(spec)) is None]
     with _bar(len(missing), str(device), quiet) as step:
         for spec in wanted:
             host.function(spec)
             if spec in missing:
                 step()
     return len(wanted), len(missing)
-
-
-class _Missing(Exception):  # noqa: N818 (no error: an answer)
-    """The cache has no such entry."""
-
-
-def _is_kept(ingredients: dict[str, str]) -> bool:
-    def missing() -> bytes:
-        raise _Missing
-
-    try:
-        cache.default_store().get_or_build(ingredients, missing)
-    except _Missing:
-        return False
-    return True
 
 
 @contextlib.contextmanager

@@ -42,14 +42,14 @@ def expected(given: Case, arch: int = 90) -> dict[str, tuple[int, int]]:
 
 
 def _kernel(given: Case, p, side: str) -> tuple[int, int]:
-    tile = small._tile(p, side)
+    tile = small.tile(p, side)
     row = given.head_dim * given.dtype.itemsize // 32
     heads = given.kv_heads if side == small.KEYS else given.heads
     group = given.heads // given.kv_heads if side == small.KEYS else 1
     read = write = 0
     for image, head, box in product(range(given.batch), range(heads), list(_boxes(given, tile))):
         own, segments = _own(box, tile)
-        staged = _staged(given, box, side)
+        staged = _staged(given, box, side, tile.pitch)
         firsts = [
             ((image * given.heads + head * group + m) * prod(given.shape)) for m in range(group)
         ]
@@ -102,12 +102,16 @@ def _reals(box, axis: int, positions) -> list[tuple[int, int]]:
     return [(box[axis][0], position) for position in positions]
 
 
-def _staged(given: Case, box, side: str):
-    """Tokens per axis that a tile sees, or that see it."""
+def _staged(given: Case, box, side: str, pitch: int):
+    """Tokens per axis that a tile sees, or that see it, with the columns that fill the pitch."""
     sees = inverse_window if side == small.KEYS else window
     found = []
     for axis, ((_, n, begin, end), k) in enumerate(zip(box, given.hood.kernel_size, strict=True)):
-        found.append(_reals(box, axis, range(sees(begin, n, k)[0], sees(end - 1, n, k)[1])))
+        first, last = sees(begin, n, k)[0], sees(end - 1, n, k)[1]
+        if axis == 1:
+            first = max(0, min(first, n - pitch))
+            last = min(n, first + pitch)
+        found.append(_reals(box, axis, range(first, last)))
     return found
 
 
@@ -133,7 +137,7 @@ def _tables(given: Case, p, side: str) -> tuple[int, int]:
     one = 0
     for i in range(0, len(padded), 32):
         one += sectors(at for at in padded[i : i + 32] if at is not None)
-    tile = small._tile(p, side)
+    tile = small.tile(p, side)
     if side == small.QUERIES:
         blocks = small.query_side(p, True, plan.BLOCKS)[1]
         written = -(-4 * per_head // 32)

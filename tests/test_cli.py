@@ -10,9 +10,11 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 import natcupy
+from natcupy import cache
 from natcupy.cli import demo, main
 from natcupy.cli.console import blocks, facts, table
 from natcupy.cli.parser import build_parser
+from natcupy.cuda import tuning
 from natcupy.zoo import TASKS
 from natcupy.zoo.dense import DENSE_PUBLISHED
 
@@ -360,6 +362,18 @@ def test_doctor_checks_every_backend(run, monkeypatch):
     assert found["chosen"]["cpu"] in on_cpu
     status, out, _ = run("doctor")
     assert status == 0 and "torch on cpu" in out and "Hub token" in out
+
+
+def test_doctor_shows_measured_choices_and_forgets_them(run, monkeypatch, tmp_path):
+    pytest.importorskip("cupy", reason="choices are bound to the compiler, which comes with CuPy")
+    monkeypatch.setenv(cache.FOLDER_VARIABLE, str(tmp_path))
+    told = tuning.ingredients("a GPU", "90a", "forward, F16")
+    record = b'{"choice": ["small", 7, 8, 1, 1], "seconds": 4e-5, "default": 5e-5}'
+    cache.default_store().get_or_build(told, lambda: record)
+    _, out, _ = run("doctor")
+    assert "small 7 8 1 1 for forward, F16: 40.0 us, by the table 50.0 us" in out
+    status, out, _ = run("doctor", "--json", "--forget-choices")
+    assert status == 0 and json.loads(out)["choices"] == {"mode": "use", "measured": []}
 
 
 def test_doctor_tells_of_a_backend_that_is_wrong(run, monkeypatch):

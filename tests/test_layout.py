@@ -16,10 +16,12 @@ PACKAGES = {"natcupy": "natcupy", "zoo": "natcupy.zoo", "hub": "natcupy.hub"}
 # lower floors first; a room may import its own floor and the floors before it
 FLOORS = [
     ("natcupy.cache", "natcupy.neighborhood", "natcupy.kernels", "natcupy.interop"),
+    ("natcupy.layouts",),
     ("natcupy.cuda.source", "natcupy.cuda.arch", "natcupy.cuda.nvrtc", "natcupy.cuda.launch"),
     ("natcupy.cuda.jit",),
     ("natcupy.cuda.params", "natcupy.cuda.tiling"),
     ("natcupy.cuda.recipes",),
+    ("natcupy.cuda.heuristics",),
     ("natcupy.cuda.small",),
     ("natcupy.cuda.plan",),
     ("natcupy.tiles", "natcupy.reference", "natcupy.cuda", "natcupy.cpu"),
@@ -27,7 +29,7 @@ FLOORS = [
     ("natcupy.functional",),
     ("natcupy.modules", "natcupy.maps"),
     ("natcupy.natten",),
-    ("natcupy.warmup",),
+    ("natcupy.warmup", "natcupy.graphs"),
     ("natcupy.zoo",),
     ("natcupy.hub", "natcupy.digits", "natcupy.timm", "natcupy.transformers"),
     ("natcupy.data",),

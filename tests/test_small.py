@@ -456,7 +456,7 @@ def test_planted_mistakes_are_found(mistake, tmp_path, monkeypatch):
     if file.startswith("na2d_small_bwd_dkv") and "query" in mistake:
         given = case("planted, wide", (5, 26), (5, 9), "", dtype=F16)
     monkeypatch.setattr(plan, "BLOCKS", 1)  # a block takes several tiles
-    plan.backward.cache_clear()
+    plan.forget()
 
     def compile_here(spec, arch):
         return compile_with_natcupy(spec, arch)

@@ -18,7 +18,7 @@ import natcupy
 from natcupy import backends, cache
 from natcupy.cli import console, runtime
 from natcupy.cli.selftest import self_test
-from natcupy.cuda import jit
+from natcupy.cuda import jit, tuning
 from natcupy.hub import client, embedded_names
 
 PACKAGES = ("torch", "numpy", "pillow", "safetensors", "huggingface_hub", "llvmlite")
@@ -28,6 +28,8 @@ ALLOWED = 1e-4  # largest difference from float64 that the check in float32 lets
 
 def run(arguments: argparse.Namespace) -> int:
     """Gather and print."""
+    if arguments.forget_choices:
+        tuning.clear()
     found = gather()
     if arguments.json:
         console.print_json(found)
@@ -60,6 +62,7 @@ def gather() -> dict[str, Any]:
             and runtime.why_not("cuda", torch.device(device["name"])) is None
         },
         "cuda": jit.probe(),
+        "choices": {"mode": tuning.mode(), "measured": tuning.describe()},
         "binaries": cache.default_store().describe(),
         "hub": _hub(),
     }
@@ -146,6 +149,7 @@ def _readable(found: dict[str, Any]) -> list[str]:
             for device, records in found["self_test"].items()
         ),
         "CUDA kernels\n" + _facts(_cuda(found["cuda"])),
+        "Choices of CUDA kernels\n" + _facts(_choices(found["choices"])),
         "Files\n"
         + _facts(
             [
@@ -213,3 +217,19 @@ def _cuda(facts: dict[str, Any]) -> list[tuple[str, object]]:
         pairs.append((f"cuda:{device['index']}", text))
     pairs += [("problem", " ".join(str(problem).split())) for problem in facts["problems"]]
     return pairs
+
+
+def _choices(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """What was measured on this machine, and what `NATCUPY_AUTOTUNE` does with it."""
+    modes = {
+        "measure": "what is met first is measured (NATCUPY_AUTOTUNE=1)",
+        "use": "what was measured is used, the rest goes by the table",
+        "off": "everything goes by the table (NATCUPY_AUTOTUNE=0)",
+    }
+    lines = [("mode", modes[found["mode"]])]
+    for line in found["measured"]:
+        told = f"{line['seconds'] * 1e6:.1f} us, by the table {line['default'] * 1e6:.1f} us"
+        stale = "" if line["current"] else " (for other kernels than these)"
+        text = f"{' '.join(line['choice'])} for {line['class']}: {told}{stale}"
+        lines.append((line["device"], text))
+    return lines

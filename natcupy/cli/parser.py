@@ -240,6 +240,11 @@ def _doctor(commands: argparse._SubParsersAction) -> None:
     parser = _command(
         commands, "doctor", "doctor", "what is installed, what runs, and a check that it is right"
     )
+    parser.add_argument(
+        "--forget-choices",
+        action="store_true",
+        help="first delete the choices of kernels that were measured on this machine's GPUs",
+    )
     _add_json(parser)
 
 

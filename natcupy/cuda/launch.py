@@ -59,6 +59,12 @@ class Launch:
                 f"arguments, got {self}."
             )
 
+    def with_args(self, args: bytes) -> Launch:
+        """The same launch with other arguments of the same size, not checked again."""
+        made = object.__new__(Launch)
+        made.__dict__.update(self.__dict__, args=args)
+        return made
+
     def __str__(self) -> str:
         return (
             f"{self.spec} with grid={self.grid}, block={self.block}, shared={self.shared} bytes, "
@@ -79,7 +85,12 @@ class Launcher(Protocol):
 
 
 class LaunchError(RuntimeError):
-    """The driver refused a kernel or a launch; the text names kernel, grid, block and memory."""
+    """The driver refused a kernel or a launch; the text names kernel, grid, block and memory.
+
+    `lost` says that the process's CUDA context cannot be used any more.
+    """
+
+    lost = False
 
 
 class CuPyRuntime:
@@ -220,7 +231,7 @@ class CuPyLauncher:
                 if self._sync:
                     runtime.synchronize(device)
             except RuntimeError as error:
-                raise LaunchError(_explain(recipe, device, error)) from error
+                raise _explained(recipe, device, error) from error
 
     def _ready(self, spec: Spec, device: torch.device, shared: int) -> Any:
         """The loaded function, allowed `shared` bytes of dynamic shared memory."""
@@ -279,16 +290,19 @@ _LOST = (
 )
 
 
-def _explain(recipe: Launch, device: torch.device, error: RuntimeError) -> str:
+def _explained(recipe: Launch, device: torch.device, error: RuntimeError) -> LaunchError:
     reason = str(error)
     text = f"launch failed on {device}: {recipe}: {reason}."
     squeezed = reason.upper().replace("_", "").replace(" ", "")
-    if any(word in squeezed for word in _LOST):
+    lost = any(word in squeezed for word in _LOST)
+    if lost:
         text += (
             " This process's CUDA context is lost and every later call will fail, whoever caused "
             "it: restart the process, with NATCUPY_DEBUG_SYNC=1 to name the kernel at fault."
         )
-    return text
+    made = LaunchError(text)
+    made.lost = lost
+    return made
 
 
 def _index(device: torch.device) -> int:

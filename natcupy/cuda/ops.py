@@ -41,7 +41,7 @@ def attention(
     The kernels make the log-sum-exp anyhow, so `return_lse` changes nothing.
     """
     del return_lse
-    return _entry(torch.ops.natcupy.na_fwd, _Forward, _EagerForward)(
+    return _entry(torch.ops.natcupy.na_fwd, _Forward, _EagerForward, _forward)(
         query, key, value, rpb, additional_keys, additional_values,
         hood.kernel_size, hood.stride, hood.dilation, hood.is_causal, scale,
     )  # fmt: skip
@@ -144,6 +144,50 @@ def _below_autograd(op, *args):
         return op(*args)
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _nobody_looks(args) -> bool:
+    """Whether no mode, subclass, fake device or profiler would see a call of the op.
+
+    Then its kernel may be called directly, which saves the dispatcher's time.
+    """
+    return (
+        not torch._C._len_torch_dispatch_stack()
+        and not torch._C._autograd._profiler_enabled()
+        and all(
+            type(x) in _PLAIN and x.device.type in ("cuda", "cpu")
+            for x in args
+            if isinstance(x, Tensor)
+        )
+    )
+
+
+def _forward(*args):
+    """`na_fwd` below autograd."""
+    if _nobody_looks(args):
+        return run.forward(*args)
+    return _below_autograd(torch.ops.natcupy.na_fwd.default, *args)
+
+
+def _backward(*args):
+    """`na_bwd` below autograd."""
+    if _nobody_looks(args):
+        return run.backward(*args)
+    return _below_autograd(torch.ops.natcupy.na_bwd.default, *args)
+
+
+def _packed_backward(*args):
+    """`na_bwd` for autograd's own graph: packed inputs get packed gradients.
+
+    The op itself never does that: its fake kernel promises contiguous ones, and a compiled graph
+    relies on it.
+    """
+    if _nobody_looks(args):
+        return run.backward(*args, packed=True)
+    return _below_autograd(torch.ops.natcupy.na_bwd.default, *args)
+
+
 class _Forward(torch.autograd.Function):
     """`na_fwd` with its gradients."""
 
@@ -162,7 +206,7 @@ class _Forward(torch.autograd.Function):
         wanted = [bool(needed) for needed in ctx.needs_input_grad[:6]]
         if d_out is None and d_lse is None:
             return (None,) * 11
-        enter = _entry(torch.ops.natcupy.na_bwd, _Backward, _EagerBackward)
+        enter = _entry(torch.ops.natcupy.na_bwd, _Backward, _EagerBackward, _packed_backward)
         gradients = enter(d_out, d_lse, *ctx.saved_tensors, *ctx.hood, wanted)
         return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), *(None,) * 5
 
@@ -202,11 +246,9 @@ class _Backward(torch.autograd.Function):
 class _EagerForward(torch.autograd.Function):
     """`_Forward` in the older form, which costs a fraction of it and knows no transforms."""
 
-    op = torch.ops.natcupy.na_fwd.default
-
     @staticmethod
     def forward(ctx, *args):
-        output = _Forward.forward(*args)
+        output = _forward(*args)
         _Forward.setup_context(ctx, args, output)
         return output
 
@@ -217,48 +259,46 @@ class _EagerForward(torch.autograd.Function):
 class _EagerBackward(torch.autograd.Function):
     """`_Backward` in the older form."""
 
-    op = torch.ops.natcupy.na_bwd.default
-
     @staticmethod
     def forward(ctx, *args):
-        return _Backward.forward(*args)
+        return _backward(*args)
 
     backward = staticmethod(_Backward.backward)
     jvp = staticmethod(_Backward.jvp)
 
 
-def _entry(op, transformed: type[torch.autograd.Function], eager: type[torch.autograd.Function]):
+def _entry(op, transformed: type[torch.autograd.Function], eager, below):
     """The way in that fits the moment: traced, under a torch.func transform, or plain."""
     if torch.compiler.is_compiling():
         return op
     if torch._C._are_functorch_transforms_active():
         return transformed.apply
-    return partial(_plain, eager)
+    return partial(_plain, eager, below)
 
 
-def _plain(function: type[torch.autograd.Function], *args):
+def _plain(function: type[torch.autograd.Function], below, *args):
     """Record a graph only where a gradient is wanted; a dual number reaches jvp, which refuses."""
     tensors = [x for x in args if isinstance(x, Tensor)]
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     if recorded or any(unpack_dual(x).tangent is not None for x in tensors):
         return function.apply(*args)
-    return _below_autograd(function.op, *args)
+    return below(*args)
 
 
-def _autograd(function: type[torch.autograd.Function]):
+def _autograd(function: type[torch.autograd.Function], below):
     def kernel(*args):
         if torch._C._are_functorch_transforms_active():
             raise NotImplementedError(
                 "natcupy's ops cannot be differentiated inside torch.func transforms; call "
                 "natcupy.na1d, na2d or na3d there."
             )
-        return _plain(function, *args)
+        return _plain(function, below, *args)
 
     return kernel
 
 
-_lib.impl("na_fwd", _autograd(_EagerForward), "Autograd")
-_lib.impl("na_bwd", _autograd(_EagerBackward), "Autograd")
+_lib.impl("na_fwd", _autograd(_EagerForward, _forward), "Autograd")
+_lib.impl("na_bwd", _autograd(_EagerBackward, _backward), "Autograd")
 
 
 # ------------------------------------------------------------------------------------------------

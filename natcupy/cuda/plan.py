@@ -8,6 +8,9 @@ Two families of kernels: those for small 2-D windows on tensor cores (`small`), 
 ones, planned here, which run every call. Of the portable ones only what shapes the code is compiled
 in (dtype, rank, lanes, rpb or not); sizes, strides and tiles are arguments, so a new image size
 compiles nothing.
+
+A `Choice` names one of the ways to run one side of a call: forward, its query side or key side
+backward. Without one the first of `choices` runs, which `heuristics` and `tiling` rank.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from functools import lru_cache
 from math import prod
 
 from natcupy.cuda import small
+from natcupy.cuda.heuristics import FORWARD, KEYS, QUERIES
 from natcupy.cuda.recipes import (
     Plan,
     Problem,
@@ -36,14 +40,15 @@ from natcupy.cuda.tiling import (
     Sharing,
     backward_step,
     choose_stage,
-    choose_tile,
     forward_step,
     halo_of,
+    rank_tiles,
     sharing,
 )
 
 __all__ = [
-    "Plan", "Problem", "Recipe", "access", "backward", "contiguous", "fill", "forward", "use_family"
+    "Choice", "Plan", "Problem", "Recipe", "access", "backward", "choices", "contiguous",
+    "family_in_use", "fill", "forget", "forward", "generation", "legal", "part", "use_family",
 ]  # fmt: skip
 
 LARGEST_DIM = 512  # head_dim and value_dim; beyond, a row no longer fits its lanes' registers
@@ -54,6 +59,9 @@ SHARED = 48 * 1024 - 256  # bytes every architecture gives unasked, but for a ke
 BLOCKS = 1024  # blocks that keep any GPU busy: a bound for two-stage sums
 SCRATCH = 64 * 2**20  # bytes of partial sums of one gradient
 FAMILIES = ("auto", "portable", "small")
+
+# ("small", blocks of 8 columns, rows, splits, heads) or ("portable", tokens per axis, ...)
+Choice = tuple[str | int, ...]
 
 _family = "auto"
 
@@ -69,13 +77,22 @@ class Tiling:
     capacity: int
 
 
-def _tiling(p: Problem, share: Sharing, row_bytes: int, per_slot: int, heads: int) -> Tiling:
-    """Cover `p`; a staged token costs `row_bytes` and `per_slot` bytes for each slot of a block."""
-    hood = p.hood
-    groups = tuple(-(-n // d) for n, d in zip(p.shape, hood.dilation, strict=True))
-    most = THREADS // share.lanes
+def _groups(p: Problem) -> tuple[int, ...]:
+    """Tokens of the longest dilation group per axis."""
+    return tuple(-(-n // d) for n, d in zip(p.shape, p.hood.dilation, strict=True))
+
+
+def _portable_tiles(p: Problem, heads: int) -> tuple[tuple[int, ...], ...]:
+    """The few cheapest tiles of a problem whose blocks each take one of `heads`."""
+    hood, share = p.hood, sharing(p.dtype, p.head_dim, p.value_dim)
     copies = p.batch * heads * prod(hood.dilation)
-    tile = choose_tile(groups, hood.kernel_size, hood.stride, most, copies)
+    most = THREADS // share.lanes
+    return rank_tiles(_groups(p), hood.kernel_size, hood.stride, most, copies)
+
+
+def _tiling(p: Problem, tile: tuple[int, ...], row_bytes: int, per_slot: int) -> Tiling:
+    """Cover `p`; a staged token costs `row_bytes` and `per_slot` bytes for each slot of a block."""
+    hood, groups, share = p.hood, _groups(p), sharing(p.dtype, p.head_dim, p.value_dim)
     threads = -(-prod(tile) * share.lanes // 32) * 32
     slots = threads // share.lanes
     # One row more than the capacity stays zero, and a table row is padded to an odd length.
@@ -149,17 +166,33 @@ def use_family(family: str) -> Iterator[None]:
     if family not in FAMILIES:
         raise ValueError(f"a family of kernels is one of {', '.join(FAMILIES)}, got {family!r}.")
     before, _family = _family, family
-    _forget()
+    forget()
     try:
         yield
     finally:
         _family = before
-        _forget()
+        forget()
 
 
-def _forget() -> None:
-    forward.cache_clear()
-    backward.cache_clear()
+def family_in_use() -> str:
+    """The family that `use_family` asks for."""
+    return _family
+
+
+_generation = 0
+
+
+def generation() -> int:
+    """A number that changes whenever the same call may be planned otherwise than before."""
+    return _generation
+
+
+def forget() -> None:
+    """Plan anew from now on."""
+    global _generation
+    _generation += 1
+    for planned in (choices, part, backward):
+        planned.cache_clear()
 
 
 def _use_small(p: Problem) -> bool:
@@ -176,12 +209,83 @@ def _use_small(p: Problem) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def forward(p: Problem) -> Plan:
-    """The launch that computes `out` and `lse`."""
+def choices(p: Problem, side: str) -> tuple[Choice, ...]:
+    """The ways to run one side of `p` that are worth measuring, all legal, the default first."""
+    portable = [("portable", *tile) for tile in _portable_tiles(p, _heads(p, side))]
     if _use_small(p):
-        return small.forward(p)
+        cut = [("small", *tile.shape) for tile in small.ranked(p, side)]
+        return tuple(cut if _family == "small" else [*cut, portable[0]])
+    return tuple(portable)
+
+
+def _heads(p: Problem, side: str) -> int:
+    """Heads that blocks divide among them."""
+    return p.kv_heads if side == KEYS else p.heads
+
+
+@lru_cache(maxsize=4096)
+def part(p: Problem, side: str, rpb: bool = False, choice: Choice | None = None) -> Plan:
+    """The launches of one side: forward, the gradient of the query, or those of keys and values.
+
+    `rpb` asks the query side for the gradient of the bias. Raises ValueError for a `choice` that
+    is not `legal`.
+    """
+    choice = choices(p, side)[0] if choice is None else choice
+    if not legal(p, side, choice):
+        raise ValueError(f"this call runs as one of {choices(p, side)}, got {choice}.")
+    family, *tile = choice
+    return _PARTS[family, side](p, tuple(tile), rpb)
+
+
+def legal(p: Problem, side: str, choice: Choice) -> bool:
+    """Whether one side of `p` can run so: a family that takes it, a tile within its bounds."""
+    if not choice or any(type(n) is not int for n in choice[1:]):
+        return False
+    family, tile = choice[0], choice[1:]
+    if family == "small":
+        return not small.why_not(p) and tile in {t.shape for t in small.tiles(p, side)}
+    most = THREADS // sharing(p.dtype, p.head_dim, p.value_dim).lanes
+    fits = len(tile) == p.rank and all(0 < t <= n for t, n in zip(tile, _groups(p), strict=True))
+    return family == "portable" and fits and prod(tile) <= most
+
+
+def forward(p: Problem, choice: Choice | None = None) -> Plan:
+    """The launch that computes `out` and `lse`."""
+    return part(p, FORWARD, False, choice)
+
+
+@lru_cache(maxsize=4096)
+def backward(
+    p: Problem,
+    keys: bool,
+    rpb: bool,
+    extras: bool,
+    query_choice: Choice | None = None,
+    key_choice: Choice | None = None,
+) -> Plan:
+    """The launches of the gradients: always of the query (it makes delta), others as asked for.
+
+    `keys` asks for keys and values, `rpb` for the bias, `extras` for additional keys and values.
+    """
+    plans = [part(p, QUERIES, rpb, query_choice)]
+    if keys:
+        plans.append(part(p, KEYS, False, key_choice))
+    if extras and p.extras:
+        plans.append(_extra_side(p))
+    return Plan(
+        tuple(one for plan in plans for one in plan.recipes),
+        (delta_of(p), *(array for plan in plans for array in plan.scratch)),
+    )
+
+
+def delta_of(p: Problem) -> tuple[str, int, bool]:
+    """The scratch array that the query side writes and the others read."""
+    return ("delta", p.batch * p.heads * p.tokens, False)
+
+
+def _forward(p: Problem, tile: tuple[int, ...], rpb: bool) -> Plan:
     share = sharing(p.dtype, p.head_dim, p.value_dim)
-    tiling = _tiling(p, share, share.row_bytes, 0, p.heads)
+    tiling = _tiling(p, tile, share.row_bytes, 0)
     step = forward_step(p.dtype, share, p.hood.kernel_size[-1])
     values = {**tiling.values, **_sizes(p), **views(p), "items": tiling.items}
     made = _recipe(
@@ -195,39 +299,18 @@ def forward(p: Problem) -> Plan:
     return Plan((made,))
 
 
-@lru_cache(maxsize=4096)
-def backward(p: Problem, keys: bool, rpb: bool, extras: bool) -> Plan:
-    """The launches of the gradients: always of the query (it makes delta), others as asked for.
-
-    `keys` asks for keys and values, `rpb` for the bias, `extras` for additional keys and values.
-    """
-    if _use_small(p):
-        plans = [_small_query_side(p, rpb), *([small.key_side(p)] if keys else [])]
-    else:
-        plans = [_query_side(p, rpb), *([_key_side(p)] if keys else [])]
-    if extras and p.extras:
-        plans.append(_extra_side(p))
-    return Plan(
-        tuple(one for plan in plans for one in plan.recipes),
-        (
-            ("delta", p.batch * p.heads * p.tokens, False),
-            *(array for plan in plans for array in plan.scratch),
-        ),
-    )
-
-
-def _small_query_side(p: Problem, rpb: bool) -> Plan:
+def _small_query_side(p: Problem, tile: tuple[int, ...], rpb: bool) -> Plan:
     size = p.heads * p.biases
-    made, slices = small.query_side(p, rpb, min(BLOCKS, SCRATCH // (size * 4)))
+    made, slices = small.query_side(p, rpb, min(BLOCKS, SCRATCH // (size * 4)), tile)
     if not rpb:
         return Plan((made,))
     total = _sum("F32", size, slices, "partial", "d_rpb")
     return Plan((made, total), (("partial", slices * size, False),))
 
 
-def _query_side(p: Problem, rpb: bool) -> Plan:
+def _query_side(p: Problem, tile: tuple[int, ...], rpb: bool) -> Plan:
     share = sharing(p.dtype, p.head_dim, p.value_dim)
-    tiling = _tiling(p, share, share.row_bytes, p.sum_size if rpb else 0, p.heads)
+    tiling = _tiling(p, tile, share.row_bytes, p.sum_size if rpb else 0)
     pitch = tiling.capacity | 1
     table = tiling.slots * pitch * p.sum_size if rpb else 0
     blocks = _blocks(tiling.items, p.heads)
@@ -250,10 +333,10 @@ def _query_side(p: Problem, rpb: bool) -> Plan:
     return Plan((made, total), (("partial", blocks * size, True),))
 
 
-def _key_side(p: Problem) -> Plan:
+def _key_side(p: Problem, tile: tuple[int, ...], rpb: bool) -> Plan:
     share = sharing(p.dtype, p.head_dim, p.value_dim)
     row_bytes = share.row_bytes + 2 * p.sum_size
-    tiling = _tiling(p, share, row_bytes, 0, p.kv_heads)
+    tiling = _tiling(p, tile, row_bytes, 0)
     step = backward_step(p.dtype, share)
     made = _recipe(
         "na_bwd_dkv",
@@ -314,3 +397,13 @@ def _sum(dtype: str, size: int, slices: int, partial: str, out: str) -> Recipe:
         {"size": size, "slices": slices},
     )
     return rename(made, partial=partial, out=out)
+
+
+_PARTS = {
+    ("portable", FORWARD): _forward,
+    ("portable", QUERIES): _query_side,
+    ("portable", KEYS): _key_side,
+    ("small", FORWARD): lambda p, tile, rpb: small.forward(p, tile),
+    ("small", QUERIES): _small_query_side,
+    ("small", KEYS): lambda p, tile, rpb: small.key_side(p, tile),
+}

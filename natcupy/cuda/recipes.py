@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 
 from natcupy.cuda.launch import Launch
@@ -70,6 +71,11 @@ class Recipe:
     args: bytes = field(repr=False)
     pointers: tuple[tuple[str, int], ...] = field(repr=False)
 
+    @cached_property
+    def launch(self) -> Launch:
+        """The launch with null pointers, checked once for all that have others."""
+        return Launch(self.spec, self.grid, self.block, self.shared, self.args)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -84,7 +90,7 @@ def fill(recipe: Recipe, pointers: Mapping[str, int]) -> Launch:
     args = bytearray(recipe.args)
     for name, offset in recipe.pointers:
         struct.pack_into("<Q", args, offset, pointers.get(name, 0))
-    return Launch(recipe.spec, recipe.grid, recipe.block, recipe.shared, bytes(args))
+    return recipe.launch.with_args(bytes(args))
 
 
 # ------------------------------------------------------------------------------------------------

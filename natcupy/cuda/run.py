@@ -10,8 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from natcupy.cuda import jit, plan
+from natcupy.cuda import jit, plan, tuning
+from natcupy.cuda.heuristics import FORWARD, KEYS, QUERIES
 from natcupy.cuda.launch import current_launcher
+from natcupy.layouts import joined
 from natcupy.neighborhood import Neighborhood
 
 DTYPES = {
@@ -22,13 +24,18 @@ DTYPES = {
 }
 
 
+LAYOUTS = 4096  # calls whose plans are kept; as many image sizes as a dataset may have
+
+_plans: dict[tuple, plan.Plan] = {}
+
+
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _readable(x: Tensor | None) -> Tensor | None:
     """`x`, or a copy where its last axis is not contiguous."""
-    if x is None or x.shape[-1] == 1 or x.stride(-1) == 1:
+    if x is None or x.stride(-1) == 1 or x.shape[-1] == 1:
         return x
     return x.contiguous()
 
@@ -39,9 +46,18 @@ def _headwise(x: Tensor) -> Tensor:
 
 
 def _new_lse(query: Tensor) -> Tensor:
+    """[B, *spatial, H], laid out head by head."""
     batch, *spatial, heads, _ = query.shape
-    lse = query.new_empty((batch, heads, *spatial), dtype=_sum_dtype(query.dtype))
-    return lse.movedim(1, -1)
+    steps = [1]
+    for extent in reversed(spatial):
+        steps.append(steps[-1] * extent)
+    tokens = steps.pop()
+    return torch.empty_strided(
+        (batch, *spatial, heads),
+        (heads * tokens, *reversed(steps), tokens),
+        dtype=_sum_dtype(query.dtype),
+        device=query.device,
+    )
 
 
 def _tf32_allowed() -> bool:
@@ -51,12 +67,9 @@ def _tf32_allowed() -> bool:
     return matmul.allow_tf32 if precision is None else precision == "tf32"
 
 
-def _problem(tensors: dict[str, Tensor | None], hood, scale: float, rpb: bool) -> plan.Problem:
+def _problem(tensors: dict[str, Tensor | None], hood, scale, rpb, arch, alignment) -> plan.Problem:
     """The call in numbers; `tensors` are those with rows, inputs and results."""
     query, key, value, extra = (tensors[n] for n in ("query", "key", "value", "extra_key"))
-    address = 16
-    for x in tensors.values():
-        address |= 0 if x is None else x.data_ptr()
     return plan.Problem(
         dtype=DTYPES[query.dtype],
         batch=query.shape[0],
@@ -69,17 +82,61 @@ def _problem(tensors: dict[str, Tensor | None], hood, scale: float, rpb: bool) -
         hood=hood,
         scale=scale,
         rpb=rpb,
-        arch=jit.arch_for(query.device).capability,
-        alignment=address & -address,
+        arch=arch,
+        alignment=alignment,
         strides=tuple((n, x.stride()[:-1]) for n, x in tensors.items() if x is not None),
         tf32=query.dtype == torch.float32 and _tf32_allowed(),
     )
+
+
+def _planned(what, tensors, window, scale: float, rpb: bool, make) -> plan.Plan:
+    """The plan of a call, found by its layout; `make(problem)` where it is met the first time.
+
+    `what` tells apart what else decides: forward, or which gradients are wanted.
+    """
+    query, address, layout = tensors["query"], 16, []
+    for x in tensors.values():
+        if x is not None:
+            address |= x.data_ptr()
+            layout += (x.shape, x.stride())
+        else:
+            layout.append(None)
+    device, alignment = query.device, address & -address
+    target = jit.arch_for(device)
+    window = tuple(map(tuple, window))
+    tf32 = query.dtype == torch.float32 and _tf32_allowed()
+    key = (
+        what, tf32, query.dtype, device, target.arch, alignment, scale, rpb, plan.generation(),
+        window, *layout,
+    )  # fmt: skip
+    found = _plans.get(key)
+    if found is None:
+        hood = Neighborhood(*window)
+        problem = _problem(tensors, hood, scale, rpb, target.capability, alignment)
+        found = make(problem)
+        if len(_plans) >= LAYOUTS:
+            _plans.clear()
+        _plans[key] = found
+    return found
 
 
 def _run(recipes, tensors: dict[str, Tensor | None], device: torch.device) -> None:
     pointers = {name: x.data_ptr() for name, x in tensors.items() if x is not None}
     for recipe in recipes:
         jit.launch(plan.fill(recipe, pointers), device, keep_alive=tensors.values())
+
+
+def _trial(tensors: dict[str, Tensor | None], p: plan.Problem, device: torch.device):
+    """What runs one side of a call on its own tensors, to be timed; results are overwritten."""
+
+    def run(part: plan.Plan) -> None:
+        scratch = {
+            name: torch.zeros(count, dtype=tensors["lse"].dtype, device=device)
+            for name, count, _ in (plan.delta_of(p), *part.scratch)
+        }
+        _run(part.recipes, {**scratch, **tensors}, device)
+
+    return run
 
 
 def _check(query: Tensor, *others: Tensor | None) -> None:
@@ -115,19 +172,27 @@ def forward(query, key, value, rpb, extra_k, extra_v, kernel_size, stride, dilat
         "extra_value": _readable(extra_v),
         "out": out,
     }
-    hood = Neighborhood(tuple(kernel_size), tuple(stride), tuple(dilation), tuple(causal))
-    todo = plan.forward(_problem(tensors, hood, scale, rpb is not None))
-    if rpb is not None:
-        rpb = rpb.to(lse.dtype).contiguous()
-    _run(todo.recipes, {**tensors, "rpb": rpb, "lse": lse}, query.device)
+    rest = {"lse": lse, "rpb": None if rpb is None else rpb.to(lse.dtype).contiguous()}
+
+    def make(p: plan.Problem) -> plan.Plan:
+        trial = _trial({**tensors, **rest}, p, query.device)
+        return plan.forward(p, tuning.choice(p, FORWARD, False, query.device, trial))
+
+    window = (kernel_size, stride, dilation, causal)
+    todo = _planned(FORWARD, tensors, window, scale, rpb is not None, make)
+    _run(todo.recipes, {**tensors, **rest}, query.device)
     return out, lse
 
 
 def backward(
     d_out, d_lse, query, key, value, rpb, extra_k, extra_v, out, lse,
-    kernel_size, stride, dilation, causal, scale, wanted,
+    kernel_size, stride, dilation, causal, scale, wanted, packed=False,
 ):  # fmt: skip
-    """Gradients of the six inputs of `na_fwd`, empty where `wanted` is False."""
+    """Gradients of the six inputs of `na_fwd`, empty where `wanted` is False.
+
+    `packed` lets those of query, key and value lie in one tensor where the three themselves do, so
+    that whoever cut it need not join them again.
+    """
     _check(query, key, value, extra_k, extra_v, out, d_out)
     inputs = (query, key, value, rpb, extra_k, extra_v)
     if query.numel() == 0 or not any(wanted):
@@ -135,8 +200,11 @@ def backward(
     if extra_k is not None and extra_k.shape[1] == 0:
         extra_k = extra_v = None
     keys, extras = wanted[1] or wanted[2], extra_k is not None and (wanted[4] or wanted[5])
-    d_query = torch.empty_like(query, memory_format=torch.contiguous_format)
-    d_key, d_value = _like_if(keys, key), _like_if(keys, value)
+    if packed and keys and (whole := joined(query, key, value)) is not None:
+        d_query, d_key, d_value = torch.empty_like(whole).unbind(-3)
+    else:
+        d_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+        d_key, d_value = _like_if(keys, key), _like_if(keys, value)
     d_extra_k, d_extra_v = _like_if(extras, extra_k), _like_if(extras, extra_v)
     d_rpb = torch.empty_like(rpb, dtype=lse.dtype) if wanted[3] else None
     tensors = {
@@ -147,30 +215,41 @@ def backward(
         "extra_value": _readable(extra_v),
         "out": _readable(out),
         "d_out": torch.zeros_like(out) if d_out is None else _readable(d_out),
-    }
-    hood = Neighborhood(tuple(kernel_size), tuple(stride), tuple(dilation), tuple(causal))
-    problem = _problem(tensors, hood, scale, rpb is not None)
-    todo = plan.backward(problem, keys, bool(wanted[3]), extras)
-    for name, count, zeroed in todo.scratch:
-        new = torch.zeros if zeroed else torch.empty
-        tensors[name] = new(count, dtype=lse.dtype, device=query.device)
-    tensors |= {
-        "rpb": None if rpb is None else rpb.to(lse.dtype).contiguous(),
-        "lse": _headwise(lse),
-        "d_lse": None if d_lse is None else _headwise(d_lse.to(lse.dtype)),
         "d_query": d_query,
         "d_key": d_key,
         "d_value": d_value,
+    }
+    rest = {
+        "rpb": None if rpb is None else rpb.to(lse.dtype).contiguous(),
+        "lse": _headwise(lse),
+        "d_lse": None if d_lse is None else _headwise(d_lse.to(lse.dtype)),
         "d_extra_key": d_extra_k,
         "d_extra_value": d_extra_v,
         "d_rpb": d_rpb,
     }
+
+    def make(p: plan.Problem) -> plan.Plan:
+        trial = _trial({**tensors, **rest}, p, query.device)
+        queries = tuning.choice(p, QUERIES, bool(wanted[3]), query.device, trial)
+        chosen = tuning.choice(p, KEYS, False, query.device, trial) if keys else None
+        return plan.backward(p, keys, bool(wanted[3]), extras, queries, chosen)
+
+    window = (kernel_size, stride, dilation, causal)
+    what = (keys, bool(wanted[3]), extras)
+    todo = _planned(what, tensors, window, scale, rpb is not None, make)
+    tensors |= rest
+    for name, count, zeroed in todo.scratch:
+        new = torch.zeros if zeroed else torch.empty
+        tensors[name] = new(count, dtype=lse.dtype, device=query.device)
     _run(todo.recipes, tensors, query.device)
     d_rpb = d_rpb.to(rpb.dtype) if wanted[3] else None
     made = (d_query, d_key, d_value, d_rpb, d_extra_k, d_extra_v)
-    zeros = _zero_gradients(inputs, wanted) if None in made else made
-    pairs = zip(wanted, made, zeros, inputs, strict=True)
-    return tuple(m if w and m is not None else z if w else _none(query) for w, m, z, _ in pairs)
+    pairs = zip(made, inputs, wanted, strict=True)
+    return tuple(_none(query) if not w else _zeros(x) if m is None else m for m, x, w in pairs)
+
+
+def _zeros(x: Tensor) -> Tensor:
+    return torch.zeros_like(x, memory_format=torch.contiguous_format)
 
 
 def _none(query: Tensor) -> Tensor:
@@ -182,10 +261,7 @@ def _like_if(wanted: bool, x: Tensor | None) -> Tensor | None:
 
 
 def _zero_gradients(inputs, wanted) -> tuple[Tensor, ...]:
-    return tuple(
-        torch.zeros_like(x, memory_format=torch.contiguous_format) if w else _none(inputs[0])
-        for x, w in zip(inputs, wanted, strict=True)
-    )
+    return tuple(_zeros(x) if w else _none(inputs[0]) for x, w in zip(inputs, wanted, strict=True))
 
 
 def fake_forward(query, key, value, *_rest):

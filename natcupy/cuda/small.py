@@ -6,7 +6,7 @@ there is a bias, and whether every dilation group is exactly one window ("dense"
 a 7 x 7 window, or a dilation that stretches the window over the map). For float32 also the terms of
 a product: three, as exact as float32 arithmetic, or one where torch's own setting allows TF32.
 
-The shapes below were chosen from counts of memory traffic and of blocks that fit, not measured.
+Which of the legal tiles runs is for `heuristics` to say, or for whoever plans to choose.
 """
 
 from __future__ import annotations
@@ -15,39 +15,18 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 
+from natcupy.cuda import heuristics
+from natcupy.cuda.heuristics import FORWARD, KEYS, QUERIES, SIDES
 from natcupy.cuda.recipes import Plan, Problem, Recipe, access, array, recipe, views
 from natcupy.cuda.tiling import ITEM_SIZE
 from natcupy.neighborhood import inverse_window, window
 
 DIMS = (32, 64)  # head_dim
 LARGEST_WINDOW = 13  # per axis: the windows of 8 neighbours span at most 24 columns
-SMALLEST_WINDOW = 9  # keys; below, most of a step of 16 columns is masked
 LARGEST_HALO = 6.0  # staged tokens per token: beyond, tiles are too small for shared memory's sake
 WARPS = 8  # of a block
 LARGEST_GRID = 2**31 - 1
 LARGEST_TABLE = 2**31 - 1  # entries of all heads' bias tables, indexed in 32 bits
-
-# Shared memory of a multiprocessor in KiB; a block may have all but one of them, on sm_75 all.
-SHARED = {75: 64, 80: 164, 86: 100, 87: 164, 89: 100, 90: 228, 100: 228, 103: 228, 110: 228}
-SHARED_ELSEWHERE = 100
-ROOMY = 228
-
-# (widest group, blocks of 8 columns, rows, warps that share a block's rows): the largest tiles. The
-# halo makes the traffic between L2 and the multiprocessors, in units of the map: the wider the tile
-# the less. Where two tiles would not fit a multiprocessor, smaller ones are taken.
-TILES_ROOMY = (
-    (8, 1, 14, 4),  # one column block
-    (16, 2, 14, 2),  # whole 14 x 14 maps, 1.0 units
-    (32, 4, 14, 2),  # full width: 1.4 units on 28 x 28
-    (2**30, 7, 14, 1),  # full width to 56: 1.64 units with halves of head_dim 32, in 8 rows
-)
-TILES = (
-    (8, 1, 14, 4),
-    (16, 2, 14, 2),
-    (2**30, 2, 14, 2),  # 2.3 units with halves of head_dim 32, in 10 rows
-)
-# What a block's traffic counts if it has a multiprocessor to itself: nobody computes meanwhile.
-ALONE = 1.5
 
 
 def why_not(p: Problem) -> str:
@@ -67,20 +46,17 @@ def why_not(p: Problem) -> str:
         "bias tables of 2**31 - 1 entries": p.heads * p.biases <= LARGEST_TABLE,
     }
     missing = [rule for rule, held in reasons.items() if not held]
-    if not missing:
-        tiles = [_tile(p, extra) for extra in _EXTRAS]
-        if None in tiles:
-            missing.append("a tile that fits shared memory")
-        elif max(tile.items * p.heads for tile in tiles) > LARGEST_GRID:
-            missing.append("at most 2**31 - 1 blocks")
+    if not missing and not all(tiles(p, side) for side in SIDES):
+        missing.append("a tile that fits shared memory, in at most 2**31 - 1 blocks")
     return f"they need {' and '.join(missing)}" if missing else ""
 
 
 def pays(p: Problem) -> bool:
     """Whether the kernels are expected to beat the portable ones on `p`, which they can run."""
-    if prod(p.hood.kernel_size) < SMALLEST_WINDOW:
+    if heuristics.family(p.dtype, prod(p.hood.kernel_size)) != "small":
         return False
-    return max(_tile(p, side).moved for side in _EXTRAS) <= LARGEST_HALO
+    least = (min(tile.moved for tile in tiles(p, side)) for side in SIDES)
+    return max(least) <= LARGEST_HALO
 
 
 # ------------------------------------------------------------------------------------------------
@@ -117,6 +93,11 @@ class Tile:
     items: int
     shared: int
     moved: float  # staged tokens per token of the map
+
+    @property
+    def shape(self) -> Shape:
+        """What tells it from the other tiles of a problem."""
+        return (self.blocks, self.rows, self.splits, self.heads_here)
 
     @property
     def warps(self) -> int:
@@ -156,9 +137,11 @@ def _moved(length: int, k: int, tile: int, inverse: bool) -> int:
     return sum(_box(b, length, k, tile, inverse) for b in ends) + rest * (tile + k - 1)
 
 
-# What a kernel stages beside the rows of two tensors, bytes per staged token.
-FORWARD, QUERIES, KEYS = "forward", "queries", "keys"
-_EXTRAS = (FORWARD, QUERIES, KEYS)
+# Rows of a tile that are worth a try, and warps that may share them.
+ROWS = (2, 4, 6, 8, 10, 14, 16, 20, 28)
+SPLITS = (1, 2, 4)
+RANKED = 8  # tiles that are worth measuring
+Shape = tuple[int, int, int, int]  # blocks of 8 columns, rows, splits, heads
 
 
 def _warps(p: Problem, side: str) -> tuple[int, int]:
@@ -169,38 +152,73 @@ def _warps(p: Problem, side: str) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=4096)
-def _tile(p: Problem, side: str) -> Tile | None:
-    """The tile that moves the least, of those as large as the table's at most."""
-    room = SHARED.get(p.arch, SHARED_ELSEWHERE)
+def tiles(p: Problem, side: str) -> tuple[Tile, ...]:
+    """Every tile that fits a multiprocessor of this architecture and a grid."""
     groups, dense = _groups(p), _dense(p)
-    warps, resident = _warps(p, side)
-    heads = p.kv_heads if side == KEYS else p.heads
-    grouped = p.heads // p.kv_heads
-    if dense:
-        # All heads of a group that fit: a group is small, and its heads lie side by side.
-        rows, blocks, pairs = -(-groups[0] // 2) * 2, -(-groups[1] // 8), -(-groups[0] // 2)
-        splits = min(pairs, warps // blocks)
-        if side != KEYS or grouped == 1:
-            splits = max(1, min(splits, warps // 2 // heads))
-        most = max(1, warps // splits // blocks)
-        here = max(n for n in range(1, min(heads, most) + 1) if heads % n == 0)
-        shapes = [(rows, blocks, splits, n) for n in range(here, 0, -1) if heads % n == 0]
-    else:
-        table = TILES_ROOMY if room == ROOMY else TILES
-        _, blocks, rows, splits = next(line for line in table if groups[1] <= line[0])
-        blocks, rows = min(blocks, warps, -(-groups[1] // 8)), min(rows, -(-groups[0] // 2) * 2)
-        shapes = [(r, b) for b in range(blocks, 0, -1) for r in range(rows, 0, -2)]
-        # A tile cut narrow keeps its warps busy with rows.
-        shares = {b: min(splits, warps // b) if b == blocks else warps // b for _, b in shapes}
-        shapes = [(r, b, min(shares[b], r // 2), 1) for r, b in shapes]
-        if side == KEYS and grouped > 1:  # a warp keeps its sums over the heads of a group
-            shapes = [(r, b, r // 2, n) for r, b, _, n in shapes if b * (r // 2) <= warps]
-    made = [_measure(p, groups, dense, side, shape) for shape in shapes]
-    limit = room * 1024 if p.arch < 80 else (room - 1) * 1024
-    fit = [tile for tile in made if tile.shared <= limit]
-    alone = {t: t.shared > room * 512 - 1024 or 2 * t.warps > resident for t in fit}
-    # Of tiles that move the same the first: the widest, most rows or most heads.
-    return min(fit, key=lambda tile: tile.moved * (ALONE if alone[tile] else 1), default=None)
+    shapes = (_dense_shapes if dense else _shapes)(p, groups, side)
+    made = (_measure(p, groups, dense, side, shape) for shape in shapes)
+    limit, heads = heuristics.block_limit(p.arch), p.heads
+    return tuple(t for t in made if t.shared <= limit and t.items * heads <= LARGEST_GRID)
+
+
+def _dense_shapes(p: Problem, groups, side: str) -> list[Shape]:
+    """A group is one tile; as it is small, several heads of it may share a block."""
+    heads, (warps, _) = p.kv_heads if side == KEYS else p.heads, _warps(p, side)
+    pairs, blocks = -(-groups[0] // 2), -(-groups[1] // 8)
+    most = max(1, min(pairs, warps // blocks))
+    found = []
+    for splits in (most,) if side == KEYS and p.heads > p.kv_heads else range(most, 0, -1):
+        here = max(1, warps // splits // blocks)
+        found += [(blocks, 2 * pairs, splits, n) for n in range(min(heads, here), 0, -1)]
+    return [shape for shape in found if heads % shape[3] == 0]
+
+
+def _shapes(p: Problem, groups, side: str) -> list[Shape]:
+    """One head per block; a warp keeps its sums of keys over the heads of a group."""
+    warps, _ = _warps(p, side)
+    whole = side == KEYS and p.heads > p.kv_heads
+    widest, tallest = -(-groups[1] // 8), -(-groups[0] // 2) * 2
+    found = []
+    for blocks in range(min(warps, widest), 0, -1):
+        for rows in sorted({min(r, tallest) for r in ROWS}):
+            for splits in (rows // 2,) if whole else SPLITS:
+                if splits <= rows // 2 and blocks * splits <= warps:
+                    found.append((blocks, rows, splits, 1))
+    return found
+
+
+@lru_cache(maxsize=4096)
+def tile(p: Problem, side: str, shape: Shape | None = None) -> Tile:
+    """The tile of `shape`, which must be legal; by default the one that `heuristics` chooses."""
+    if shape is None:
+        return ranked(p, side)[0]
+    found = [t for t in tiles(p, side) if t.shape == shape]
+    if not found:
+        raise ValueError(f"{shape} is no tile of this call; see natcupy.cuda.small.tiles.")
+    return found[0]
+
+
+@lru_cache(maxsize=4096)
+def ranked(p: Problem, side: str) -> tuple[Tile, ...]:
+    """The few cheapest tiles: first the one that the table says, then by cost."""
+    legal = {_cover(p, side, t): t for t in tiles(p, side)}
+    table = ITEM_SIZE[p.dtype] * p.head_dim == 64 and p.hood.kernel_size == (7, 7) and not _dense(p)
+    row = heuristics.row_for(p.arch, side, _groups(p)[1]) if table else None
+    covers = heuristics.rank(p.arch, side, tuple(legal), row)
+    return tuple(legal[cover] for cover in covers[:RANKED])
+
+
+def _cover(p: Problem, side: str, t: Tile) -> heuristics.Cover:
+    """What the choice needs to know about a tile."""
+    places = t.tiles[0] * t.tiles[1] * t.rows * 8 * t.blocks
+    return heuristics.Cover(
+        shape=t.shape,
+        halo=t.moved,
+        fill=prod(_groups(p)) / places,
+        shared=t.shared,
+        grid=t.items * p.heads // t.heads_here,
+        most_warps=_warps(p, side)[1],
+    )
 
 
 def _lane_sums(p: Problem) -> int:
@@ -210,8 +228,8 @@ def _lane_sums(p: Problem) -> int:
     return (k + 1) * own * 128 if p.dtype == "F32" or k > 9 else 0
 
 
-def _measure(p: Problem, groups, dense: bool, side: str, shape: tuple[int, int, int, int]) -> Tile:
-    rows, blocks, splits, here = shape
+def _measure(p: Problem, groups, dense: bool, side: str, shape: Shape) -> Tile:
+    blocks, rows, splits, here = shape
     kernel = p.hood.kernel_size
     staged = _span(groups[0], kernel[0], rows, side == KEYS)
     columns = _span(groups[1], kernel[1], 8 * blocks, side == KEYS)
@@ -223,10 +241,10 @@ def _measure(p: Problem, groups, dense: bool, side: str, shape: tuple[int, int, 
         shared += blocks * splits * here * (table + _lane_sums(p))
     if side == KEYS:
         shared += here * 2 * staged * pitch * 4
-    tiles = (-(-groups[0] // rows), -(-groups[1] // (8 * blocks)))
-    items = p.batch * prod(p.hood.dilation) * prod(tiles)
-    moved = _moved(groups[0], kernel[0], rows, side == KEYS) * pitch * tiles[1] / prod(groups)
-    return Tile(rows, blocks, splits, here, staged, pitch, tiles, items, shared, moved)
+    counts = (-(-groups[0] // rows), -(-groups[1] // (8 * blocks)))
+    items = p.batch * prod(p.hood.dilation) * prod(counts)
+    moved = _moved(groups[0], kernel[0], rows, side == KEYS) * pitch * counts[1] / prod(groups)
+    return Tile(rows, blocks, splits, here, staged, pitch, counts, items, shared, moved)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -272,31 +290,31 @@ def _pair(name: str, entries: tuple[int, ...]) -> dict[str, int]:
     return dict(list(array(name, entries, 0).items())[:2])
 
 
-def forward(p: Problem) -> Plan:
+def forward(p: Problem, shape: Shape | None = None) -> Plan:
     """The launch that computes `out` and `lse`."""
-    tile = _tile(p, FORWARD)
-    return Plan((_recipe("na2d_small_fwd", p, tile, p.heads, tile.items),))
+    cut = tile(p, FORWARD, shape)
+    return Plan((_recipe("na2d_small_fwd", p, cut, p.heads, cut.items),))
 
 
-def query_side(p: Problem, rpb: bool, most: int) -> tuple[Recipe, int]:
+def query_side(p: Problem, rpb: bool, most: int, shape: Shape | None = None) -> tuple[Recipe, int]:
     """The launch that computes delta and d_query, and its blocks per head.
 
     With `rpb`, the gradient of the bias as well, in a table per block of which there are at most
     `most`, or as few as possible.
     """
-    tile = _tile(p, QUERIES)
-    blocks = tile.items
+    cut = tile(p, QUERIES, shape)
+    blocks = cut.items
     if rpb:
-        teams = p.heads // tile.heads_here
+        teams = p.heads // cut.heads_here
         blocks = max(1, min(blocks, most, -(-1024 // teams)))
         # Blocks that always meet the same place of a map keep their sums in registers.
-        places = prod(tile.tiles)
+        places = prod(cut.tiles)
         blocks = blocks // places * places or blocks
     kernel = "na2d_small_bwd_dq"
-    return _recipe(kernel, p, tile, p.heads, blocks, RPB_GRAD=int(rpb)), blocks
+    return _recipe(kernel, p, cut, p.heads, blocks, RPB_GRAD=int(rpb)), blocks
 
 
-def key_side(p: Problem) -> Plan:
+def key_side(p: Problem, shape: Shape | None = None) -> Plan:
     """The launch that computes d_key and d_value."""
-    tile = _tile(p, KEYS)
-    return Plan((_recipe("na2d_small_bwd_dkv", p, tile, p.kv_heads, tile.items),))
+    cut = tile(p, KEYS, shape)
+    return Plan((_recipe("na2d_small_bwd_dkv", p, cut, p.kv_heads, cut.items),))

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from heapq import nsmallest
 from itertools import product
 from math import prod
 
 THREADS = 256
+RANKED = 4  # tiles that are worth measuring
 WAVE = 256  # blocks that run at once, two on each of about 128 multiprocessors
 
 ITEM_SIZE = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
@@ -71,33 +73,34 @@ def _extents(length: int, most: int) -> tuple[int, ...]:
     return tuple(sorted(extent for extent in parts | powers if extent <= most))
 
 
+def choose_tile(groups, kernel_size, stride, slots: int, copies: int) -> tuple[int, ...]:
+    """Tokens per axis that a block owns: the cheapest of `rank_tiles`."""
+    return rank_tiles(groups, kernel_size, stride, slots, copies)[0]
+
+
 @lru_cache(maxsize=4096)
-def choose_tile(
+def rank_tiles(
     groups: tuple[int, ...],  # tokens of the longest dilation group per axis
     kernel_size: tuple[int, ...],
     stride: tuple[int, ...],
     slots: int,  # tokens a block can own
     copies: int,  # batch * heads * dilation groups: how many such groups there are
-) -> tuple[int, ...]:
-    """Tokens per axis that a block owns.
+) -> tuple[tuple[int, ...], ...]:
+    """The few cheapest tiles, cheapest first, by a plain model.
 
-    The cheapest by a plain model: a staged token costs four units, a pair of a slot and a key one,
-    and blocks run in waves.
+    A staged token costs four units, a pair of a slot and a key one, and blocks run in waves.
     """
     window = prod(kernel_size)
-    best, least = None, None
-    for tile in product(*(_extents(length, slots) for length in groups)):
-        tokens = prod(tile)
-        if tokens > slots:
-            continue
+
+    def cost(tile: tuple[int, ...]) -> tuple[float, int]:
         halo = prod(halo_of(groups, kernel_size, stride, tile))
         blocks = copies * prod(-(-n // t) for n, t in zip(groups, tile, strict=True))
         quantum = max(1, slots // 8)  # slots of a warp
-        cost = 4 * halo + -(-tokens // quantum) * quantum * window
-        total = (max(1.0, blocks / WAVE) * cost, halo)
-        if least is None or total < least:
-            best, least = tile, total
-    return best
+        work = 4 * halo + -(-prod(tile) // quantum) * quantum * window
+        return max(1.0, blocks / WAVE) * work, halo
+
+    tiles = product(*(_extents(length, slots) for length in groups))
+    return tuple(nsmallest(RANKED, (t for t in tiles if prod(t) <= slots), key=cost))
 
 
 def halo_of(groups, kernel_size, stride, tile) -> tuple[int, ...]:

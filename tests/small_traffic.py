@@ -140,6 +140,10 @@ def _tables(given: Case, p, side: str) -> tuple[int, int]:
     tile = small.tile(p, side)
     if side == small.QUERIES:
         blocks = small.query_side(p, True, plan.BLOCKS)[1]
-        written = -(-4 * per_head // 32)
-        return blocks * given.heads * one, blocks * given.heads * written
+        written = sum(
+            sectors(4 * (table * per_head + at) for at in range(i, min(i + 32, per_head)))
+            for table in range(blocks * given.heads)
+            for i in range(0, per_head, 32)
+        )
+        return blocks * given.heads * one, written
     return tile.items * given.heads * one, 0

@@ -39,6 +39,7 @@ WORKERS = 8  # processes of a stage of tests, where pytest-xdist is installed
 NUMBERS, TORCH, FAULTS = (
     f"tests/gpu/test_gpu_{name}.py" for name in ("numbers", "torch", "faults")
 )
+OTHERS = ("tests/gpu/test_rigs.py", "tests/gpu/test_selftest.py", "tests/test_graphs.py")
 LARGE = "more_than or past_32 or many_images"  # tests that need the card for themselves
 
 
@@ -115,7 +116,7 @@ def plan_stages(device: torch.device, made: dict[str, Any], work: Path, path: Pa
         Stage("questions", (questions,), 60),
         tests("kernel tables", work, tables, 90),
         tests("numbers", work, [NUMBERS], 90, select=f"not random and not ({LARGE})"),
-        tests("torch", work, [TORCH, "tests/gpu/test_rigs.py", "tests/gpu/test_selftest.py"], 90),
+        tests("torch", work, [TORCH, *OTHERS], 90),
         Stage(
             "speed of the operation",
             ((*python, "benchmarks.op", *speed, "--seconds", "0.06", "--out", str(op), "--way",

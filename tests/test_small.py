@@ -6,6 +6,7 @@ alignment, unwritten memory and races; with one, the same table runs on it.
 
 import importlib.util
 import random
+from dataclasses import replace
 from importlib import resources
 
 import oracle
@@ -21,7 +22,7 @@ from test_plan import problem
 from tolerances import close
 
 from natcupy import na2d, neighborhood
-from natcupy.cuda import ops, plan, small
+from natcupy.cuda import heuristics, ops, plan, small
 from natcupy.cuda.source import use_sources
 
 pytestmark = pytest.mark.skipif(
@@ -446,8 +447,24 @@ def spoil(folder, file, right, wrong):
             (folder / found.name).write_text(text)
 
 
+@pytest.fixture
+def one_multiprocessor(monkeypatch):
+    """A GPU that few blocks fill, so that small maps are cut into blocks of several warps."""
+
+    def forget():
+        plan.forget()
+        for planned in vars(small).values():
+            getattr(planned, "cache_clear", bool)()
+
+    chip = replace(heuristics.architecture(80), multiprocessors=1)
+    monkeypatch.setitem(heuristics.ARCHITECTURES, 80, chip)
+    forget()
+    yield
+    forget()
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_planted_mistakes_are_found(mistake, tmp_path, monkeypatch):
+def test_planted_mistakes_are_found(mistake, one_multiprocessor, tmp_path, monkeypatch):
     file, right, wrong = MISTAKES[mistake]
     spoil(tmp_path, file, right, wrong)
     given = case("planted", (9, 13), (3, 5), "", dtype=F16, heads=2, kv_heads=1, batch=2)

@@ -124,6 +124,7 @@ def _add_dense(parser: argparse.ArgumentParser, head: str, what: str) -> None:
         "(`natcupy info NAME` tells where it is)",
     )
     _add_device(parser)
+    _add_json(parser)
 
 
 _DATA_HELP = (

@@ -156,7 +156,9 @@ def _nobody_looks(args) -> bool:
         not torch._C._len_torch_dispatch_stack()
         and not torch._C._autograd._profiler_enabled()
         and all(
-            type(x) in _PLAIN and x.device.type in ("cuda", "cpu")
+            type(x) in _PLAIN
+            and x.device.type in ("cuda", "cpu")
+            and not torch._C._functorch.is_legacy_batchedtensor(x)  # is_grads_batched
             for x in args
             if isinstance(x, Tensor)
         )

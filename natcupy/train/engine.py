@@ -264,7 +264,7 @@ class _Engine:
             step_size=self.plan.step_size,
             processes=self.accelerator.num_processes,
             peak_bytes=peak,
-            seconds=self._seconds(),
+            seconds=progress.seconds,  # those of the last checkpoint: alike after a continuation
             main=self.main,
         )
 

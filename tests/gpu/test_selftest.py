@@ -43,9 +43,10 @@ def test_a_wrong_device_does_not(rig, monkeypatch):
     assert record["error"] > 1 and not doctor._passed(record)
     assert "WRONG" in doctor._test_line(record)[1]
 
-    def broken(op, *args):
+    def broken(*args):
         raise RuntimeError("launch failed")
 
+    monkeypatch.setattr(run, "forward", broken)
     monkeypatch.setattr("natcupy.cuda.ops._below_autograd", broken)
     (record,) = selftest.self_test(rig.device, "cuda")
     assert record["failed"] == "launch failed" and not doctor._passed(record)

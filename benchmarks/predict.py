@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -55,13 +56,15 @@ def count(side: int, dilation: int, dtype: torch.dtype) -> dict[str, dict[str, f
     from ptxsim.launcher import PtxLauncher
     from test_kernels import run
 
-    from natcupy.cuda import plan
+    from natcupy.cuda import heuristics, plan
 
     heads = 4 if side == 7 * dilation else 1
     case = Case("", (side, side), 7, "", dilation=dilation, heads=heads, kv_heads=heads,
                 head_dim=32, value_dim=32, rpb=True, dtype=dtype)  # fmt: skip
     launcher = PtxLauncher("90a", checks=Checks(races=False, uninitialised=False, traffic=True))
-    with plan.use_family("small"):
+    # One image on a chip of one multiprocessor is cut as many images are on a whole one.
+    chip = {90: replace(heuristics.architecture(90), multiprocessors=1)}
+    with mock.patch.dict(heuristics.ARCHITECTURES, chip), plan.use_family("small"):
         run(case, launcher, inputs(case), *cotangents(case))
     return {
         made.recipe.spec.entry.removeprefix("na2d_small_"): {

@@ -1,4 +1,4 @@
-"""The small-window kernels against the float64 oracle, and the counts that make them fast.
+"""The small-window kernels against the float64 oracle.
 
 Without a GPU the very PTX that NVRTC made runs in the interpreter, with its checks for bounds,
 alignment, unwritten memory and races; with one, the same table runs on it.
@@ -6,34 +6,24 @@ alignment, unwritten memory and races; with one, the same table runs on it.
 
 import importlib.util
 import random
-from dataclasses import replace
-from importlib import resources
 
 import oracle
 import pytest
 import torch
-from kernel_cases import BF16, F16, F32, Case, cotangents, inputs, truth
+from kernel_cases import BF16, F16, F32, cotangents, inputs, truth
 from ptxsim import Checks
-from ptxsim.errors import PtxCheckError
-from ptxsim.launcher import PtxLauncher, compile_with_natcupy
-from small_traffic import expected
+from ptxsim.launcher import PtxLauncher
+from small_cases import case
 from test_kernels import Gpu, Interpreter, check, run
 from test_plan import problem
 from tolerances import close
 
 from natcupy import na2d, neighborhood
-from natcupy.cuda import heuristics, ops, plan, small
-from natcupy.cuda.source import use_sources
+from natcupy.cuda import ops, plan, small
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("cupy") is None, reason="NVRTC comes with CuPy, which is not installed"
 )
-
-
-def case(name, shape, kernel_size, why, dim=32, **more):
-    more = {"heads": 1, "dtype": BF16, "rpb": True} | more
-    more = {"kv_heads": more["heads"]} | more
-    return Case(name, shape, kernel_size, why, head_dim=dim, value_dim=dim, **more)
 
 
 CASES = (
@@ -277,68 +267,6 @@ def test_nan_reaches_its_windows_and_nothing_else(name, dtype, engine):
 
 
 # ------------------------------------------------------------------------------------------------
-# counts
-
-
-def counts(given, arch="90a"):
-    """Counters of every small-window kernel by entry."""
-    checks = Checks(races=False, uninitialised=False, traffic=True)
-    launcher = PtxLauncher(arch, checks=checks)
-    engine = Interpreter(arch)
-    engine.launcher = launcher
-    with plan.use_family("small"):
-        run(given, engine, inputs(given), *cotangents(given))
-    return {
-        record.recipe.spec.entry: record.counters
-        for record in launcher.records
-        if "small" in record.recipe.spec.entry
-    }
-
-
-TRAFFIC = (
-    case("56", (56, 56), 7, "level 1 of NAT"),
-    case("dense", (7, 7), 7, "a row of 7 numbers beside rows of 64 bytes", heads=8, rpb=False),
-    case("dense 64", (14, 14), 7, "", dilation=2, dim=64, rpb=False, heads=2),
-    case("28", (28, 28), 7, "level 2, longer rows", dim=64, rpb=False),
-    case("thirteen", (15, 26), 13, "steps of 24 columns"),
-    case("float", (14, 14), 7, "rows of 128 bytes", dtype=F32),
-    case("float 64", (7, 9), 7, "rows of 256 bytes", dim=64, dtype=F32, rpb=False),
-    case("float dense", (7, 7), 7, "two rows to a step", heads=4, dtype=F32),
-)
-
-
-@pytest.mark.parametrize("given", TRAFFIC, ids=str)
-def test_traffic(given):
-    """No bank conflict in a main loop; every row is moved as often as the tiles say."""
-    made, predicted = counts(given), expected(given)
-    for name, counters in made.items():
-        traffic = counters.traffic
-        conflicts_are_rare(name, traffic, given.rpb)
-        for kind, sectors in zip(("read", "write"), predicted[name], strict=True):
-            actual = traffic[f"global {kind} sectors"]
-            assert abs(actual - sectors) <= 0.05 * sectors, (name, kind, actual, sectors)
-        assert not any("local" in kind for kind in traffic), name
-
-
-def conflicts_are_rare(name, traffic, rpb):
-    for kind in ("cp.async", "shared read", "shared write"):
-        # Outside the loops, where tables are added up, some may conflict.
-        allowed = 1.02 if name.endswith("dq") and rpb and kind != "cp.async" else 1
-        assert traffic[f"{kind} wavefronts"] <= traffic[f"{kind} ideal"] * allowed, (name, kind)
-
-
-@pytest.mark.parametrize("dtype", [F16, F32], ids=str)
-def test_a_lost_swizzle_shows_as_bank_conflicts(dtype, tmp_path):
-    spoil(tmp_path, "products.cuh", "return chunk ^ (ROW", "return chunk ^ 0 * (ROW")
-    given = case("plain", (7, 9), 3, "", dtype=dtype, rpb=False)
-    with use_sources(tmp_path):
-        made = counts(given)
-    for name, counters in made.items():
-        with pytest.raises(AssertionError):
-            conflicts_are_rare(name, counters.traffic, False)
-
-
-# ------------------------------------------------------------------------------------------------
 # floats
 
 
@@ -382,107 +310,3 @@ def test_one_term_where_torch_allows_tf32():
     pairs = [(out, true_out), *((gradients[n], true[n]) for n in gradients)]
     for actual, wanted in pairs:
         assert 2e-5 < (actual.double() - wanted).abs().max() / wanted.abs().max() < 3e-3
-
-
-# ------------------------------------------------------------------------------------------------
-# planted mistakes must be found
-
-MISTAKES = {
-    "no barrier after staging": (
-        "na2d_small_fwd.cu", "    copies_done();\n    __syncthreads();", "    copies_done();"),
-    "no wait for copies": ("na2d_small_fwd.cu", "    copies_done();\n", ""),
-    "a window one row too low": (
-        "na2d_small_fwd.cu", "const unsigned skip = (from - top) * line;",
-        "const unsigned skip = (from - top + 1) * line;"),
-    "a column mask one too wide": (
-        "na2d_small_fwd.cu", "key < seen.end;", "key <= seen.end;"),
-    "staggered rows taken as aligned": (
-        "na2d_small_fwd.cu", "= !DENSE && two &&", "= false &&"),
-    "no rescaling": ("na2d_small_fwd.cu", "if (i > 0) {", "if (false) {"),
-    "table without its first row": ("small.cuh", "BIAS_ROWS - 1;", "BIAS_ROWS;"),
-    "words swapped in a store": ("products.cuh", '"r"(w[1]), "r"(w[2])', '"r"(w[2]), "r"(w[1])'),
-    "float: low parts of the left forgotten": (
-        "products.cuh", "multiply_tf32(rest, a.low, h0, h1);", ""),
-    "float: low parts of the right forgotten": (
-        "products.cuh", "multiply_tf32(rest, a.high, low_part(b0, h0), low_part(b1, h1));", ""),
-    "float: small terms not added": ("products.cuh", "s[h][e] += rest[h][e];", ";"),
-    "float: chunks of a row in order": (
-        "products.cuh", "place(lane / 8 + lane / 4 % 2 * 4, token)", "place(lane / 4, token)"),
-    "float: warps share their sums": (
-        "na2d_small_bwd_dq.cu", "role.warp * (Sums::ROWS * OWN * 128) + role.lane * 8",
-        "role.lane * 8"),
-    "columns past the map stored": (
-        "na2d_small_fwd.cu", "const bool write = column < width &&", "const bool write ="),
-    "bias sums not flushed": (
-        "na2d_small_bwd_dq.cu", "if (__any_sync(0xFFFFFFFFu, other)) flush", "if (false) flush"),
-    "lanes add all at once": (
-        "na2d_small_bwd_dq.cu", "if (lane / 4 == turn)", "if (turn == 0)"),
-    "no barrier between tiles": (
-        "na2d_small_bwd_dq.cu", "        __syncthreads();  // the keys", "        // the keys"),
-    "rows past the map weigh": (
-        "na2d_small_bwd_dq.cu", "real ? p.lse[token] * (float)LOG2_E : -minus_infinity()",
-        "p.lse[token] * (float)LOG2_E"),
-    "no gradient of the log-sum-exp": (
-        "na2d_small_bwd_dq.cu", "if (p.d_lse && real)", "if (false)"),
-    "second query block forgotten": (
-        "na2d_small_bwd_dkv.cu", "begin < to; begin += COLUMNS", "begin < to; begin += 64"),
-    "query columns counted twice": ("na2d_small_bwd_dkv.cu", "query >= begin && ", ""),
-    "heads of a group not staged": (
-        "na2d_small_bwd_dkv.cu", "if (pass == 0 || g.queries_per_kv > 1)",
-        "if (pass == 0 && member == 0)"),
-    "rows of keys not masked": (
-        "na2d_small_bwd_dkv.cu",
-        "if (!(row + side >= seen.begin && row + side < seen.end)) continue;", ""),
-}  # fmt: skip
-
-
-def spoil(folder, file, right, wrong):
-    """The kernels' sources in `folder`, with one place changed."""
-    for found in resources.files("natcupy.kernels").iterdir():
-        if found.name.endswith((".cu", ".cuh")):
-            text = found.read_text()
-            if found.name == file:
-                assert text.count(right) == 1, "the text to spoil has changed"
-                text = text.replace(right, wrong)
-            (folder / found.name).write_text(text)
-
-
-@pytest.fixture
-def one_multiprocessor(monkeypatch):
-    """A GPU that few blocks fill, so that small maps are cut into blocks of several warps."""
-
-    def forget():
-        plan.forget()
-        for planned in vars(small).values():
-            getattr(planned, "cache_clear", bool)()
-
-    chip = replace(heuristics.architecture(80), multiprocessors=1)
-    monkeypatch.setitem(heuristics.ARCHITECTURES, 80, chip)
-    forget()
-    yield
-    forget()
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_planted_mistakes_are_found(mistake, one_multiprocessor, tmp_path, monkeypatch):
-    file, right, wrong = MISTAKES[mistake]
-    spoil(tmp_path, file, right, wrong)
-    given = case("planted", (9, 13), (3, 5), "", dtype=F16, heads=2, kv_heads=1, batch=2)
-    if mistake.startswith("float"):
-        given = case("planted, float", (6, 9), 3, "", dtype=F32)
-    if file.startswith("na2d_small_bwd_dkv") and "query" in mistake:
-        given = case("planted, wide", (5, 26), (5, 9), "", dtype=F16)
-    monkeypatch.setattr(plan, "BLOCKS", 1)  # a block takes several tiles
-    plan.forget()
-
-    def compile_here(spec, arch):
-        return compile_with_natcupy(spec, arch)
-
-    engine = Interpreter()
-    engine.launcher = PtxLauncher("80", compile_ptx=compile_here)
-    with (
-        plan.use_family("small"),
-        use_sources(tmp_path),
-        pytest.raises((PtxCheckError, AssertionError)),
-    ):
-        check(given, engine)

@@ -1,0 +1,107 @@
+"""Mistakes planted in the small-window kernels: the checks or the oracle must find every one."""
+
+import importlib.util
+from dataclasses import replace
+
+import pytest
+from kernel_cases import F16, F32
+from ptxsim.errors import PtxCheckError
+from ptxsim.launcher import PtxLauncher, compile_with_natcupy
+from small_cases import case, spoil
+from test_kernels import Interpreter, check
+
+from natcupy.cuda import heuristics, plan, small
+from natcupy.cuda.source import use_sources
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("cupy") is None, reason="NVRTC comes with CuPy, which is not installed"
+)
+
+MISTAKES = {
+    "no barrier after staging": (
+        "na2d_small_fwd.cu", "    copies_done();\n    __syncthreads();", "    copies_done();"),
+    "no wait for copies": ("na2d_small_fwd.cu", "    copies_done();\n", ""),
+    "a window one row too low": (
+        "na2d_small_fwd.cu", "const unsigned skip = (from - top) * line;",
+        "const unsigned skip = (from - top + 1) * line;"),
+    "a column mask one too wide": (
+        "na2d_small_fwd.cu", "key < seen.end;", "key <= seen.end;"),
+    "staggered rows taken as aligned": (
+        "na2d_small_fwd.cu", "= !DENSE && two &&", "= false &&"),
+    "no rescaling": ("na2d_small_fwd.cu", "if (i > 0) {", "if (false) {"),
+    "table without its first row": ("small.cuh", "BIAS_ROWS - 1;", "BIAS_ROWS;"),
+    "words swapped in a store": ("products.cuh", '"r"(w[1]), "r"(w[2])', '"r"(w[2]), "r"(w[1])'),
+    "float: low parts of the left forgotten": (
+        "products.cuh", "multiply_tf32(rest, a.low, h0, h1);", ""),
+    "float: low parts of the right forgotten": (
+        "products.cuh", "multiply_tf32(rest, a.high, low_part(b0, h0), low_part(b1, h1));", ""),
+    "float: small terms not added": ("products.cuh", "s[h][e] += rest[h][e];", ";"),
+    "float: chunks of a row in order": (
+        "products.cuh", "place(lane / 8 + lane / 4 % 2 * 4, token)", "place(lane / 4, token)"),
+    "float: warps share their sums": (
+        "na2d_small_bwd_dq.cu", "role.warp * (Sums::ROWS * OWN * 128) + role.lane * 8",
+        "role.lane * 8"),
+    "columns past the map stored": (
+        "na2d_small_fwd.cu", "const bool write = column < width &&", "const bool write ="),
+    "bias sums not flushed": (
+        "na2d_small_bwd_dq.cu", "if (__any_sync(0xFFFFFFFFu, other)) flush", "if (false) flush"),
+    "lanes add all at once": (
+        "na2d_small_bwd_dq.cu", "if (lane / 4 == turn)", "if (turn == 0)"),
+    "no barrier between tiles": (
+        "na2d_small_bwd_dq.cu", "        __syncthreads();  // the keys", "        // the keys"),
+    "rows past the map weigh": (
+        "na2d_small_bwd_dq.cu", "real ? p.lse[token] * (float)LOG2_E : -minus_infinity()",
+        "p.lse[token] * (float)LOG2_E"),
+    "no gradient of the log-sum-exp": (
+        "na2d_small_bwd_dq.cu", "if (p.d_lse && real)", "if (false)"),
+    "second query block forgotten": (
+        "na2d_small_bwd_dkv.cu", "begin < to; begin += COLUMNS", "begin < to; begin += 64"),
+    "query columns counted twice": ("na2d_small_bwd_dkv.cu", "query >= begin && ", ""),
+    "heads of a group not staged": (
+        "na2d_small_bwd_dkv.cu", "if (pass == 0 || g.queries_per_kv > 1)",
+        "if (pass == 0 && member == 0)"),
+    "rows of keys not masked": (
+        "na2d_small_bwd_dkv.cu",
+        "if (!(row + side >= seen.begin && row + side < seen.end)) continue;", ""),
+}  # fmt: skip
+
+
+@pytest.fixture
+def one_multiprocessor(monkeypatch):
+    """A GPU that few blocks fill, so that small maps are cut into blocks of several warps."""
+
+    def forget():
+        plan.forget()
+        for planned in vars(small).values():
+            getattr(planned, "cache_clear", bool)()
+
+    chip = replace(heuristics.architecture(80), multiprocessors=1)
+    monkeypatch.setitem(heuristics.ARCHITECTURES, 80, chip)
+    forget()
+    yield
+    forget()
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_planted_mistakes_are_found(mistake, one_multiprocessor, tmp_path, monkeypatch):
+    file, right, wrong = MISTAKES[mistake]
+    spoil(tmp_path, file, right, wrong)
+    given = case("planted", (9, 13), (3, 5), "", dtype=F16, heads=2, kv_heads=1, batch=2)
+    if mistake.startswith("float"):
+        given = case("planted, float", (6, 9), 3, "", dtype=F32)
+    if file.startswith("na2d_small_bwd_dkv") and "query" in mistake:
+        given = case("planted, wide", (5, 26), (5, 9), "", dtype=F16)
+    monkeypatch.setattr(plan, "BLOCKS", 1)  # a block takes several tiles
+    plan.forget()
+
+    def compile_here(spec, arch):
+        return compile_with_natcupy(spec, arch)
+
+    engine = Interpreter()
+    engine.launcher = PtxLauncher("80", compile_ptx=compile_here)
+    with (
+        plan.use_family("small"),
+        use_sources(tmp_path),
+        pytest.raises((PtxCheckError, AssertionError)),
+    ):
+        check(given, engine)

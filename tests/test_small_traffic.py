@@ -1,0 +1,76 @@
+"""The memory traffic of the small-window kernels: sectors moved, and no bank conflicts."""
+
+import importlib.util
+
+import pytest
+from kernel_cases import F16, F32, cotangents, inputs
+from ptxsim import Checks
+from ptxsim.launcher import PtxLauncher
+from small_cases import case, spoil
+from small_traffic import expected
+from test_kernels import Interpreter, run
+
+from natcupy.cuda import plan
+from natcupy.cuda.source import use_sources
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("cupy") is None, reason="NVRTC comes with CuPy, which is not installed"
+)
+
+
+def counts(given, arch="90a"):
+    """Counters of every small-window kernel by entry."""
+    checks = Checks(races=False, uninitialised=False, traffic=True)
+    launcher = PtxLauncher(arch, checks=checks)
+    engine = Interpreter(arch)
+    engine.launcher = launcher
+    with plan.use_family("small"):
+        run(given, engine, inputs(given), *cotangents(given))
+    return {
+        record.recipe.spec.entry: record.counters
+        for record in launcher.records
+        if "small" in record.recipe.spec.entry
+    }
+
+
+TRAFFIC = (
+    case("56", (56, 56), 7, "level 1 of NAT"),
+    case("dense", (7, 7), 7, "a row of 7 numbers beside rows of 64 bytes", heads=8, rpb=False),
+    case("dense 64", (14, 14), 7, "", dilation=2, dim=64, rpb=False, heads=2),
+    case("28", (28, 28), 7, "level 2, longer rows", dim=64, rpb=False),
+    case("thirteen", (15, 26), 13, "steps of 24 columns"),
+    case("float", (14, 14), 7, "rows of 128 bytes", dtype=F32),
+    case("float 64", (7, 9), 7, "rows of 256 bytes", dim=64, dtype=F32, rpb=False),
+    case("float dense", (7, 7), 7, "two rows to a step", heads=4, dtype=F32),
+)
+
+
+@pytest.mark.parametrize("given", TRAFFIC, ids=str)
+def test_traffic(given):
+    """No bank conflict in a main loop; every row is moved as often as the tiles say."""
+    made, predicted = counts(given), expected(given)
+    for name, counters in made.items():
+        traffic = counters.traffic
+        conflicts_are_rare(name, traffic, given.rpb)
+        for kind, sectors in zip(("read", "write"), predicted[name], strict=True):
+            actual = traffic[f"global {kind} sectors"]
+            assert abs(actual - sectors) <= 0.05 * sectors, (name, kind, actual, sectors)
+        assert not any("local" in kind for kind in traffic), name
+
+
+def conflicts_are_rare(name, traffic, rpb):
+    for kind in ("cp.async", "shared read", "shared write"):
+        # Outside the loops, where tables are added up, some may conflict.
+        allowed = 1.02 if name.endswith("dq") and rpb and kind != "cp.async" else 1
+        assert traffic[f"{kind} wavefronts"] <= traffic[f"{kind} ideal"] * allowed, (name, kind)
+
+
+@pytest.mark.parametrize("dtype", [F16, F32], ids=str)
+def test_a_lost_swizzle_shows_as_bank_conflicts(dtype, tmp_path):
+    spoil(tmp_path, "products.cuh", "return chunk ^ (ROW", "return chunk ^ 0 * (ROW")
+    given = case("plain", (7, 9), 3, "", dtype=dtype, rpb=False)
+    with use_sources(tmp_path):
+        made = counts(given)
+    for name, counters in made.items():
+        with pytest.raises(AssertionError):
+            conflicts_are_rare(name, counters.traffic, False)

@@ -4,7 +4,9 @@ In: tensors and parameters as `na1d`, `na2d`, `na3d` take them. Out: (out, lse) 
 autograd history. Written apart from the library on purpose: it shares no window formula with it.
 """
 
+from functools import lru_cache
 from itertools import product
+from math import prod
 
 import torch
 
@@ -55,6 +57,24 @@ def pairs(shape, kernel_size, stride, dilation, is_causal):
     return found
 
 
+@lru_cache(maxsize=32)
+def tables(shape, kernel_size, stride, dilation, is_causal):
+    """Per query and key: whether the query sees it, and the place in the flat bias table."""
+    tokens = prod(shape)
+    seen = torch.zeros(tokens, tokens, dtype=torch.bool)
+    where = torch.zeros(tokens, tokens, dtype=torch.long)
+    found = pairs(shape, kernel_size, stride, dilation, is_causal)
+    queries = torch.tensor([query for query, _, _ in found], dtype=torch.long)
+    keys = torch.tensor([key for _, key, _ in found], dtype=torch.long)
+    places = torch.tensor([place for _, _, place in found], dtype=torch.long).view(-1, len(shape))
+    flat = torch.zeros_like(queries)
+    for axis, k in enumerate(kernel_size):
+        flat = flat * (2 * k - 1) + places[:, axis]
+    seen[queries, keys] = True
+    where[queries, keys] = flat
+    return seen, where
+
+
 def per_axis(value, rank):
     return tuple(value) if isinstance(value, (tuple, list)) else (value,) * rank
 
@@ -75,7 +95,6 @@ def attention(
     rank = query.dim() - 3
     shape = query.shape[1:-2]
     params = [per_axis(p, rank) for p in (kernel_size, stride, dilation, is_causal)]
-    tokens = query[0, ..., 0, 0].numel() if query.shape[0] else 0
     heads, head_dim = query.shape[-2:]
     repeat = heads // key.shape[-2]
     scale = head_dim**-0.5 if scale is None else scale
@@ -84,19 +103,11 @@ def attention(
         x = x.double().flatten(dim, x.dim() - 3).transpose(1, 2)
         return x.repeat_interleave(heads // x.shape[1], 1)
 
-    mask = torch.full((tokens, tokens), float("-inf"), dtype=torch.float64)
-    where = torch.zeros(tokens, tokens, dtype=torch.long)
-    spans = [2 * k - 1 for k in params[0]]
-    for q, k, bias in pairs(shape, *params):
-        mask[q, k] = 0.0
-        n = 0
-        for b, span in zip(bias, spans, strict=True):
-            n = n * span + b
-        where[q, k] = n
+    seen, where = tables(tuple(shape), *params)
     logits = flat(query) @ flat(key).mT * scale
     if rpb is not None:
         logits = logits + rpb.double().flatten(1)[:, where]
-    logits = torch.where(mask == 0, logits, mask)
+    logits = logits.masked_fill(~seen, float("-inf"))
     values = flat(value)
     if additional_keys is not None:
         extra_k = additional_keys.double().transpose(1, 2).repeat_interleave(repeat, 1)

@@ -85,7 +85,8 @@ import torch
 torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-import natcupy.train.finetuning
+import accelerate, matplotlib.figure, torch.distributed.fsdp
+import natcupy.hub.push, natcupy.hub.saving, natcupy.train.finetuning
 from runs import config, step_of, tiny
 
 def begin(run, words):

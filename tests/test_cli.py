@@ -394,9 +394,14 @@ def test_doctor_tells_of_a_backend_that_is_wrong(run, monkeypatch):
 # -- train-digits ---------------------------------------------------------------------------------
 
 
-def test_train_digits_makes_a_model(run, tmp_path):
+def test_train_digits_makes_a_model(run, tmp_path, monkeypatch):
+    """From pictures to card; the examination with few pictures of each kind."""
     pytest.importorskip("sklearn", reason="the scans ship with scikit-learn")
     pytest.importorskip("matplotlib", reason="the fonts ship with matplotlib")
+    from natcupy.digits import datasets, training
+
+    few = datasets.examinations.__wrapped__(per_digit=2)
+    monkeypatch.setattr(training, "examinations", lambda: few)
     status, out, err = run("train-digits", "--output", "made", "--pictures", 64, "--epochs", 1)
     assert status == 0, err
     assert "scikit-learn digits" in out

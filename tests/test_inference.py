@@ -605,35 +605,54 @@ def test_kill_9_at_random_moments(tmp_path, seven, suffix, kills, workers):
 
 # -- several processes ----------------------------------------------------------------------------
 
+# One process imports once, then forks the processes of each group, with torchrun's environment.
 RANKS = """
-import json, sys
+import json, os, sys, traceback
 import torch
+torch.set_num_threads(1)  # so that forking is safe
 from dataclasses import asdict
 import natcupy
 from natcupy.inference import ranks
-from tests.test_inference import small, SETTINGS
+from tests.test_inference import free_port, small, SETTINGS
+out, *folders = sys.argv[1:]
 model = small()
-found = {}
-for data in sys.argv[2:]:
-    result = asdict(natcupy.evaluate(model, data, batch_size=4, workers=0))
-    found[data] = [result[k] for k in ("pictures", "top1", "top5", "loss", "classes", "bad")]
-report = natcupy.predict(model, sys.argv[2], sys.argv[1], **SETTINGS)
-if ranks.world_rank() == 0:
-    print(json.dumps(found))
+
+def work():
+    found = {}
+    for data in folders:
+        result = asdict(natcupy.evaluate(model, data, batch_size=4, workers=0))
+        names = ("pictures", "top1", "top5", "loss", "classes", "bad")
+        found[data] = [result[name] for name in names]
+    natcupy.predict(model, folders[0], f"{out}/{ranks.world_size()}.csv", **SETTINGS)
+    if ranks.world_rank() == 0:
+        print(json.dumps(found), flush=True)
+    torch.distributed.destroy_process_group()
+
+def fork(**environment):
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        os.environ.update(environment)
+        work()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+for count in ("2", "3"):
+    port = str(free_port())
+    group = [
+        fork(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=count, LOCAL_WORLD_SIZE=count,
+             MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        for rank in range(int(count))
+    ]
+    for _ in group:
+        assert os.wait()[1] == 0
 """
-
-
-def in_processes(count, code, *arguments):
-    """What the processes of a torchrun of its own print."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
-    command += ["--master-addr", "127.0.0.1", "--rdzv-backend", "static", "--no-python"]
-    command += ["--master-port", str(free_port()), sys.executable, "-c", code, *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, timeout=300, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 def free_port():
@@ -644,6 +663,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_one_two_and_three_processes_count_the_same(model, tmp_path):
     """Sizes that no number of processes divides; fewer batches than processes; bad pictures."""
     data = class_folders(tmp_path / "a", {"ant": 11, "dog": 20, "gnu": 10})
@@ -656,10 +676,17 @@ def test_one_two_and_three_processes_count_the_same(model, tmp_path):
         result = dataclasses.asdict(evaluate(model, folder, batch_size=4, workers=0))
         expected[str(folder)] = [result[name] for name in names]
     predict(model, data, tmp_path / "1.csv", **SETTINGS)
+    done = subprocess.run(
+        [sys.executable, "-c", RANKS, *map(str, (tmp_path, data, few, one))],
+        capture_output=True, text=True, cwd=ROOT, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [
+        json.loads(json.dumps(expected))
+    ] * 2
     for count in (2, 3):
         out = tmp_path / f"{count}.csv"
-        printed = in_processes(count, RANKS, out, data, few, one)
-        assert json.loads(printed) == json.loads(json.dumps(expected))
         assert out.read_bytes() == (tmp_path / "1.csv").read_bytes()
         assert json.loads((tmp_path / f"{count}.csv.run.json").read_text())["settings"]
 

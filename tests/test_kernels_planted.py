@@ -5,17 +5,14 @@ Those about barriers leave the numbers right and are found by the checks alone.
 """
 
 import importlib.util
-from importlib import resources
 
 import pytest
 from kernel_cases import F32, Case
-from ptxsim import load
+from planted import Spoilt, spoil
 from ptxsim.errors import PtxCheckError
-from ptxsim.launcher import PtxLauncher, compile_with_natcupy
 from test_kernels import Interpreter, check, few_blocks  # noqa: F401 (a fixture)
 
 from natcupy.cuda import plan
-from natcupy.cuda.source import source_text, use_sources
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("cupy") is None, reason="NVRTC comes with CuPy, which is not installed"
@@ -55,31 +52,10 @@ MISTAKES = {
 }  # fmt: skip
 
 
-class Spoilt(PtxLauncher):
-    """Compiles kernels from a folder, where they differ from the library's own."""
-
-    def __init__(self, folder):
-        super().__init__("80")
-        self._folder, self._spoilt = folder, {}
-
-    def program(self, spec):
-        if spec not in self._spoilt:
-            own = source_text(spec)
-            with use_sources(self._folder):
-                changed = source_text(spec) != own
-                program = load(compile_with_natcupy(spec, "80"), spec.entry) if changed else None
-            self._spoilt[spec] = program or super().program(spec)
-        return self._spoilt[spec]
-
-
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_planted_mistakes_are_found(mistake, tmp_path, few_blocks):  # noqa: F811
     file, right, wrong = MISTAKES[mistake]
-    for found in resources.files("natcupy.kernels").iterdir():
-        if found.name.endswith((".cu", ".cuh")):
-            text = found.read_text()
-            assert found.name != file or text.count(right) == 1, "the text to spoil has changed"
-            (tmp_path / found.name).write_text(text.replace(right, wrong))
+    spoil(tmp_path, file, right, wrong)
     engine = Interpreter()
     engine.launcher = Spoilt(tmp_path)
     with plan.use_family("portable"), pytest.raises((PtxCheckError, AssertionError)):
@@ -87,9 +63,7 @@ def test_planted_mistakes_are_found(mistake, tmp_path, few_blocks):  # noqa: F81
 
 
 def test_the_kernels_as_they_are_pass(tmp_path, few_blocks):  # noqa: F811
-    for found in resources.files("natcupy.kernels").iterdir():
-        if found.name.endswith((".cu", ".cuh")):
-            (tmp_path / found.name).write_text(found.read_text())
+    spoil(tmp_path)
     engine = Interpreter()
     engine.launcher = Spoilt(tmp_path)
     with plan.use_family("portable"):

@@ -83,7 +83,7 @@ def unpacked(recipe):
 
 
 def test_every_launch_is_legal():
-    """10,000 random problems: the limits every architecture shares, and the kernels' own."""
+    """5,000 random problems: the limits every architecture shares, and the kernels' own."""
     rng = random.Random(0)
     for _ in range(5_000):
         p = random_problem(rng)

@@ -35,7 +35,7 @@ CASES = (
     case("even", (12, 19), (4, 6), "even windows lean left", dtype=F16),
     case("nine", (19, 20), 9, "the widest window: all 16 columns of a step"),
     case("nine, 64", (11, 18), (9, 8), "the same with longer rows", dim=64),
-    case("far border", (26, 26), 9, "18 query columns see a tile of keys", dtype=F16),
+    case("far border", (26, 26), 9, "18 query columns see a tile of keys"),
     case("three", (7, 17), 3, "most of a step is masked", dim=64),
     case("one row", (5, 30), (1, 9), "a window of one row: every pair is staggered", dtype=F16),
     case("one column", (20, 9), (9, 1), "a window of one column"),
@@ -51,11 +51,13 @@ CASES = (
     case("dense nine", (9, 9), 9, "one window, but two blocks of columns"),
     case("no bias", (14, 15), 7, "the mask alone", rpb=False),
     case("dense, no bias", (7, 7), 7, "no mask but for unused columns", rpb=False, dim=64),
-    case("packed", (9, 10), 5, "q, k, v in one tensor, read in place", heads=2, layout="packed"),
-    case("heads first", (9, 10), 5, "[B, heads, N, D] memory", heads=2, layout="heads first"),
-    case("grouped heads", (9, 18), 7, "query heads share keys", heads=6, kv_heads=2, dtype=F16),
+    case("packed", (9, 10), 5, "q, k, v in one tensor, read in place", heads=2, layout="packed",
+         dtype=F16),
+    case("heads first", (9, 10), 5, "[B, heads, N, D] memory", heads=2, layout="heads first",
+         dtype=F16),
+    case("grouped heads", (9, 18), 7, "query heads share keys", heads=6, kv_heads=2),
     case("grouped dense", (7, 7), 7, "and all their queries", heads=4, kv_heads=2, batch=2),
-    case("scale", (8, 10), 3, "a given, negative scale", scale=-0.4, dtype=F16),
+    case("scale", (8, 10), 5, "a given, negative scale", scale=-0.4, dtype=F16),
     case("eleven", (14, 27), 11, "steps of 24 columns, three blocks of queries see a key"),
     case("thirteen", (14, 25), (13, 12), "the same with longer rows", dim=64, dtype=F16),
     case("ten", (21, 12), 10, "even, and one axis dense in some groups", dilation=(2, 1)),
@@ -246,7 +248,8 @@ def test_bias_of_minus_infinity(engine):
 @pytest.mark.parametrize("dtype", [F16, F32], ids=str)
 @pytest.mark.parametrize("name", ["key", "value", "query"])
 def test_nan_reaches_its_windows_and_nothing_else(name, dtype, engine):
-    given = case("nan", (7, 11), (3, 4), "", dtype=dtype)
+    kernel_size = (3, 4) if dtype == F32 else 5  # those of CASES, compiled once
+    given = case("nan", (9, 11), kernel_size, "", dtype=dtype)
     tensors = {
         n: None if x is None else x.detach() for n, x in inputs(given, engine.device).items()
     }
@@ -277,7 +280,7 @@ def error(actual, true):
 @pytest.mark.parametrize("dim", [32, 64])
 def test_floats_are_as_exact_as_torch(dim):
     """Root mean square error: forward at most twice, backward three times that of plain torch."""
-    given = case("exact", (8, 9), 5, "", dtype=F32, dim=dim)
+    given = case("exact", (8, 9), 7 if dim == 32 else (3, 7), "", dtype=F32, dim=dim)
     tensors, (d_out, d_lse) = inputs(given), cotangents(given)
     true_out, true_lse, true = truth(given, tensors, d_out, d_lse)
     plain = {n: x.detach().clone().requires_grad_() for n, x in tensors.items() if x is not None}

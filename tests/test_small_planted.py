@@ -5,13 +5,12 @@ from dataclasses import replace
 
 import pytest
 from kernel_cases import F16, F32
+from planted import Spoilt, spoil
 from ptxsim.errors import PtxCheckError
-from ptxsim.launcher import PtxLauncher, compile_with_natcupy
-from small_cases import case, spoil
+from small_cases import case
 from test_kernels import Interpreter, check
 
 from natcupy.cuda import heuristics, plan, small
-from natcupy.cuda.source import use_sources
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("cupy") is None, reason="NVRTC comes with CuPy, which is not installed"
@@ -82,26 +81,34 @@ def one_multiprocessor(monkeypatch):
     forget()
 
 
+PLAIN = case("planted", (9, 13), (3, 5), "", dtype=F16, heads=2, kv_heads=1, batch=2)
+FLOAT = case("planted, float", (6, 9), 3, "", dtype=F32)
+WIDE = case("planted, wide", (5, 26), (5, 9), "", dtype=F16)
+
+
+@pytest.fixture
+def engine(one_multiprocessor, tmp_path, monkeypatch):
+    """Runs what `tmp_path` holds; a block takes several tiles."""
+    monkeypatch.setattr(plan, "BLOCKS", 1)
+    plan.forget()
+    engine = Interpreter()
+    engine.launcher = Spoilt(tmp_path)
+    with plan.use_family("small"):
+        yield engine
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_planted_mistakes_are_found(mistake, one_multiprocessor, tmp_path, monkeypatch):
+def test_planted_mistakes_are_found(mistake, engine, tmp_path):
     file, right, wrong = MISTAKES[mistake]
     spoil(tmp_path, file, right, wrong)
-    given = case("planted", (9, 13), (3, 5), "", dtype=F16, heads=2, kv_heads=1, batch=2)
-    if mistake.startswith("float"):
-        given = case("planted, float", (6, 9), 3, "", dtype=F32)
-    if file.startswith("na2d_small_bwd_dkv") and "query" in mistake:
-        given = case("planted, wide", (5, 26), (5, 9), "", dtype=F16)
-    monkeypatch.setattr(plan, "BLOCKS", 1)  # a block takes several tiles
-    plan.forget()
-
-    def compile_here(spec, arch):
-        return compile_with_natcupy(spec, arch)
-
-    engine = Interpreter()
-    engine.launcher = PtxLauncher("80", compile_ptx=compile_here)
-    with (
-        plan.use_family("small"),
-        use_sources(tmp_path),
-        pytest.raises((PtxCheckError, AssertionError)),
-    ):
+    given = FLOAT if mistake.startswith("float") else PLAIN
+    if file == "na2d_small_bwd_dkv.cu" and "query" in mistake:
+        given = WIDE
+    with pytest.raises((PtxCheckError, AssertionError)):
         check(given, engine)
+
+
+@pytest.mark.parametrize("given", [PLAIN, FLOAT, WIDE], ids=str)
+def test_the_kernels_as_they_are_pass(given, engine, tmp_path):
+    spoil(tmp_path)
+    check(given, engine)

@@ -4,9 +4,10 @@ import importlib.util
 
 import pytest
 from kernel_cases import F16, F32, cotangents, inputs
+from planted import spoil
 from ptxsim import Checks
 from ptxsim.launcher import PtxLauncher
-from small_cases import case, spoil
+from small_cases import case
 from small_traffic import expected
 from test_kernels import Interpreter, run
 

@@ -27,6 +27,7 @@ _BODY = re.compile(
     r"|(?P<label>[A-Za-z_$%][\w$]*)\s*:(?!:)|(?P<stmt>[^;]*;))"
 )
 _NAME = re.compile(r"[%A-Za-z_$][\w$]*(?:\.[xyzw]\b)?")
+_BRACKET = re.compile(r"[\[{(]")
 _SPACES = ("param", "shared", "global", "const", "local")
 
 
@@ -115,6 +116,9 @@ def type_bytes(name: str) -> int:
 
 def split_operands(text: str) -> list[str]:
     """Split at commas that are outside every bracket."""
+    if not _BRACKET.search(text):
+        *parts, last = map(str.strip, text.split(","))
+        return [*parts, last] if last else parts
     out: list[str] = []
     depth, start = 0, 0
     for at, ch in enumerate(text):

@@ -14,7 +14,7 @@ import torch
 from benchmarks import harness
 from benchmarks.cases import OP_CASES, OpCase, pick
 from benchmarks.peers import Way, pick_ways
-from benchmarks.roofline import Roofline
+from benchmarks.roofline import YARDSTICK, Roofline, yardstick
 
 TRUTH_BATCH = 1  # pictures of a case on which errors are measured
 PASSES = {False: "forward", True: "forward + backward"}
@@ -74,6 +74,14 @@ def rows(
                     "error": error,
                 }
             )
+        if device.type == "cpu":
+            run, flops = yardstick(dtype)
+            asked.append(
+                {
+                    "case": case.label, "way": YARDSTICK, "exact": False, "step": PASSES[backward],
+                    "dtype": dtype, "run": run, "roofline": roofline, "flops": flops, "moved": None,
+                }
+            )  # fmt: skip
         found += harness.together(asked, device, seconds)
     return found
 

@@ -5,6 +5,7 @@ In: a device and a dtype. Out: a `Roofline`, and the share of it that a measurem
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -28,6 +29,20 @@ class Roofline:
 
     def as_dict(self) -> dict[str, float | str]:
         return asdict(self)
+
+
+YARDSTICK = "matrix product"  # the name of its rows
+
+
+def yardstick(dtype: torch.dtype, side: int = 1024) -> tuple[Callable[[], object], int]:
+    """A matrix product to be timed beside other runs on a CPU, and its operations.
+
+    What a shared machine gives changes from minute to minute: a share of a ceiling that was
+    measured once, at the beginning, means little there.
+    """
+    a, b = (torch.randn(side, side).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return lambda: torch.mm(a, b, out=out), 2 * side**3
 
 
 def measure_roofline(

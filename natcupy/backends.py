@@ -7,6 +7,7 @@ llvmlite) when it first runs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -38,6 +39,12 @@ def choose(name: str | None, query, key, value, hood, rpb, extra_keys, extra_val
     if reason is not None:
         raise RuntimeError(f"backend={name!r} cannot run this call: {reason}")
     return backend
+
+
+def plain(backend: ModuleType) -> Callable | None:
+    """A backend's function `(tensors, hood, scale)` for calls that are plain, if it has one."""
+    find = getattr(backend, "plain_attention", None)
+    return None if find is None else find()
 
 
 def _load(name: str) -> ModuleType:

@@ -246,28 +246,29 @@ def _na(
         raise TypeError(f"return_lse must be True or False, got {return_lse!r}.")
     window = (kernel_size, stride, dilation, is_causal)
     tensors = (query, key, value, rpb, additional_keys, additional_values)
-    like = known_calls.signature(rank, window, scale, tensors)
+    like = known_calls.signature(rank, window, scale, backend, tensors)
     known = known_calls.find(like)
     if known is not None:
-        hood, scale = known
-    else:
-        hood = neighborhood(rank, *window)
-        query, key, value, additional_keys, additional_values = _autocast(
-            query, key, value, additional_keys, additional_values
-        )
-        _check_query(query, rank)
-        _check_key_value("key", key, query, query.shape[-1])
-        _check_key_value("value", value, query, None)
-        _check_kv_pair(key, value)
-        _check_additional(additional_keys, additional_values, key, value)
-        _check_rpb(rpb, query, hood)
-        check_fits(query.shape[1:-2], hood)
-        scale = resolve_scale(scale, query.shape[-1])
-        known_calls.remember(like, hood, scale, window)
+        hood, scale, run, _ = known
+        out, lse = run(tensors, hood, scale)
+        return (out, lse) if return_lse else out
 
+    hood = neighborhood(rank, *window)
+    query, key, value, additional_keys, additional_values = _autocast(
+        query, key, value, additional_keys, additional_values
+    )
+    _check_query(query, rank)
+    _check_key_value("key", key, query, query.shape[-1])
+    _check_key_value("value", value, query, None)
+    _check_kv_pair(key, value)
+    _check_additional(additional_keys, additional_values, key, value)
+    _check_rpb(rpb, query, hood)
+    check_fits(query.shape[1:-2], hood)
+    scale = resolve_scale(scale, query.shape[-1])
     backend = backends.choose(
         backend, query, key, value, hood, rpb, additional_keys, additional_values
     )
+    known_calls.remember(like, hood, scale, backends.plain(backend), window)
     with _as_given(query):
         out, lse = backend.attention(
             query, key, value, hood, scale, rpb, additional_keys, additional_values, return_lse

@@ -1,58 +1,59 @@
 """Calls like an earlier one: the checks of a small map's call take longer than its attention.
 
 In: the arguments of `na1d`, `na2d`, `na3d`. Out: what an earlier call with equal sizes, dtypes and
-parameters was found to mean, so that it need not be checked again.
+parameters was found to mean, so that it is neither checked nor its backend chosen again.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-from torch.nn import Parameter
+from collections.abc import Callable
 
+import torch
+
+from natcupy.eager import is_plain
 from natcupy.neighborhood import Neighborhood
 
 MOST = 1024
 
-_good: dict[tuple, tuple[Neighborhood, float, tuple]] = {}
+#: (neighborhood, scale, the backend's function for plain calls, what keeps identities alive)
+_good: dict[tuple, tuple[Neighborhood, float, Callable, tuple]] = {}
 
 
-def signature(rank: int, window: tuple, scale, tensors: tuple) -> tuple | None:
-    """All that the checks of a call look at, or None where it is not plain tensors on a CPU.
+def signature(rank: int, window: tuple, scale, backend, tensors: tuple) -> tuple | None:
+    """All that checks and choices look at, or None where it is not a plain call on a CPU.
 
     The window's parameters are known by identity, for equality does not tell True from 1;
     `remember` keeps them alive, and so their identities their own.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if not is_plain(tensors) or torch.is_autocast_enabled("cpu"):
         return None
-    if torch.is_autocast_enabled("cpu") or (scale is not None and type(scale) is not float):
+    if (scale is not None and type(scale) is not float) or type(backend) not in (str, type(None)):
         return None
-    found = [rank, scale, *map(id, window)]
+    found = [rank, scale, backend, *map(id, window)]
     for x in tensors:
         if x is None:
             found.append(None)
             continue
-        if type(x) not in (Tensor, Parameter) or not x.is_cpu:
-            return None
-        if x.layout is not torch.strided or x.is_nested:
+        if not x.is_cpu or x.layout is not torch.strided or x.is_nested:
             return None
         found += (x.shape, x.dtype)
     return tuple(found)
 
 
-def find(like: tuple | None) -> tuple[Neighborhood, float] | None:
-    """The neighborhood and the scale of calls with this signature."""
-    known = None if like is None else _good.get(like)
-    return None if known is None else known[:2]
+def find(like: tuple | None) -> tuple[Neighborhood, float, Callable, tuple] | None:
+    """What is known of calls with this signature: `remember`'s arguments."""
+    return None if like is None else _good.get(like)
 
 
-def remember(like: tuple | None, hood: Neighborhood, scale: float, window: tuple) -> None:
-    """Note that calls with this signature passed the checks."""
-    if like is None or not all(_never_changes(x) for x in window):
+def remember(
+    like: tuple | None, hood: Neighborhood, scale: float, run: Callable | None, window: tuple
+) -> None:
+    """Note that calls with this signature passed the checks, and what runs them."""
+    if like is None or run is None or not all(_never_changes(x) for x in window):
         return
     if len(_good) >= MOST:
         _good.clear()
-    _good[like] = hood, scale, window
+    _good[like] = hood, scale, run, window
 
 
 def _never_changes(x) -> bool:

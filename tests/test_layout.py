@@ -16,7 +16,13 @@ PACKAGES = {"natcupy": "natcupy", "zoo": "natcupy.zoo", "hub": "natcupy.hub"}
 
 # lower floors first; a room may import its own floor and the floors before it
 FLOORS = [
-    ("natcupy.cache", "natcupy.neighborhood", "natcupy.kernels", "natcupy.interop"),
+    (
+        "natcupy.cache",
+        "natcupy.neighborhood",
+        "natcupy.kernels",
+        "natcupy.interop",
+        "natcupy.eager",
+    ),
     ("natcupy.layouts",),
     ("natcupy.cuda.source", "natcupy.cuda.arch", "natcupy.cuda.nvrtc", "natcupy.cuda.launch"),
     ("natcupy.cuda.jit",),

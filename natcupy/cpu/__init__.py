@@ -9,6 +9,8 @@ loads none of them; llvmlite is needed only when a kernel runs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from natcupy.neighborhood import Neighborhood
@@ -38,6 +40,13 @@ def unsupported_reason(
     from natcupy.cpu import host
 
     return host.missing
+
+
+def plain_attention() -> Callable:
+    """`attention` for calls in which `natcupy.eager.is_plain` holds: (tensors, hood, scale)."""
+    from natcupy.cpu import ops
+
+    return ops.plain_attention
 
 
 def attention(

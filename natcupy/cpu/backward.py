@@ -21,6 +21,7 @@ class Backward(Block):
     """
 
     query_tensors = ("query", "grad_out", "grad_query")
+    packed_queries = (("query", "key"), ("grad_out", "value"))
     wide = frozenset({"grad_key", "grad_value"})
     logit_jobs = (
         ("key", "keys_across", "query_across", "logits"),
@@ -36,10 +37,11 @@ class Backward(Block):
             for channels in sorted({*self.channels.values()})
         }
         self.sums = self.sum_functions("key")
-        both = self.passes("key") + self.passes("value")
+        both = [(what, self._vectors(n)) for what in ("key", "value") for _, n in self.passes(what)]
+        kinds = sorted({(vectors, self.pitches[what]) for what, vectors in both})
         self.spreads = {
-            vectors: sums.spread(module, machine, vectors)
-            for vectors in sorted({self._vectors(channels) for _, channels in both})
+            (vectors, step): sums.spread(module, machine, vectors, self.spec.keys, step)
+            for vectors, step in kinds
         }
 
     def _vectors(self, channels: int) -> int:
@@ -162,20 +164,18 @@ class Backward(Block):
         first = b.at(self.buffer(f"{what}_sums"), b.mul(self.place, step))
         only_slot = self.entry(2)  # a word that is 0
 
-        def call(weights, lane_step, rows, row_count, target, lane, runs, count, channel, channels):
-            args = [("ptr", b.at(weights, b.mul(lane_step, lane))), ("i64", lane_step)]
-            args += [("i64", b.mul(self.span, LANES)), ("ptr", rows), ("i64", row_count)]
-            args += [("ptr", b.at(target, channel)), ("i64", slot_step), ("i64", step)]
-            args += [("ptr", runs), ("i64", count)]
-            args += [("ptr", b.at(source, lane * step + channel)), ("i64", step)]
-            b.call(self.spreads[self._vectors(channels)], *args)
+        def call(cls, weights, lane_step, rows, row_count, target):
+            before, behind = self.see(cls, weights, lane_step, rows, row_count)
+            for channel, channels in self.passes(what):
+                args = [*before, ("ptr", b.at(target, channel)), ("i64", slot_step)]
+                args += [*behind, ("ptr", b.at(source, channel)), ("i64", step)]
+                b.call(self.spreads[self._vectors(channels), step], *args)
 
-        inside = s, self.lane_step(), self.rows, self.row_count, first
-        self.for_lanes_and_passes(self.cls, what, lambda *rest: call(*inside, *rest))
+        call(self.cls, s, self.lane_step(), self.rows, self.row_count, first)
 
         def outside():
-            extra = self.behind(s), 1, only_slot, 1, self.buffer(f"extra_{what}_sums")
-            self.for_lanes_and_passes(self.extra_class, what, lambda *rest: call(*extra, *rest))
+            target = self.buffer(f"extra_{what}_sums")
+            call(self.extra_class, self.behind(s), 1, only_slot, 1, target)
 
         b.when(self.is_set("extra"), outside)
 

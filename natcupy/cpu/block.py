@@ -7,11 +7,10 @@ what becomes of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 from natcupy.cpu import pack, sums
 from natcupy.cpu.emit import Value
-from natcupy.cpu.plan import ACTIVE, BROADCAST, LANES, MASK_AT, ORIGIN, RUNS, SPAN
+from natcupy.cpu.plan import ACTIVE, BROADCAST, GROUPS_AT, LANES, MASK_AT, ORIGIN, SPAN
 from natcupy.cpu.rows import ENTRY_WORDS
 from natcupy.cpu.task import Task
 
@@ -29,7 +28,6 @@ class Block(Task):
     def _block(self, record: str) -> None:
         b = self.b
         self.cls = self.entry(b.table(record, 0))
-        self.column = b.table(record, 1)
         self.span, self.active = b.table(self.cls, SPAN), b.table(self.cls, ACTIVE)
         self.origin, self.broadcast = b.table(self.cls, ORIGIN), b.table(self.cls, BROADCAST)
         self.is_broadcast = b.op(f"icmp ne i64 {self.broadcast}, 0")
@@ -71,6 +69,10 @@ class Block(Task):
 
     def _call_logits(self, has: list[str], head: list, sides: list[list]) -> None:
         b = self.b
+
+        if not self.spec.pairs:
+            b.call("logits1", *head, *sides[0])
+            return
 
         def with_a():
             b.when(
@@ -159,21 +161,17 @@ class Block(Task):
         for channels in sorted({count for _, count in self.passes(what)}):
             store = pack.Store(self.spec.storage, channels, width)
             vectors = -(-channels // width)
-            names[channels] = sums.weighted_sum(self.module, self.machine, vectors, store)
+            how = vectors, self.spec.keys, self.pitches[what]
+            names[channels] = sums.weighted_sum(self.module, self.machine, *how, store)
         return names
 
-    def for_lanes_and_passes(self, cls: str, what: str, run: Callable) -> None:
-        """`run(first lane, runs, run count, first channel, channels)` for all that have lanes."""
+    def see(self, cls: str, s: str, lane_step: Value, rows: Value, row_count: Value) -> list:
+        """The arguments of `sums` that say how a class's lanes see keys, but for the keys."""
         b = self.b
-        for number, lane in enumerate(range(0, LANES, sums.lane_group(self.machine))):
-            runs = self.entry(b.table(cls, RUNS + 2 * number))
-            count = b.table(cls, RUNS + 2 * number + 1)
-
-            def all_passes(lane=lane, runs=runs, count=count):
-                for channel, channels in self.passes(what):
-                    run(lane, runs, count, channel, channels)
-
-            b.when(b.less(lane, self.active), all_passes)
+        args = [("ptr", s), ("i64", lane_step), ("i64", b.mul(self.span, LANES))]
+        args += [("ptr", rows), ("i64", row_count)]
+        groups = self.entry(b.table(cls, GROUPS_AT))
+        return args, [("ptr", groups), ("ptr", self.table), ("i64", self.active)]
 
     def weighted(self, names: dict[int, str], what: str, s: str, tensor: str, side: int) -> None:
         """Weighted sums of packed keys or values into the block's part of a row of a tensor."""
@@ -184,18 +182,10 @@ class Block(Task):
         out = self.element(tensor, x, y, b.add(self.item["query"], self.column))
         out_step = self.tensors[tensor][1][2]
         slot_step = b.mul(self.word("key_columns"), step)
-        lane_step = self.lane_step()
-
-        def one(lane, runs, count, channel, channels):
-            weights = b.at(s, b.mul(lane_step, lane))
-            args = [("ptr", weights), ("i64", lane_step), ("i64", b.mul(self.span, LANES))]
-            args += [("ptr", self.rows), ("i64", self.row_count)]
-            args += [("ptr", b.at(values, channel)), ("i64", slot_step), ("i64", step)]
-            args += [("ptr", runs), ("i64", count), ("ptr", b.at(extra_s, lane))]
-            args += [("ptr", b.at(extra, channel)), ("i64", self.word("extra"))]
-            args += [("ptr", b.at(self.buffer("factor"), lane))]
-            place = b.at(b.at(out, b.mul(out_step, lane), self.kind), channel, self.kind)
-            args += [("ptr", place), ("i64", out_step), ("i64", b.sub(self.active, lane))]
+        before, behind = self.see(self.cls, s, self.lane_step(), self.rows, self.row_count)
+        for channel, channels in self.passes(what):
+            args = [*before, ("ptr", b.at(values, channel)), ("i64", slot_step)]
+            args += [*behind, ("ptr", extra_s), ("ptr", b.at(extra, channel))]
+            args += [("i64", self.word("extra")), ("ptr", self.buffer("factor"))]
+            args += [("ptr", b.at(out, channel, self.kind)), ("i64", out_step)]
             b.call(names[channels], *args)
-
-        self.for_lanes_and_passes(self.cls, what, one)

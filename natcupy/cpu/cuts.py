@@ -12,10 +12,15 @@ def lane_cases(size: int) -> list[tuple[int, int]]:
 
 
 def cover(count: int, sizes: tuple[int, ...]) -> list[tuple[int, int]]:
-    """`count` taps as chunks (first tap, index into `sizes`) with the fewest taps too many."""
+    """`count` taps as chunks (first tap, index into `sizes`) with the least work.
+
+    The last chunk ends with the last tap, and may share taps with the one before. Only where even
+    the smallest size is larger than `count` it reaches beyond.
+    """
     if count == 0:
         return []
-    largest = max(range(len(sizes)), key=lambda i: sizes[i])
+    usable = [i for i, size in enumerate(sizes) if size <= max(count, min(sizes))]
+    largest = max(usable, key=lambda i: sizes[i])
     chunks, at = [], 0
     while count - at > 4 * sizes[largest]:
         chunks.append((at, largest))
@@ -23,14 +28,22 @@ def cover(count: int, sizes: tuple[int, ...]) -> list[tuple[int, int]]:
     best: dict[int, tuple[int, int, list[int]]] = {0: (0, 0, [])}
     for rest in range(1, count - at + 1):
         options = []
-        for i, size in enumerate(sizes):
+        for i in usable:
+            size = sizes[i]
             taps, parts, picks = best[max(0, rest - size)]
             options.append((taps + size, parts + 1, [*picks, i]))
         best[rest] = min(options)
     for i in best[count - at][2]:
         chunks.append((at, i))
         at += sizes[i]
+    first, last = chunks[-1]
+    chunks[-1] = max(0, min(first, count - sizes[last])), last
     return chunks
+
+
+def end_of(chunks: list[tuple[int, int]], sizes: tuple[int, ...]) -> int:
+    """One past the last tap of chunks."""
+    return max((at + sizes[i] for at, i in chunks), default=0)
 
 
 def cut(length: int, count: int, multiple: int) -> list[tuple[int, int]]:

@@ -150,8 +150,8 @@ def _keep_text(spec: Spec, text: str) -> None:
     if folder is None:
         return
     direction = "backward" if spec.backward else "forward"
-    sizes = "-".join(map(str, spec.sizes))
-    name = f"{direction}-{spec.storage}-{spec.head_dim}-{spec.value_dim}-{sizes}.ll"
+    sizes = ["-".join(map(str, sizes)) for sizes in (spec.pairs, spec.singles)]
+    name = f"{direction}-{spec.storage}-{spec.head_dim}-{spec.value_dim}-{'+'.join(sizes)}.ll"
     place = Path(folder).parent / "ir"
     place.mkdir(parents=True, exist_ok=True)
     (place / name).write_text(text)

@@ -23,6 +23,7 @@ STORAGE = {
     torch.float16: "half",
     torch.bfloat16: "bfloat",
 }
+UNROLLED = 13  # most keys of a row whose loop is unrolled
 ALIGNMENT = 64  # bytes, of each thread's scratch memory
 PLACE = {name: i for i, name in enumerate(WORDS)}
 # Two counters follow the words, each with a cache line to itself.
@@ -73,6 +74,18 @@ def tap_sizes(kernel_size: int, rows: int, registers: int) -> tuple[int, ...]:
     return tuple(sorted(sizes))
 
 
+def logit_sizes(shape: Shape, registers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """`tap_sizes` for two query rows and for one; the smallest one is common to both.
+
+    So any number of taps ends at the same place in both.
+    """
+    singles = tap_sizes(shape.kernel_size[2], 1, registers)
+    if shape.lengths[0] * shape.lengths[1] == 1:
+        return (), singles
+    pairs = tap_sizes(shape.kernel_size[2], 2, registers)
+    return pairs, tuple(sorted({pairs[0], *singles}))
+
+
 @functools.lru_cache(maxsize=512)
 def kernel(
     lengths: tuple[int, ...],
@@ -90,14 +103,14 @@ def kernel(
     real = "double" if storage == "double" else "float"
     spare = 6 if machine.registers >= 32 else 4
     registers = (machine.registers - spare) // machine.registers_of(LANES, real)
-    rows = 2 if shape.lengths[0] * shape.lengths[1] > 1 else 1
-    sizes = tap_sizes(shape.kernel_size[2], rows, registers)
-    spec = Spec(backward, storage, head_dim, value_dim, sizes)
+    pairs, singles = logit_sizes(shape, registers)
+    keys = shape.kernel_size[2] if shape.kernel_size[2] <= UNROLLED else 0
+    spec = Spec(backward, storage, head_dim, value_dim, pairs, singles, keys)
     pitches = {
         what: pitch(channels, machine, real)
         for what, channels in (("key", head_dim), ("value", value_dim))
     }
-    tuning = Tuning(sizes, sums.lane_group(machine))
+    tuning = Tuning(pairs, singles, keys, sums.lane_group(machine))
     kept = head_dim + pitches["value"]
     if backward:  # keys along, and the sums of both gradients
         kept += value_dim + 2 * pitches["key"]

@@ -12,22 +12,23 @@ from __future__ import annotations
 import math
 
 from natcupy.cpu.emit import Builder, Module
-from natcupy.cpu.plan import BROADCAST, CHUNKS, CHUNKS_AT, LANES
+from natcupy.cpu.plan import BROADCAST, LANES, PAIRS, PAIRS_AT, SINGLES, SINGLES_AT
 from natcupy.cpu.rows import ROW_WORDS
 
 # 2**x on [-0.5, 0.5] with p(0) = 1, least largest relative error: 1.1e-7
 EXP2_FLOAT = (1.0, 0.6931469776, 0.24022242085, 0.05550733744, 0.00967151265, 0.0013264727)
 EXP2_DOUBLE = tuple(math.log(2) ** n / math.factorial(n) for n in range(14))  # below 1e-17
-# (magic number that rounds to an integer when added, mantissa bits, exponent bias, least exponent)
-FORMAT = {"float": (1.5 * 2.0**23, 23, 127, -126.0), "double": (1.5 * 2.0**52, 52, 1023, -1022.0)}
+# (magic number that rounds to an integer when added, mantissa bits, exponent bias)
+FORMAT = {"float": (1.5 * 2.0**23, 23, 127), "double": (1.5 * 2.0**52, 52, 1023)}
 LOWEST = {"float": -3.4028234663852886e38, "double": -1.7976931348623157e308}
 
 
 def exp2(b: Builder, x: str) -> str:
-    """2**x for 8 lanes, x <= 0 or NaN (kept); exactly 0 below the least normal number."""
-    magic, mantissa, bias, least = FORMAT[b.real]
+    """2**x for 8 lanes, x <= 0 or NaN (kept); exactly 0 half below the least normal exponent."""
+    magic, mantissa, bias = FORMAT[b.real]
     integer = "i32" if b.real == "float" else "i64"
     kind, ints = b.vec(LANES), f"<{LANES} x {integer}>"
+    x = b.greater_of(b.fill(-bias, LANES), x, LANES)  # whose power has no exponent bits: 0
     shifted = b.arith("fadd", x, b.fill(magic, LANES), LANES)
     whole = b.arith("fsub", shifted, b.fill(magic, LANES), LANES)
     part = b.arith("fsub", x, whole, LANES)
@@ -38,9 +39,7 @@ def exp2(b: Builder, x: str) -> str:
     bits = b.op(f"bitcast {kind} {shifted} to {ints}")
     bits = b.op(f"add {ints} {bits}, splat ({integer} {bias})")
     bits = b.op(f"shl {ints} {bits}, splat ({integer} {mantissa})")
-    y = b.arith("fmul", y, b.op(f"bitcast {ints} {bits} to {kind}"), LANES)
-    tiny = b.op(f"fcmp olt {kind} {x}, {b.fill(least, LANES)}")
-    return b.op(f"select <{LANES} x i1> {tiny}, {kind} zeroinitializer, {kind} {y}")
+    return b.arith("fmul", y, b.op(f"bitcast {ints} {bits} to {kind}"), LANES)
 
 
 def log2(b: Builder, x: str) -> str:
@@ -85,9 +84,6 @@ def logits(module: Module, rows: int, sizes: tuple[int, ...]) -> None:
     bias - tap on (a mirrored row). `mask` holds a byte per tap, the lanes that see it, or is null;
     lanes that do not see a tap get `blank` there.
     """
-    for broadcast in (0, 1):
-        for size in sizes:
-            _chunk(module, rows, broadcast, size)
     outs = ", ".join(f"ptr at{r}, ptr s{r}, ptr bias{r}" for r in range(rows))
     b = module.function(
         f"logits{rows}",
@@ -95,47 +91,35 @@ def logits(module: Module, rows: int, sizes: tuple[int, ...]) -> None:
         f"{module.real} blank, {outs}",
     )
     broadcast = b.table("%class", BROADCAST)
-    chunks = b.at("%table", b.table("%class", CHUNKS_AT), "i32")
-    sign = b.sub(1, b.mul(broadcast, 2))
-    masked = b.op("icmp ne ptr %mask, null")
+    chunks_at, count = (PAIRS_AT, PAIRS) if rows == 2 else (SINGLES_AT, SINGLES)
+    chunks = b.at("%table", b.table("%class", chunks_at), "i32")
+    first_case = b.mul(broadcast, len(sizes))
 
     def chunk(i):
         tap = b.table(chunks, b.mul(i, 2))
-        size = b.table(chunks, b.add(b.mul(i, 2), 1))
-        mask = b.op(f"select i1 {masked}, ptr {b.at('%mask', tap, 'i8')}, ptr null")
-        args = [("i64", "%at_step"), ("ptr", b.at("%keys", tap)), ("i64", "%key_step")]
-        args += [("i64", "%channels"), ("ptr", mask), (b.real, "%blank")]
-        for r in range(rows):
-            args += [("ptr", f"%at{r}"), ("ptr", b.at(f"%s{r}", b.mul(tap, LANES)))]
-            args += [("ptr", b.at(f"%bias{r}", b.mul(tap, sign)))]
-        case = b.add(b.mul(broadcast, len(sizes)), size)
+        case = b.add(b.table(chunks, b.add(b.mul(i, 2), 1)), first_case)
 
         def run(which):
-            mode, place = divmod(which, len(sizes))
-            b.call(f"chunk{rows}_{mode}_{sizes[place]}", *args)
+            by_column, place = divmod(which, len(sizes))
+            _chunk(b, rows, bool(by_column), sizes[place], tap)
 
         b.switch(case, 2 * len(sizes), [], run)
 
-    b.loop(b.table("%class", CHUNKS), chunk)
+    b.loop(b.table("%class", count), chunk)
     module.finish(b)
 
 
-def _chunk(module: Module, rows: int, broadcast: int, size: int) -> None:
-    """`size` taps in registers for all channels."""
-    outs = ", ".join(f"ptr at{r}, ptr s{r}, ptr bias{r}" for r in range(rows))
-    b = module.function(
-        f"chunk{rows}_{broadcast}_{size}",
-        f"i64 at_step, ptr keys, i64 key_step, i64 channels, ptr mask, {module.real} blank, {outs}",
-    )
-    kind = b.vec(LANES)
-    start = []
+def _chunk(b: Builder, rows: int, broadcast: bool, size: int, first: str) -> None:
+    """`size` taps from `first` on in registers for all channels."""
+    kind, start = b.vec(LANES), []
     for r in range(rows):
+        bias = b.at(f"%bias{r}", b.sub(0, first) if broadcast else first)
         for tap in range(size):
             if broadcast:
-                start.append(b.vload(b.at(f"%bias{r}", -tap), LANES))
+                start.append(b.vload(b.at(bias, -tap), LANES))
             else:
-                start.append(b.splat_load(b.at(f"%bias{r}", tap), LANES))
-    pointers = [("ptr", "%keys"), *(("ptr", f"%at{r}") for r in range(rows))]
+                start.append(b.splat_load(b.at(bias, tap), LANES))
+    pointers = [("ptr", b.at("%keys", first)), *(("ptr", f"%at{r}") for r in range(rows))]
 
     def channel(_, values):
         keys, ats, sums = values[0], values[1 : rows + 1], list(values[rows + 1 :])
@@ -148,59 +132,58 @@ def _chunk(module: Module, rows: int, broadcast: int, size: int) -> None:
         return [b.at(keys, "%key_step"), *(b.at(at, "%at_step") for at in ats), *sums]
 
     sums = b.fold_some("%channels", [*pointers, *((kind, x) for x in start)], channel)[rows + 1 :]
+    outs = [b.at(f"%s{r}", b.mul(first, LANES)) for r in range(rows)]
 
     def plain():
-        for r in range(rows):
+        for r, out in enumerate(outs):
             for tap in range(size):
-                b.vstore(sums[r * size + tap], b.at(f"%s{r}", tap * LANES), LANES)
+                b.vstore(sums[r * size + tap], b.at(out, tap * LANES), LANES)
 
     def masked():
-        blank = b.splat("%blank", LANES)
+        blank, mask = b.splat("%blank", LANES), b.at("%mask", first, "i8")
         for tap in range(size):
-            for r in range(rows):
-                x = b.select_bits(b.at("%mask", tap, "i8"), sums[r * size + tap], blank, LANES)
-                b.vstore(x, b.at(f"%s{r}", tap * LANES), LANES)
+            for r, out in enumerate(outs):
+                x = b.select_bits(b.at(mask, tap, "i8"), sums[r * size + tap], blank, LANES)
+                b.vstore(x, b.at(out, tap * LANES), LANES)
 
     b.when(b.op("icmp eq ptr %mask, null"), plain, masked)
-    module.finish(b)
 
 
 def softmax(module: Module) -> None:
     """`softmax`: s becomes exp2(s - max) in place; max and sum over `count` >= 1 vectors."""
     b = module.function("softmax", "ptr s, i64 count, ptr max, ptr sum")
-    kind, ways = b.vec(LANES), 4
-    quads = b.op(f"and i64 %count, {-ways}")
 
-    def over(first: float, step):
-        """Four interleaved partial results, then the remaining vectors into the first."""
+    def over(first: float, ways: int, step, join):
+        """`ways` interleaved partial results, the remaining vectors into the first; joined."""
+        whole = b.op(f"and i64 %count, {-ways}")
 
-        def quad(i, parts):
+        def several(i, parts):
             base = b.at("%s", b.mul(i, LANES))
             return [step(b.at(base, j * LANES), part) for j, part in enumerate(parts)]
 
-        parts = b.fold(0, quads, [(kind, b.fill(first, LANES))] * ways, quad, ways)
-        (rest,) = b.fold(
-            quads,
+        start = [(b.vec(LANES), b.fill(first, LANES))] * ways
+        total, *parts = b.fold(0, whole, start, several, ways)
+        (total,) = b.fold(
+            whole,
             "%count",
-            [(kind, parts[0])],
+            [(b.vec(LANES), total)],
             lambda i, values: [step(b.at("%s", b.mul(i, LANES)), values[0])],
         )
-        return [rest, *parts[1:]]
+        for part in parts:
+            total = join(part, total)
+        return total
 
-    parts = over(LOWEST[b.real], lambda at, part: b.greater_of(b.vload(at, LANES), part, LANES))
-    high = parts[0]
-    for part in parts[1:]:
-        high = b.greater_of(high, part, LANES)
+    def greater(a, b_):
+        return b.greater_of(a, b_, LANES)
 
     def term(at, part):
         x = exp2(b, b.arith("fsub", b.vload(at, LANES), high, LANES))
         b.vstore(x, at, LANES)
         return b.arith("fadd", part, x, LANES)
 
-    parts = over(0.0, term)
-    total = parts[0]
-    for part in parts[1:]:
-        total = b.arith("fadd", total, part, LANES)
+    high = over(LOWEST[b.real], 4, lambda at, part: greater(b.vload(at, LANES), part), greater)
+    # two at a time: more would not leave registers for the polynomial's numbers
+    total = over(0.0, 2, term, lambda x, y: b.arith("fadd", x, y, LANES))
     b.vstore(high, "%max", LANES)
     b.vstore(total, "%sum", LANES)
     module.finish(b)

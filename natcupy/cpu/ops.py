@@ -12,6 +12,7 @@ from torch import Tensor
 
 from natcupy import reference
 from natcupy.cpu import kernels, launch
+from natcupy.eager import is_plain
 from natcupy.neighborhood import Neighborhood
 
 _library = torch.library.Library("natcupy", "FRAGMENT")
@@ -35,11 +36,8 @@ def attention(
 ):
     """`reference.attention` by the operators here: (out, lse), with history as there."""
     tensors = (query, key, value, rpb, extra_keys, extra_values)
-    if _is_eager(tensors):
-        if _wants_history(tensors):
-            out, lse = _Attention.apply(*tensors, hood, scale)
-        else:
-            out, lse = launch.forward(query, key, value, hood, scale, rpb, extra_keys, extra_values)
+    if is_plain(tensors):
+        out, lse = plain_attention(tensors, hood, scale)
     elif _needs_formula(tensors):
         return reference.attention(
             query, key, value, hood, scale, rpb, extra_keys, extra_values, return_lse
@@ -57,18 +55,12 @@ def _hood(kernel_size, stride, dilation, is_causal) -> Neighborhood:
     return Neighborhood(tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal))
 
 
-def _is_eager(tensors) -> bool:
-    """True where nothing records or transforms operators.
-
-    The way through the dispatcher costs more than a small map's whole attention.
-    """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    if torch._C._len_torch_dispatch_stack() or torch.autograd.forward_ad._current_level >= 0:
-        return False
-    return all(x is None or type(x) in (Tensor, torch.nn.Parameter) for x in tensors) and not any(
-        x is not None and torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors
-    )
+def plain_attention(tensors, hood: Neighborhood, scale: float):
+    """(out, lse) of a call in which `is_plain` holds, past the dispatcher."""
+    if _wants_history(tensors):
+        return _Attention.apply(*tensors, hood, scale)
+    query, key, value, *others = tensors
+    return launch.forward(query, key, value, hood, scale, *others)
 
 
 def _wants_history(tensors) -> bool:

@@ -166,6 +166,17 @@ def pack_along(module: Module, machine: Machine, storage: str, channels: int) ->
     return name
 
 
+def prefetch_columns(module: Module, storage: str, channels: int) -> str:
+    """Ask for 8 columns of a row, to be packed by a later step."""
+    name = f"prefetch_{storage}_{channels}"
+    b = module.function(name, "ptr from, i64 step")
+    kind, size = STORAGE[storage]
+    for lane in range(LANES):
+        b.prefetch(b.at("%from", b.mul("%step", lane), kind), channels * size, nearness=2)
+    module.finish(b)
+    return name
+
+
 def unpack(module: Module, machine: Machine, storage: str, channels: int) -> str:
     """to[column][channel] (+)= factor * from[column * pitch + channel], added where `add` is 1."""
     name = f"unpack_{storage}_{channels}"

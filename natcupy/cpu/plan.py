@@ -20,7 +20,7 @@ from itertools import product
 
 import torch
 
-from natcupy.cpu.cuts import cover, cut, lane_cases, phases
+from natcupy.cpu.cuts import cover, cut, end_of, lane_cases, phases
 from natcupy.cpu.rows import steps
 from natcupy.neighborhood import Neighborhood, window
 
@@ -29,8 +29,13 @@ TILE_BYTES = {False: 160 << 10, True: 320 << 10}  # aim for the packed rows of a
 LEAST_COLUMNS = 64  # of an item, where they fit
 RING_BYTES = 768 << 10  # most for the packed rows of an item, as far as its window allows
 
-# Words of a class record, then (address, count) of the runs of each group of lanes.
-SPAN, CHUNKS, CHUNKS_AT, MASK_AT, ACTIVE, ORIGIN, BROADCAST, RUNS = range(8)
+# Words of a class record.
+SPAN, MASK_AT, ACTIVE, ORIGIN, BROADCAST, GROUPS_AT = range(6)
+PAIRS_AT, PAIRS, SINGLES_AT, SINGLES = range(6, 10)  # chunks of taps, for two query rows and one
+# Words of the record of a group of lanes. Its windows are of one of three kinds: any, equal ones,
+# or each one key further than the one before.
+GROUP = ("kind", "column", "place", "keys", "runs_at", "runs")
+BY_RUNS, SAME, SHIFTED = range(3)
 # Words of an item record.
 ITEM = (
     *("group0", "group1", "group2", "steps_at", "steps", "blocks_at", "blocks"),
@@ -82,7 +87,9 @@ class Shape:
 class Tuning:
     """Choices compiled into a kernel that its table must agree with."""
 
-    sizes: tuple[int, ...]  # numbers of taps that one pass keeps in registers
+    pairs: tuple[int, ...]  # numbers of taps that one pass keeps in registers, for two query rows
+    singles: tuple[int, ...]  # for one query row
+    keys: int  # that every query of a group sees in a row, unless by runs; 0 for any number
     lane_group: int  # queries whose outputs are in registers together
 
 
@@ -162,15 +169,14 @@ class _Maker:
     def add_extra_classes(self) -> None:
         """One class per number of active lanes: every lane sees every additional key."""
         count = self.shape.extra
-        chunks = cover(count, self.tuning.sizes)
-        self.extra_taps = sum(self.tuning.sizes[size] for _, size in chunks)
+        self.extra_taps = end_of(cover(count, self.tuning.singles), self.tuning.singles)
         bits = bytes([255] * count + [0] * (self.extra_taps - count))
-        chunks_at, mask_at = self._chunks(chunks), self._bytes(bits)
+        mask_at = self._bytes(bits)
         addresses = [0]
         for active in range(1, LANES + 1):
-            record = [self.extra_taps, len(chunks), chunks_at, mask_at, active, 0, 1]
-            windows = [(0, count)] * active
-            addresses.append(self.put(record + self._runs(windows, 0, True)))
+            groups = self._groups([(0, count)] * active, 0)
+            record = [self.extra_taps, mask_at, active, 0, 1, groups, *self._chunks(count)]
+            addresses.append(self.put(record))
         self.extra_classes_at = self.put(addresses)
 
     # -- groups, stripes, tiles -------------------------------------------------------------------
@@ -281,11 +287,13 @@ class _Maker:
         taps = max(b - i for i, (_, b) in enumerate(windows)) - tap
         column = windows[0][0]
         columns = windows[-1][1] - column
-        by_tap, by_column = (cover(n, self.tuning.sizes) for n in (taps, columns))
-        spans = [sum(self.tuning.sizes[s] for _, s in chunks) for chunks in (by_tap, by_column)]
-        broadcast = spans[1] < spans[0]
-        origin = column if broadcast else tap
-        chunks, span = (by_column, spans[1]) if broadcast else (by_tap, spans[0])
+        sizes = self.tuning.pairs or self.tuning.singles
+        by_tap, by_column = cover(taps, sizes), cover(columns, sizes)
+        work = [sum(sizes[size] for _, size in chunks) for chunks in (by_tap, by_column)]
+        broadcast = work[1] < work[0]
+        origin, count = (column, columns) if broadcast else (tap, taps)
+        span = end_of(by_column if broadcast else by_tap, sizes)
+        assert span == end_of(cover(count, self.tuning.singles), self.tuning.singles)
         bits = []
         for s in range(span):
             keys = [origin + s + (0 if broadcast else i) for i in range(len(windows))]
@@ -296,40 +304,56 @@ class _Maker:
             self.mirror.show(kernel - origin - span, kernel - 1 - origin + LANES)
         else:
             self.bias.show(kernel - 1 + origin, kernel - 1 + origin + span)
-        record = [span, len(chunks), self._chunks(chunks), mask_at, len(windows), origin]
-        record += [int(broadcast), *self._runs(windows, origin, broadcast)]
+        record = [span, mask_at, len(windows), origin, int(broadcast)]
+        record += [self._groups(windows, origin), *self._chunks(count)]
         self.span = max(self.span, span)
         self.classes[windows] = self.put(record), origin, span
         return self.classes[windows]
 
-    def _runs(self, windows, origin: int, broadcast: bool) -> list[int]:
-        """(address, count) of the runs of every group of lanes.
+    def _groups(self, windows, origin: int) -> int:
+        """Address of the records of the groups of lanes that are active."""
+        size, records = self.tuning.lane_group, []
+        for start in range(0, len(windows), size):
+            group = windows[start : start + size]
+            (low, high), keys = group[0], group[0][1] - group[0][0]
+            by_lane = [(a - low, b - high) for a, b in group]
+            kind = BY_RUNS
+            if len(group) == size and keys == (self.tuning.keys or keys):
+                if by_lane == [(0, 0)] * size:
+                    kind = SAME
+                elif by_lane == [(i, i) for i in range(size)] and keys >= size:
+                    kind = SHIFTED
+            runs = self._runs(group, origin) if kind == BY_RUNS else []
+            records += [kind, low, low - origin, keys, self.put(runs), len(runs) // 4]
+        return self.put(records)
+
+    def _runs(self, group, origin: int) -> list[int]:
+        """The runs of a group of lanes.
 
         A run is consecutive keys seen by the same lanes: (column, place among the logits, number of
         keys, case), where the case names the first and last lane; see `lane_cases`.
         """
-        size, found = self.tuning.lane_group, []
-        cases = {lanes: i for i, lanes in enumerate(lane_cases(size))}
-        for start in range(0, LANES, size):
-            group = list(enumerate(windows))[start : start + size]
-            runs: list[list[int]] = []
-            low = min((a for _, (a, _) in group), default=0)
-            high = max((b for _, (_, b) in group), default=0)
-            for key in range(low, high):
-                lanes = [i - start for i, (a, b) in group if a <= key < b]
-                if not lanes:
-                    continue
-                assert lanes == list(range(lanes[0], lanes[-1] + 1))
-                case = cases[lanes[0], lanes[-1] + 1]
-                if runs and runs[-1][3] == case and runs[-1][0] + runs[-1][2] == key:
-                    runs[-1][2] += 1
-                else:
-                    runs.append([key, key - origin, 1, case])
-            found += [self.put([word for run in runs for word in run]), len(runs)]
-        return found + [0] * (2 * LANES - len(found))
+        cases = {lanes: i for i, lanes in enumerate(lane_cases(self.tuning.lane_group))}
+        runs: list[list[int]] = []
+        for key in range(min(a for a, _ in group), max(b for _, b in group)):
+            lanes = [i for i, (a, b) in enumerate(group) if a <= key < b]
+            if not lanes:
+                continue
+            assert lanes == list(range(lanes[0], lanes[-1] + 1))
+            case = cases[lanes[0], lanes[-1] + 1]
+            if runs and runs[-1][3] == case and runs[-1][0] + runs[-1][2] == key:
+                runs[-1][2] += 1
+            else:
+                runs.append([key, key - origin, 1, case])
+        return [word for run in runs for word in run]
 
-    def _chunks(self, chunks) -> int:
-        return self.put([word for chunk in chunks for word in chunk])
+    def _chunks(self, count: int) -> list[int]:
+        """Address and number of the chunks of so many taps, for two query rows and for one."""
+        words = []
+        for sizes in (self.tuning.pairs, self.tuning.singles):
+            chunks = cover(count, sizes) if sizes else []
+            words += [self.put([word for chunk in chunks for word in chunk]), len(chunks)]
+        return words
 
     def _bytes(self, data: bytes) -> int:
         data += bytes(-len(data) % 4)

@@ -53,7 +53,9 @@ class Spec:
     storage: str  # type of the tensors: "float", "double", "half" or "bfloat"
     head_dim: int
     value_dim: int
-    sizes: tuple[int, ...]  # taps of the logit kernels
+    pairs: tuple[int, ...]  # taps of the logit kernels for two query rows; none, no such rows
+    singles: tuple[int, ...]  # and for one
+    keys: int  # that a query sees in a row, where their loop is unrolled; else 0
 
     @property
     def real(self) -> str:

@@ -2,7 +2,7 @@
 
 In: a `Module` and compile-time numbers. Out: functions added to it. The packed row of a key is
 loaded once for a group of queries that see it, and each one's weight is broadcast. Which queries
-see a key is written in the plan's runs, so that no value is ever multiplied by the weight of a
+see a key is written in the plan's groups, so that no value is ever multiplied by the weight of a
 query that must not see it.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from natcupy.cpu.cuts import lane_cases
 from natcupy.cpu.emit import Builder, Machine, Module
-from natcupy.cpu.plan import LANES
+from natcupy.cpu.plan import BY_RUNS, GROUP, LANES, SAME, SHIFTED
 from natcupy.cpu.rows import ROW_WORDS
 
 VECTORS = 4  # registers of channels that one pass over the keys holds per query
@@ -21,20 +21,20 @@ def lane_group(machine: Machine) -> int:
     return 4 if machine.registers >= 32 else 2
 
 
-def weighted_sum(module: Module, machine: Machine, vectors: int, store) -> str:
-    """out[lane] = factor[lane] * sum over keys of s[key][lane] * row[key], for a group of lanes.
+def weighted_sum(
+    module: Module, machine: Machine, vectors: int, keys: int, step: int, store
+) -> str:
+    """out[lane] = factor[lane] * sum over keys of s[key][lane] * row[key], for a block's lanes.
 
-    `vectors` registers of channels per query; `store(b, pointer, vector number, vector)` writes
-    into the tensor. `s` and `extra_s` point at the group's first lane. The weights of one key lie
-    `lane_step` apart; every lane sees all additional keys, whose weights are neighbors.
+    `vectors` registers of channels per query, packed `step` apart; `store(b, pointer, vector
+    number, vector)` writes into the tensor. The weights of one key lie `lane_step` apart; every
+    lane sees all additional keys, whose weights are neighbors. `keys` is `Spec.keys`.
     """
     lanes, width = lane_group(machine), machine.width(module.real)
-    name = f"weighted_{vectors}_{store.name}"
+    name = f"weighted_{vectors}_{step}_{store.name}"
     b = module.function(
         name,
-        "ptr s, i64 lane_step, i64 row_span, ptr rows, i64 row_count, ptr values, i64 slot_step, "
-        "i64 value_step, ptr runs, i64 run_count, ptr extra_s, ptr extra, i64 extra_count, "
-        "ptr factor, ptr out, i64 out_step, i64 active",
+        f"{_COMMON}, ptr extra_s, ptr extra, i64 extra_count, ptr factor, ptr out, i64 out_step",
     )
     kind = b.vec(width)
 
@@ -48,89 +48,138 @@ def weighted_sum(module: Module, machine: Machine, vectors: int, store) -> str:
                 sums[place] = b.fma(weight, row, sums[place], width)
         return sums
 
-    def key_row(i, sums):
-        values = b.at("%values", b.mul(b.table("%rows", b.mul(i, ROW_WORDS)), "%slot_step"))
-        weights = b.at("%s", b.mul(i, "%row_span"))
-        sums = [(kind, x) for x in sums]
-        return _follow_runs(b, lanes, values, weights, sums, accumulate)
+    def group(first, record):
+        sums = [(kind, "zeroinitializer")] * (lanes * vectors)
+        sums = _see_keys(b, lanes, keys, step, first, record, sums, accumulate)
 
-    def extra(i, sums):
-        weights = b.at("%extra_s", b.mul(i, LANES))
-        value = b.at("%extra", b.mul(i, "%value_step"))
-        return accumulate(sums, value, weights, 0, lanes, range(lanes))
+        def extra(i, sums):
+            weights = b.at("%extra_s", b.add(b.mul(i, LANES), first))
+            value = b.at("%extra", b.mul(i, step))
+            return accumulate(sums, value, weights, 0, lanes, range(lanes))
 
-    sums = [(kind, "zeroinitializer")] * (lanes * vectors)
-    sums = b.fold_some("%row_count", sums, key_row)
-    sums = b.fold(0, "%extra_count", [(kind, x) for x in sums], extra)
-    for lane in range(lanes):
+        sums = b.fold(0, "%extra_count", [(kind, x) for x in sums], extra)
+        for lane in range(lanes):
 
-        def write(lane=lane):
-            factor = b.splat_load(b.at("%factor", lane), width)
-            out = b.at("%out", b.mul("%out_step", lane), store.kind)
-            for v in range(vectors):
-                store(b, out, v, b.arith("fmul", sums[lane * vectors + v], factor, width))
+            def write(lane=lane):
+                factor = b.splat_load(b.at("%factor", b.add(first, lane)), width)
+                out = b.at("%out", b.mul("%out_step", b.add(first, lane)), store.kind)
+                for v in range(vectors):
+                    store(b, out, v, b.arith("fmul", sums[lane * vectors + v], factor, width))
 
-        b.when(b.less(lane, "%active"), write)
+            b.when(b.less(b.add(first, lane), "%active"), write)
+
+    _for_groups(b, lanes, group)
     module.finish(b)
     return name
 
 
-def spread(module: Module, machine: Machine, vectors: int) -> str:
-    """The mirror of `weighted_sum`: sums[key] += s[key][lane] * row[lane] over a group of lanes."""
+def spread(module: Module, machine: Machine, vectors: int, keys: int, step: int) -> str:
+    """The mirror of `weighted_sum`: sums[key] += s[key][lane] * row[lane] over a block's lanes."""
     lanes, width = lane_group(machine), machine.width(module.real)
-    name = f"spread_{vectors}"
-    b = module.function(
-        name,
-        "ptr s, i64 lane_step, i64 row_span, ptr rows, i64 row_count, ptr values, i64 slot_step, "
-        "i64 value_step, ptr runs, i64 run_count, ptr from, i64 from_step",
-    )
-    source = []
-    for lane in range(lanes):
-        at = b.at("%from", b.mul("%from_step", lane))
-        source.append([b.vload(b.at(at, v * width), width) for v in range(vectors)])
+    name = f"spread_{vectors}_{step}"
+    b = module.function(name, f"{_COMMON}, ptr from, i64 from_step")
 
-    def accumulate(_, sums_at, weights_at, first, last, steps):
-        weights = [b.splat_load(b.at(weights_at, steps[i]), width) for i in range(first, last)]
-        for v in range(vectors):
-            place = b.at(sums_at, v * width)
-            total = b.vload(place, width)
-            for lane, weight in zip(range(first, last), weights, strict=True):
-                total = b.fma(weight, source[lane][v], total, width)
-            b.vstore(total, place, width)
-        return []
+    def group(first, record):
+        source = []
+        for lane in range(lanes):
+            at = b.at("%from", b.mul("%from_step", b.add(first, lane)))
+            source.append([b.vload(b.at(at, v * width), width) for v in range(vectors)])
 
-    def key_row(i, _):
-        sums = b.at("%values", b.mul(b.table("%rows", b.mul(i, ROW_WORDS)), "%slot_step"))
-        weights = b.at("%s", b.mul(i, "%row_span"))
-        return _follow_runs(b, lanes, sums, weights, [], accumulate)
+        def accumulate(_, sums_at, weights_at, first, last, steps):
+            weights = [b.splat_load(b.at(weights_at, steps[i]), width) for i in range(first, last)]
+            for v in range(vectors):
+                place = b.at(sums_at, v * width)
+                total = b.vload(place, width)
+                for lane, weight in zip(range(first, last), weights, strict=True):
+                    total = b.fma(weight, source[lane][v], total, width)
+                b.vstore(total, place, width)
+            return []
 
-    b.fold_some("%row_count", [], key_row)
+        _see_keys(b, lanes, keys, step, first, record, [], accumulate)
+
+    _for_groups(b, lanes, group)
     module.finish(b)
     return name
 
 
-def _follow_runs(b: Builder, lanes: int, values, weights, carried, accumulate):
-    """Visit the keys of one row run by run, with code for each set of lanes that can see a key."""
-    cases = lane_cases(lanes)
+# How a block's lanes see keys, common to both: weights, key rows, groups of lanes, lanes in use.
+_COMMON = (
+    "ptr s, i64 lane_step, i64 row_span, ptr rows, i64 row_count, ptr values, i64 slot_step, "
+    "ptr groups, ptr table, i64 active"
+)
+
+
+def _for_groups(b: Builder, lanes: int, body) -> None:
+    """`body(first lane, record)` for each group of lanes in use."""
+
+    def one(first):
+        number = b.op(f"sdiv exact i64 {first}, {lanes}")
+        body(first, b.at("%groups", b.mul(number, len(GROUP)), "i32"))
+
+    b.loop("%active", one, lanes)
+
+
+def _see_keys(b: Builder, lanes: int, keys, step, first, record, carried, accumulate) -> list:
+    """All keys of a group of lanes, row after row, by the kind of its record."""
+    group = {name: b.table(record, i) for i, name in enumerate(GROUP)}
     steps = [b.mul("%lane_step", lane) for lane in range(lanes)]
     kinds = [kind for kind, _ in carried]
+    weights = b.at("%s", b.mul("%lane_step", first))
 
-    def run(i, carried):
-        column, place, count, case = (b.table("%runs", b.add(b.mul(i, 4), w)) for w in range(4))
-        first_value = b.at(values, b.mul(column, "%value_step"))
-        first_weight = b.at(weights, b.mul(place, LANES))
+    def one_key(state, begin, end):
+        """A key that lanes begin .. end - 1 see; on to the next."""
+        value, weight, *sums = state
+        sums = accumulate(sums, value, weight, begin, end, steps)
+        return [b.at(value, step), b.at(weight, LANES), *sums]
 
-        def arm(which):
-            first, last = cases[which]
-            start = [("ptr", first_value), ("ptr", first_weight), *zip(kinds, carried, strict=True)]
+    def consecutive(count, state, begin, end):
+        if isinstance(count, int):
+            for _ in range(count):
+                state = one_key(state, begin, end)
+            return state
+        start = list(zip(["ptr", "ptr", *kinds], state, strict=True))
+        return b.fold_some(count, start, lambda _, state: one_key(state, begin, end))
 
-            def key(_, state):
-                value, weight = state[:2]
-                sums = accumulate(state[2:], value, weight, first, last, steps)
-                return [b.at(value, "%value_step"), b.at(weight, LANES), *sums]
+    def rows(see):
+        def key_row(i, sums):
+            values = b.at("%values", b.mul(b.table("%rows", b.mul(i, ROW_WORDS)), "%slot_step"))
+            return see(values, b.at(weights, b.mul(i, "%row_span")), sums)
 
-            return b.fold_some(count, start, key)[2:]
+        return b.fold_some("%row_count", carried, key_row)
 
-        return b.switch(case, len(cases), kinds, arm)
+    def state_at(values, weights, column, place, sums):
+        return [b.at(values, b.mul(column, step)), b.at(weights, b.mul(place, LANES)), *sums]
 
-    return b.fold(0, "%run_count", carried, run)
+    def by_runs(values, weights, sums):
+        cases = lane_cases(lanes)
+        runs = b.at("%table", group["runs_at"], "i32")
+
+        def run(i, sums):
+            column, place, count, case = (b.table(runs, b.add(b.mul(i, 4), w)) for w in range(4))
+            state = state_at(values, weights, column, place, sums)
+
+            def arm(which):
+                return consecutive(count, state, *cases[which])[2:]
+
+            return b.switch(case, len(cases), kinds, arm)
+
+        return b.fold(0, group["runs"], list(zip(kinds, sums, strict=True)), run)
+
+    def same(values, weights, sums):
+        state = state_at(values, weights, group["column"], group["place"], sums)
+        return consecutive(keys or group["keys"], state, 0, lanes)[2:]
+
+    def shifted(values, weights, sums):
+        state = state_at(values, weights, group["column"], group["place"], sums)
+        for end in range(1, lanes):
+            state = one_key(state, 0, end)
+        both = keys - (lanes - 1) if keys else b.sub(group["keys"], lanes - 1)
+        state = consecutive(both, state, 0, lanes)
+        for begin in range(1, lanes):
+            state = one_key(state, begin, lanes)
+        return state[2:]
+
+    ways = {BY_RUNS: by_runs, SAME: same, SHIFTED: shifted}
+    if 0 < keys < lanes:  # no key that all lanes see
+        ways[SHIFTED] = by_runs
+    return b.switch(group["kind"], len(ways), kinds, lambda kind: rows(ways[kind]))

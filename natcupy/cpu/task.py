@@ -23,6 +23,7 @@ class Task:
     """Writes `run` and the functions it calls."""
 
     query_tensors: tuple[str, ...]  # located for every query head
+    packed_queries = (("query", "key"),)  # tensors packed for every query row; whose channels
     wide: frozenset[str] = frozenset()  # tensors in the compute type
 
     def __init__(self, spec: Spec, machine: Machine):
@@ -41,12 +42,14 @@ class Task:
 
     def _functions(self) -> None:
         """Add the functions that `run` calls."""
-        for rows in (1, 2):
-            micro.logits(self.module, rows, self.spec.sizes)
+        micro.logits(self.module, 1, self.spec.singles)
+        if self.spec.pairs:
+            micro.logits(self.module, 2, self.spec.pairs)
         micro.softmax(self.module)
         storage, packed = self.spec.storage, sorted({*self.channels.values()})
         self.across = {c: pack.pack_across(self.module, storage, c) for c in packed}
         self.along = {c: pack.pack_along(self.module, self.machine, storage, c) for c in packed}
+        self.ahead = {c: pack.prefetch_columns(self.module, storage, c) for c in packed}
 
     # -- what forward and backward fill in --------------------------------------------------------
 
@@ -226,7 +229,7 @@ class Task:
         b.when(self.is_set("has_rpb"), self._spread_bias)
         self._begin_head()
         start = self.entry(self.item["steps_at"])
-        b.fold(0, self.item["steps"], [("ptr", start)], lambda _, at: [self._step(at[0])])
+        b.fold(0, self.item["steps"], [("ptr", start)], lambda i, at: [self._step(i, at[0])])
         self._end_head()
 
     def _spread_bias(self) -> None:
@@ -251,7 +254,7 @@ class Task:
 
     # -- steps ------------------------------------------------------------------------------------
 
-    def _step(self, at: str) -> str:
+    def _step(self, number: str, at: str) -> str:
         """Carry out the step at this address; the address of the next one."""
         b = self.b
         step = {name: b.table(at, i) for i, name in enumerate(STEP)}
@@ -271,10 +274,40 @@ class Task:
         )
         self._pack_query_row(0)
         b.when(self.has_b, lambda: self._pack_query_row(1))
+        following = b.at(retired, b.mul(step["retired"], RETIRE_WORDS), "i32")
+        has_following = b.less(b.add(number, 1), self.item["steps"])
         blocks = self.entry(self.item["blocks_at"])
-        b.loop(self.item["blocks"], lambda i: self._block(b.at(blocks, b.mul(i, 2), "i32")))
+
+        def block(i):
+            record = b.at(blocks, b.mul(i, 2), "i32")
+            self.column = b.table(record, 1)
+            b.when(has_following, lambda: self._prefetch(following))
+            self._block(record)
+
+        b.loop(self.item["blocks"], block)
         self._end_step(step["retired"], retired)
-        return b.at(retired, b.mul(step["retired"], RETIRE_WORDS), "i32")
+        return following
+
+    def _prefetch(self, at: str) -> None:
+        """Ask for what the step at this address will pack, the columns of the block at hand."""
+        b = self.b
+        step = {name: b.table(at, i) for i, name in enumerate(STEP)}
+
+        def columns(tensor, what, x, y, first):
+            source = self.element(tensor, x, y, b.add(self.item[first], self.column))
+            stride = self.tensors[tensor][1][2]
+            b.call(self.ahead[self.channels[what]], ("ptr", source), ("i64", stride))
+
+        def key_row(i):
+            record = b.at(at, b.add(len(STEP), b.mul(i, PACK_WORDS)), "i32")
+            _, x, y = (b.table(record, word) for word in range(PACK_WORDS))
+            for what in ("key", "value"):
+                columns(what, what, x, y, "key")
+
+        b.loop(step["packs"], key_row)
+        for tensor, what in self.packed_queries:
+            columns(tensor, what, step["a0"], step["a1"], "query")
+            columns(tensor, what, step["b0"], step["b1"], "query")
 
     def _pack_key_row(self, record: str) -> None:
         b = self.b

@@ -23,8 +23,12 @@ CASE = Case(
     value_dim=10, extras=2, rpb=True, dtype=F32,
 )  # fmt: skip
 MISTAKES = {
-    "no barrier before staging": (
+    "small boxes: no barrier before staging": (
         "na_fwd.cu", "__syncthreads();\n            stage_rows", "stage_rows"),
+    "small boxes: no barrier before staging for queries": (
+        "na_bwd_dq.cu", "__syncthreads();\n            stage_rows", "stage_rows"),
+    "small boxes: no barrier before staging for keys": (
+        "na_bwd_dkv.cu", "__syncthreads();\n            stage_rows", "stage_rows"),
     "no barrier after staging": (
         "na_fwd.cu", "            __syncthreads();\n\n            walk", "\n            walk"),
     "the zero row not cleared": ("na_fwd.cu", "clear_row<QK_CHUNKS>(keys, g.capacity);", ""),
@@ -52,19 +56,25 @@ MISTAKES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_planted_mistakes_are_found(mistake, tmp_path, few_blocks):  # noqa: F811
-    file, right, wrong = MISTAKES[mistake]
-    spoil(tmp_path, file, right, wrong)
-    engine = Interpreter()
-    engine.launcher = Spoilt(tmp_path)
-    with plan.use_family("portable"), pytest.raises((PtxCheckError, AssertionError)):
-        check(CASE, engine)
-
-
-def test_the_kernels_as_they_are_pass(tmp_path, few_blocks):  # noqa: F811
-    spoil(tmp_path)
+@pytest.fixture
+def engine(tmp_path, few_blocks, request, monkeypatch):  # noqa: F811
+    """Runs what `tmp_path` holds; with small boxes, a tile sees more than is staged at once."""
+    if request.node.callspec.id.startswith("small boxes"):
+        monkeypatch.setattr(plan, "SHARED", 2500)
     engine = Interpreter()
     engine.launcher = Spoilt(tmp_path)
     with plan.use_family("portable"):
+        yield engine
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_planted_mistakes_are_found(mistake, engine, tmp_path):
+    spoil(tmp_path, *MISTAKES[mistake])
+    with pytest.raises((PtxCheckError, AssertionError)):
         check(CASE, engine)
+
+
+@pytest.mark.parametrize("boxes", ["large boxes", "small boxes"])
+def test_the_kernels_as_they_are_pass(boxes, engine, tmp_path):
+    spoil(tmp_path)
+    check(CASE, engine)

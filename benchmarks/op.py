@@ -75,14 +75,23 @@ def rows(
                 }
             )
         if device.type == "cpu":
-            run, flops = yardstick(dtype)
-            asked.append(
-                {
-                    "case": case.label, "way": YARDSTICK, "exact": False, "step": PASSES[backward],
-                    "dtype": dtype, "run": run, "roofline": roofline, "flops": flops, "moved": None,
-                }
-            )  # fmt: skip
+            asked += _beside(case, ways, dtype, asked[0], backward)
         found += harness.together(asked, device, seconds)
+    return found
+
+
+def _beside(case: OpCase, ways: Sequence[Way], dtype: torch.dtype, like: dict, backward: bool):
+    """On a CPU: a matrix product, and natcupy's own backend in bfloat16, in the same rounds."""
+    run, flops = yardstick(dtype)
+    common = like | {"exact": False, "error": None, "why_not": None}
+    found = [common | {"way": YARDSTICK, "run": run, "flops": flops, "moved": None}]
+    own = next((way for way in ways if way.name == "natcupy cpu"), None)
+    if own is not None and dtype == torch.float32:
+        tensors = case.tensors(torch.bfloat16, torch.device("cpu"))
+        run = (_step if backward else _forward)(own, case, tensors)
+        moved = case.bytes(torch.bfloat16, backward)
+        name = f"{own.name}, bfloat16"
+        found.append(common | {"way": name, "run": run, "flops": like["flops"], "moved": moved})
     return found
 
 

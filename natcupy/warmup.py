@@ -388,8 +388,7 @@ def _ready_cpu(wanted: dict[Any, int], device, workers, quiet) -> tuple[int, int
     """One after another: LLVM's binding holds a lock."""
     from natcupy.cpu import host
 
-    store = cache.default_store()
-    missing = [spec for spec in wanted if store.get(host._ingredients(spec)) is None]
+    missing = [spec for spec in wanted if not host.is_cached(spec)]
     with _bar(len(missing), str(device), quiet) as step:
         for spec in wanted:
             host.function(spec)

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from strategies import Problem, tensors
 from tolerances import close
 
+import natcupy
 from natcupy.cpu import host, kernels, launch, threads
 
 ROOT = Path(__file__).parents[1]
@@ -354,6 +355,23 @@ def test_data_loader_workers():
         assert all(torch.equal(x, expected) for x in batch)
 
 
+def test_a_backward_pass_compiles_only_what_the_forward_pass_did_not(monkeypatch, tmp_path):
+    monkeypatch.setenv("NATCUPY_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(host, "_functions", {})
+    compiled = []
+    compile_ = host._compile
+
+    def note(part):
+        compiled.append(part)
+        return compile_(part)
+
+    monkeypatch.setattr(host, "_compile", note)
+    x = torch.ones(1, 9, 9, 1, 11, requires_grad=True)
+    natcupy.na2d(x, x, x, 5, backend="cpu").sum().backward()
+    common = compiled[0]
+    assert compiled == [common, host.Spec(False, common), host.Spec(True, common)]
+
+
 def test_64_threads_call_a_new_kernel_at_once(monkeypatch):
     monkeypatch.setattr(host, "_functions", {})
     kernels.kernel.cache_clear()
@@ -425,6 +443,6 @@ def test_second_process_takes_the_object_from_the_cache_and_needs_no_tools(tmp_p
     )
     where = {"NATCUPY_CACHE_DIR": str(tmp_path), "PATH": "", "NATCUPY_DEBUG": "1"}
     assert run_python(code.format(""), **where).split() == ["True"]
-    (text,) = (tmp_path / "ir").glob("*.ll")
-    assert "define void @run" in text.read_text()
+    texts = {file.name.split("-")[0]: file.read_text() for file in (tmp_path / "ir").glob("*.ll")}
+    assert "define void @run" in texts["forward"] and "define void @logits1" in texts["common"]
     assert run_python(code.format("host._compile = None"), **where).split() == ["True"]

@@ -33,19 +33,20 @@ class Backward(Block):
         module, machine = self.module, self.machine
         micro.logit_gradients(module)
         self.unpack = {
-            channels: pack.unpack(module, machine, self.spec.real, channels)
+            channels: pack.unpack(module, machine, self.real, channels)
             for channels in sorted({*self.channels.values()})
         }
-        self.sums = self.sum_functions("key")
-        both = [(what, self._vectors(n)) for what in ("key", "value") for _, n in self.passes(what)]
-        kinds = sorted({(vectors, self.pitches[what]) for what, vectors in both})
-        self.spreads = {
-            (vectors, step): sums.spread(module, machine, vectors, self.spec.keys, step)
-            for vectors, step in kinds
-        }
+        self.spreads = {}
+        for what in ("key", "value"):
+            for _, channels in self.common.passes(what):
+                key = self._vectors(channels), self.pitches[what]
+                if key not in self.spreads:
+                    vectors, step = key
+                    keys = self.spec.common.keys
+                    self.spreads[key] = sums.spread(module, machine, vectors, keys, step)
 
     def _vectors(self, channels: int) -> int:
-        return -(-channels // self.machine.width(self.spec.real))
+        return -(-channels // self.machine.width(self.real))
 
     def _packed(self, what: str) -> tuple[bool, bool]:
         return True, what == "key"
@@ -91,11 +92,11 @@ class Backward(Block):
         for tensor, along, what in jobs:
             to = self.side_buffer(along, side, b.mul(width, self.pitches[what]))
             args = [("ptr", to), ("i64", self.pitches[what]), *self.query_row(tensor, side)]
-            b.call(self.along[self.channels[what]], *args)
+            b.call(self.common.along[self.channels[what]], *args)
         channels = self.channels["value"]
         to = self.side_buffer("grad_across", side, b.mul(width, channels))
         args = [("ptr", to), ("i64", width), *self.query_row("grad_out", side)]
-        b.call(self.across[channels], *args, (self.spec.real, b.number(1.0)))
+        b.call(self.common.across[channels], *args, (self.real, b.number(1.0)))
         self._pack_grad_lse(side)
 
     def _pack_grad_lse(self, side: int) -> None:
@@ -121,11 +122,11 @@ class Backward(Block):
         b = self.b
         grads = self.buffer(f"grads_{'ab'[side]}")
         self._gradients_of_logits(side, s, grads)
-        scale = b.splat(self.real(self.scale()), LANES)
+        scale = b.splat(self.as_real(self.scale()), LANES)
         b.vstore(scale, self.buffer("factor"), LANES)
         b.when(
             self.is_set("want_query"),
-            lambda: self.weighted(self.sums, "key", grads, "grad_query", side),
+            lambda: self.weighted("key", grads, "grad_query", side),
         )
 
         def keys_and_values():
@@ -166,7 +167,7 @@ class Backward(Block):
 
         def call(cls, weights, lane_step, rows, row_count, target):
             before, behind = self.see(cls, weights, lane_step, rows, row_count)
-            for channel, channels in self.passes(what):
+            for channel, channels in self.common.passes(what):
                 args = [*before, ("ptr", b.at(target, channel)), ("i64", slot_step)]
                 args += [*behind, ("ptr", b.at(source, channel)), ("i64", step)]
                 b.call(self.spreads[self._vectors(channels), step], *args)
@@ -209,8 +210,8 @@ class Backward(Block):
         b.loop(self.item["segments"], segment)
 
     def _unpack(self, what: str, args: list, count, add) -> None:
-        factor = self.real(self.scale()) if what == "key" else self.b.number(1.0)
-        args = [*args, ("i64", self.pitches[what]), ("i64", count), (self.spec.real, factor)]
+        factor = self.as_real(self.scale()) if what == "key" else self.b.number(1.0)
+        args = [*args, ("i64", self.pitches[what]), ("i64", count), (self.real, factor)]
         self.b.call(self.unpack[self.channels[what]], *args, ("i64", add))
 
     def _share(self, heads: str, head: str) -> str:

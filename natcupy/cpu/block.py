@@ -7,12 +7,24 @@ what becomes of them.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
-from natcupy.cpu import pack, sums
 from natcupy.cpu.emit import Value
 from natcupy.cpu.plan import ACTIVE, BROADCAST, GROUPS_AT, LANES, MASK_AT, ORIGIN, SPAN
 from natcupy.cpu.rows import ENTRY_WORDS
 from natcupy.cpu.task import Task
+
+
+@dataclass
+class _Job:
+    """One set of logits of a block: what does not change from key row to key row."""
+
+    keys: str  # address of tap 0 in the ring's first row
+    slot_size: Value
+    head: list  # first arguments of the logit functions
+    queries: list[tuple[str, str]]  # arguments, for each of the two query rows
+    results: list[str]  # addresses, likewise
+    bias: tuple[str, Value]  # address for the first row of the bias table, elements to the next
 
 
 class Block(Task):
@@ -38,39 +50,55 @@ class Block(Task):
         mask_at = b.table(self.cls, MASK_AT)
         masked = b.op(f"icmp ne i64 {mask_at}, 0")
         self.mask = b.choose(masked, self.entry(mask_at), "null", "ptr")
-        entry_step = ENTRY_WORDS
-        b.loop(
-            self.entry_count, lambda i: self._entry(b.at(self.entries, b.mul(i, entry_step), "i32"))
-        )
+        jobs = [self._job(*job) for job in self.logit_jobs]
+
+        def entry(i):
+            self._entry(b.at(self.entries, b.mul(i, ENTRY_WORDS), "i32"), jobs)
+
+        b.loop(self.entry_count, entry)
         self._side(0)
         b.when(self.has_b, lambda: self._side(1))
 
     # -- logits -----------------------------------------------------------------------------------
 
-    def _entry(self, record: str) -> None:
+    def _job(self, what: str, keys: str, queries: str, results: str) -> _Job:
+        b = self.b
+        channels, width = self.channels[what], self.word("key_pitch")
+        start = b.sum(self.word("key_lead"), self.place, self.origin)
+        first = b.at(self.buffer(keys), start)
+        return _Job(
+            keys=first,
+            slot_size=b.mul(width, channels),
+            head=self._logit_args(self.cls, width, what, self.mask),
+            queries=[self._query_args(queries, channels, side) for side in (0, 1)],
+            results=[self.buffer(f"{results}_{letter}") for letter in "ab"],
+            bias=self._bias() if what == "key" else (self._no_bias(), 0),
+        )
+
+    def _entry(self, record: str, jobs: list[_Job]) -> None:
         """Logits of one key row with whichever of the two query rows see it."""
         b = self.b
         slot, a_place, b_place, a_bias, b_bias = (b.table(record, i) for i in range(ENTRY_WORDS))
         has = [b.op(f"icmp sge i64 {place}, 0") for place in (a_place, b_place)]
-        biases = [self._bias_at(a_bias), self._bias_at(b_bias)]
-        for what, keys, queries, results in self.logit_jobs:
-            channels, width = self.channels[what], self.word("key_pitch")
-            start = b.sum(b.mul(slot, b.mul(width, channels)), self.word("key_lead"))
-            keys = b.at(self.buffer(keys), b.sum(start, self.place, self.origin))
-            head = self._logit_args(self.cls, keys, width, what, self.mask)
-            sides = []
-            for side, (place, bias) in enumerate(zip((a_place, b_place), biases, strict=True)):
-                s = self.buffer(f"{results}_{'ab'[side]}")
-                s = b.at(s, b.mul(b.mul(place, self.span), LANES))
-                bias = bias if what == "key" else self._no_bias()
-                sides.append([*self._query_args(queries, channels, side), ("ptr", s)])
-                sides[side].append(("ptr", bias))
+        row_size = b.mul(self.span, LANES)
+        places = [b.mul(place, row_size) for place in (a_place, b_place)]
+        for job in jobs:
+            head = [*job.head, ("ptr", b.at(job.keys, b.mul(slot, job.slot_size)))]
+            bias, step = job.bias
+            sides = [
+                [
+                    job.queries[side],
+                    ("ptr", b.at(job.results[side], places[side])),
+                    ("ptr", b.at(bias, b.mul(row, step))),
+                ]
+                for side, row in enumerate((a_bias, b_bias))
+            ]
             self._call_logits(has, head, sides)
 
     def _call_logits(self, has: list[str], head: list, sides: list[list]) -> None:
         b = self.b
 
-        if not self.spec.pairs:
+        if not self.spec.common.pairs:
             b.call("logits1", *head, *sides[0])
             return
 
@@ -83,28 +111,28 @@ class Block(Task):
 
         b.when(has[0], with_a, lambda: b.call("logits1", *head, *sides[1]))
 
-    def _logit_args(self, cls, keys, width, what: str, mask) -> list:
-        """The arguments for either query row; unseen keys weigh nothing and get no gradient."""
+    def _logit_args(self, cls, width, what: str, mask) -> list:
+        """The arguments for any keys; unseen ones weigh nothing and get no gradient."""
         blank = self.b.number(-math.inf if what == "key" else 0.0)
         args = [("ptr", cls), ("ptr", self.table), ("i64", self.word("query_pitch"))]
-        args += [("ptr", keys), ("i64", width), ("i64", self.channels[what])]
-        return [*args, ("ptr", mask), (self.spec.real, blank)]
+        args += [("i64", width), ("i64", self.channels[what])]
+        return [*args, ("ptr", mask), (self.real, blank)]
 
-    def _query_args(self, queries: str, channels: int, side: int) -> list:
+    def _query_args(self, queries: str, channels: int, side: int) -> tuple[str, str]:
         size = self.b.mul(self.word("query_pitch"), channels)
-        return [("ptr", self.b.at(self.side_buffer(queries, side, size), self.column))]
+        return "ptr", self.b.at(self.side_buffer(queries, side, size), self.column)
 
-    def _bias_at(self, entry: Value) -> str:
-        """Address of the bias of tap 0 of a key row; in a mirrored row for a broadcast class."""
+    def _bias(self) -> tuple[str, str]:
+        """Address of the bias of tap 0, in a mirrored row for a broadcast class, and row's step."""
         b = self.b
         middle = self.bias_middle()
         forward = b.sum(self.word("bias_lead"), middle, self.origin)
-        forward = b.add(forward, b.mul(entry, self.word("bias_pitch")))
         mirror = b.sub(b.add(self.word("mirror_lead"), middle), self.origin)
-        mirror = b.add(mirror, b.mul(entry, self.word("mirror_pitch")))
         forward, mirror = b.at(self.buffer("bias"), forward), b.at(self.buffer("mirror"), mirror)
-        bias = b.choose(self.is_broadcast, mirror, forward, "ptr")
-        return b.choose(self.is_set("has_rpb"), bias, self._no_bias(), "ptr")
+        first = b.choose(self.is_broadcast, mirror, forward, "ptr")
+        step = b.choose(self.is_broadcast, self.word("mirror_pitch"), self.word("bias_pitch"))
+        has = self.is_set("has_rpb")
+        return b.choose(has, first, self._no_bias(), "ptr"), b.choose(has, step, 0)
 
     def bias_middle(self) -> str:
         """Index of the bias of a query's own column: kernel_size - 1."""
@@ -135,8 +163,8 @@ class Block(Task):
             s = b.at(self.buffer(f"{results}_{'ab'[side]}"), b.mul(self.vectors, LANES))
             mask = self.entry(b.table(self.extra_class, MASK_AT))
             keys, width = self.buffer(f"extra_{what}s_across"), self.word("extra_pitch")
-            args = self._logit_args(self.extra_class, keys, width, what, mask)
-            args += self._query_args(queries, channels, side)
+            args = [*self._logit_args(self.extra_class, width, what, mask), ("ptr", keys)]
+            args.append(self._query_args(queries, channels, side))
             b.call("logits1", *args, ("ptr", s), ("ptr", self._no_bias()))
 
     def behind(self, s: str) -> str:
@@ -149,22 +177,6 @@ class Block(Task):
 
     # -- sums over keys ---------------------------------------------------------------------------
 
-    def passes(self, what: str) -> list[tuple[int, int]]:
-        """Channels cut into what fits in registers, (first channel, channels)."""
-        step = sums.VECTORS * self.machine.width(self.spec.real)
-        channels = self.channels[what]
-        return [(c, min(step, channels - c)) for c in range(0, channels, step)]
-
-    def sum_functions(self, what: str) -> dict[int, str]:
-        """Add the functions for `weighted`; their names by number of channels."""
-        width, names = self.machine.width(self.spec.real), {}
-        for channels in sorted({count for _, count in self.passes(what)}):
-            store = pack.Store(self.spec.storage, channels, width)
-            vectors = -(-channels // width)
-            how = vectors, self.spec.keys, self.pitches[what]
-            names[channels] = sums.weighted_sum(self.module, self.machine, *how, store)
-        return names
-
     def see(self, cls: str, s: str, lane_step: Value, rows: Value, row_count: Value) -> list:
         """The arguments of `sums` that say how a class's lanes see keys, but for the keys."""
         b = self.b
@@ -173,7 +185,7 @@ class Block(Task):
         groups = self.entry(b.table(cls, GROUPS_AT))
         return args, [("ptr", groups), ("ptr", self.table), ("i64", self.active)]
 
-    def weighted(self, names: dict[int, str], what: str, s: str, tensor: str, side: int) -> None:
+    def weighted(self, what: str, s: str, tensor: str, side: int) -> None:
         """Weighted sums of packed keys or values into the block's part of a row of a tensor."""
         b, step = self.b, self.pitches[what]
         _, x, y, _, _ = self.sides[side]
@@ -183,9 +195,9 @@ class Block(Task):
         out_step = self.tensors[tensor][1][2]
         slot_step = b.mul(self.word("key_columns"), step)
         before, behind = self.see(self.cls, s, self.lane_step(), self.rows, self.row_count)
-        for channel, channels in self.passes(what):
+        for channel, channels in self.common.passes(what):
             args = [*before, ("ptr", b.at(values, channel)), ("i64", slot_step)]
             args += [*behind, ("ptr", extra_s), ("ptr", b.at(extra, channel))]
             args += [("i64", self.word("extra")), ("ptr", self.buffer("factor"))]
             args += [("ptr", b.at(out, channel, self.kind)), ("i64", out_step)]
-            b.call(names[channels], *args)
+            b.call(self.common.weighted_sum(what, channels), *args)

@@ -5,12 +5,15 @@ In: plain numbers. Out: plain numbers.
 
 from __future__ import annotations
 
+import functools
+
 
 def lane_cases(size: int) -> list[tuple[int, int]]:
     """Every (first lane, end lane) that a run in a group of `size` lanes can have."""
     return [(a, b) for a in range(size) for b in range(a + 1, size + 1)]
 
 
+@functools.cache
 def cover(count: int, sizes: tuple[int, ...]) -> list[tuple[int, int]]:
     """`count` taps as chunks (first tap, index into `sizes`) with the least work.
 

@@ -341,15 +341,18 @@ class Builder:
 class Module:
     """Functions collected into one module."""
 
-    def __init__(self, real: str):
-        self.real = real
+    def __init__(self, real: str, shared: bool = False, uses: Module | None = None):
+        """`shared`: other modules call its functions; `uses`: the shared module that this calls."""
+        self.real, self._shared, self._uses = real, shared, uses
         self._texts: list[str] = []
         self._declared: set[str] = set()
+        self._heads: list[str] = []
 
     def function(self, name: str, params: str, public: bool = False) -> Builder:
         """Begin a function; `params` reads "ptr a, i64 b"."""
         pairs = [tuple(param.split()) for param in params.split(", ")]
-        return Builder(name, pairs, self.real, public)
+        self._heads.append(f"declare void @{name}({', '.join(kind for kind, _ in pairs)})")
+        return Builder(name, pairs, self.real, public or self._shared)
 
     def finish(self, builder: Builder) -> None:
         """Add a function that is complete."""
@@ -359,9 +362,9 @@ class Module:
     def text(self, vector_bits: int) -> str:
         """The module as LLVM assembly."""
         width = f'"prefer-vector-width"="{vector_bits}" "min-legal-vector-width"="{vector_bits}"'
-        return "\n".join(
-            [*self._texts, *sorted(self._declared), f"attributes #0 = {{ nounwind {width} }}", ""]
-        )
+        others = self._uses._heads if self._uses else []
+        lines = [*self._texts, *others, *sorted(self._declared)]
+        return "\n".join([*lines, f"attributes #0 = {{ nounwind {width} }}", ""])
 
 
 def pieces(count: int, largest: int) -> list[tuple[int, int]]:

@@ -19,10 +19,6 @@ class Forward(Block):
     query_tensors = ("query", "out")
     logit_jobs = (("key", "keys_across", "query_across", "logits"),)
 
-    def _functions(self) -> None:
-        super()._functions()
-        self.sums = self.sum_functions("value")
-
     def _packed(self, what: str) -> tuple[bool, bool]:
         return what == "key", what == "value"
 
@@ -38,7 +34,7 @@ class Forward(Block):
         factor = b.arith("fdiv", b.fill(1.0, LANES), total, LANES)
         b.vstore(factor, self.buffer("factor"), LANES)
         self._write_lse(x, y, total)
-        self.weighted(self.sums, "value", s, "out", side)
+        self.weighted("value", s, "out", side)
 
     def _write_lse(self, x: Value, y: Value, total: str) -> None:
         b = self.b

@@ -18,9 +18,10 @@ from pathlib import Path
 
 from natcupy import cache
 from natcupy.cpu.backward import Backward
+from natcupy.cpu.common import CommonFunctions
 from natcupy.cpu.emit import Machine
 from natcupy.cpu.forward import Forward
-from natcupy.cpu.spec import Spec
+from natcupy.cpu.spec import Common, Spec
 
 DEBUG_VARIABLE = "NATCUPY_DEBUG"
 
@@ -87,23 +88,31 @@ def function(spec: Spec) -> int:
     return address
 
 
-def object_code(spec: Spec) -> bytes:
-    """The relocatable object of a spec, from the cache or compiled."""
-    return cache.default_store().get_or_build(_ingredients(spec), lambda: _compile(spec))
+def object_code(part: Spec | Common) -> bytes:
+    """The relocatable object of a part of a kernel, from the cache or compiled."""
+    return cache.default_store().get_or_build(_ingredients(part), lambda: _compile(part))
 
 
-def module_text(spec: Spec) -> str:
-    """The LLVM assembly of a spec for this host."""
-    return (Backward if spec.backward else Forward)(spec, machine()).text()
+def is_cached(spec: Spec) -> bool:
+    """Whether nothing of a kernel would have to be compiled."""
+    store = cache.default_store()
+    return all(store.get(_ingredients(part)) is not None for part in (spec, spec.common))
 
 
-def _ingredients(spec: Spec) -> dict[str, str]:
+def module_text(part: Spec | Common) -> str:
+    """The LLVM assembly of a part of a kernel for this host."""
+    if isinstance(part, Common):
+        return CommonFunctions(part, machine()).text()
+    return (Backward if part.backward else Forward)(part, machine()).text()
+
+
+def _ingredients(part: Spec | Common) -> dict[str, str]:
     import llvmlite
 
     name, features, _ = _target()
     return {
         "kind": "cpu",
-        "spec": repr(spec),
+        "spec": repr(part),
         "machine": repr(machine()),
         "generator": _generator(),
         "cpu": name,
@@ -133,25 +142,26 @@ def _target_machine():
     return target.create_target_machine(cpu=name, features=features, opt=2, jit=True)
 
 
-def _compile(spec: Spec) -> bytes:
+def _compile(part: Spec | Common) -> bytes:
     from llvmlite import binding
 
-    text = module_text(spec)
+    text = module_text(part)
     if os.environ.get(DEBUG_VARIABLE, "") not in ("", "0"):
-        _keep_text(spec, text)
+        _keep_text(part, text)
     target = _target_machine()
     module = binding.parse_assembly(text)
     module.verify()
     return target.emit_object(module)
 
 
-def _keep_text(spec: Spec, text: str) -> None:
+def _keep_text(part: Spec | Common, text: str) -> None:
     folder = cache.default_store().describe()["folder"]
     if folder is None:
         return
-    direction = "backward" if spec.backward else "forward"
-    sizes = ["-".join(map(str, sizes)) for sizes in (spec.pairs, spec.singles)]
-    name = f"{direction}-{spec.storage}-{spec.head_dim}-{spec.value_dim}-{'+'.join(sizes)}.ll"
+    common = part if isinstance(part, Common) else part.common
+    what = "common" if part is common else "backward" if part.backward else "forward"
+    sizes = ["-".join(map(str, sizes)) for sizes in (common.pairs, common.singles)]
+    name = f"{what}-{common.storage}-{common.head_dim}-{common.value_dim}-{'+'.join(sizes)}.ll"
     place = Path(folder).parent / "ir"
     place.mkdir(parents=True, exist_ok=True)
     (place / name).write_text(text)
@@ -160,16 +170,19 @@ def _keep_text(spec: Spec, text: str) -> None:
 def _load(spec: Spec) -> int:
     from llvmlite import binding
 
-    code = object_code(spec)
+    parts = spec.common, spec
+    codes = [object_code(part) for part in parts]
     target = _target_machine()
     module = binding.parse_assembly("")
     module.triple = target.triple
     engine = binding.create_mcjit_compiler(module, target)
-    engine.add_object_file(binding.ObjectFileRef.from_data(code))
+    for code in codes:
+        engine.add_object_file(binding.ObjectFileRef.from_data(code))
     engine.finalize_object()
     address = engine.get_function_address("run")
     if not address:
-        cache.default_store().discard(_ingredients(spec))
+        for part in parts:
+            cache.default_store().discard(_ingredients(part))
         raise RuntimeError("a cached CPU kernel has no function 'run'; it was dropped, try again.")
     _engines.append(engine)
     return address

@@ -5,6 +5,7 @@ In: the sizes of a problem. Out: a `Kernel`, kept for the next call of the same 
 
 from __future__ import annotations
 
+import array
 import ctypes
 import functools
 from math import prod
@@ -14,7 +15,7 @@ import torch
 from natcupy.cpu import host, plan, sums
 from natcupy.cpu.emit import REAL_BYTES
 from natcupy.cpu.plan import LANES, Plan, Shape, Tuning
-from natcupy.cpu.spec import BUFFERS, WORDS, Spec, pitch
+from natcupy.cpu.spec import BUFFERS, WORDS, Common, Spec, pitch
 from natcupy.neighborhood import Neighborhood
 
 STORAGE = {
@@ -36,15 +37,15 @@ class Kernel:
 
     def __init__(self, spec: Spec, shape: Shape, found: Plan, words: dict[str, int], size: int):
         self.spec, self.plan = spec, found
-        self.compute = torch.float64 if spec.real == "double" else torch.float32
+        self.compute = torch.float64 if spec.common.real == "double" else torch.float32
         self.thread_bytes = -(-size // ALIGNMENT) * ALIGNMENT
         #: multiply-adds of one head, times 2
         self.work = shape.head_dim * prod(shape.lengths) * prod(shape.kernel_size)
-        self._table = torch.tensor(found.words, dtype=torch.int32)
+        self._table = array.array("i", found.words)
         self._block = Block()
         for name, value in words.items():
             self._block[PLACE[name]] = value
-        self._block[PLACE["table"]] = self._table.data_ptr()
+        self._block[PLACE["table"]] = self._table.buffer_info()[0]
         self._block[PLACE["thread_bytes"]] = self.thread_bytes
         self._address = 0
 
@@ -105,7 +106,7 @@ def kernel(
     registers = (machine.registers - spare) // machine.registers_of(LANES, real)
     pairs, singles = logit_sizes(shape, registers)
     keys = shape.kernel_size[2] if shape.kernel_size[2] <= UNROLLED else 0
-    spec = Spec(backward, storage, head_dim, value_dim, pairs, singles, keys)
+    spec = Spec(backward, Common(storage, head_dim, value_dim, pairs, singles, keys))
     pitches = {
         what: pitch(channels, machine, real)
         for what, channels in (("key", head_dim), ("value", value_dim))

@@ -87,8 +87,8 @@ def logits(module: Module, rows: int, sizes: tuple[int, ...]) -> None:
     outs = ", ".join(f"ptr at{r}, ptr s{r}, ptr bias{r}" for r in range(rows))
     b = module.function(
         f"logits{rows}",
-        "ptr class, ptr table, i64 at_step, ptr keys, i64 key_step, i64 channels, ptr mask, "
-        f"{module.real} blank, {outs}",
+        "ptr class, ptr table, i64 at_step, i64 key_step, i64 channels, ptr mask, "
+        f"{module.real} blank, ptr keys, {outs}",
     )
     broadcast = b.table("%class", BROADCAST)
     chunks_at, count = (PAIRS_AT, PAIRS) if rows == 2 else (SINGLES_AT, SINGLES)

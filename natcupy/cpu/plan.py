@@ -260,12 +260,21 @@ class _Maker:
         blocks = []
         for column in range(first, end, LANES):
             lanes = windows[column : min(column + LANES, end)]
-            relative = tuple((a - column, b - column) for a, b in lanes)
+            relative = tuple([(a - column, b - column) for a, b in lanes])
             at, origin, span = self._class(relative)
             # a vector of 8 columns is read at each tap, a single column when broadcasting
             self.reach.show(column + origin - key, column + origin + span + LANES - key)
             blocks += [at, column - first]
         count = len(blocks) // 2
+        segments = self._segments(key, key_end, earlier) if self.backward else []
+        self.key_columns = max(self.key_columns, key_end - key)
+        self.query_columns = max(self.query_columns, count * LANES)
+        place = [first, end - first, key, key_end - key]
+        return [self.put(blocks), count, *place, self.put(segments), len(segments) // 3]
+
+    @staticmethod
+    def _segments(key: int, key_end: int, earlier) -> list[int]:
+        """Runs of keys that an earlier tile has summed into or not: (first, count, again)."""
         segments, column = [], key
         while column < key_end:
             stop, again = column, earlier(column)
@@ -273,10 +282,7 @@ class _Maker:
                 stop += 1
             segments += [column - key, stop - column, int(again)]
             column = stop
-        self.key_columns = max(self.key_columns, key_end - key)
-        self.query_columns = max(self.query_columns, count * LANES)
-        place = [first, end - first, key, key_end - key]
-        return [self.put(blocks), count, *place, self.put(segments), len(segments) // 3]
+        return segments
 
     def _class(self, windows: tuple[tuple[int, int], ...]) -> tuple[int, int, int]:
         """Address, origin and span of the class for windows relative to a block's first query."""

@@ -46,10 +46,9 @@ WORDS = (
 
 
 @dataclass(frozen=True)
-class Spec:
-    """What decides the machine code of a kernel, beside the machine itself."""
+class Common:
+    """What decides the functions that a forward and a backward kernel have in common."""
 
-    backward: bool
     storage: str  # type of the tensors: "float", "double", "half" or "bfloat"
     head_dim: int
     value_dim: int
@@ -61,6 +60,14 @@ class Spec:
     def real(self) -> str:
         """The type everything is computed in."""
         return "double" if self.storage == "double" else "float"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What decides the machine code of a kernel, beside the machine itself."""
+
+    backward: bool
+    common: Common
 
 
 def pitch(channels: int, machine: Machine, real: str) -> int:

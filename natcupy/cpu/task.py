@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import math
 
-from natcupy.cpu import micro, pack
-from natcupy.cpu.emit import REAL_BYTES, STORAGE, Machine, Module, Value
+from natcupy.cpu.common import CommonFunctions
+from natcupy.cpu.emit import REAL_BYTES, Machine, Module, Value
 from natcupy.cpu.plan import ITEM
 from natcupy.cpu.rows import ENTRY_WORDS, PACK_WORDS, RETIRE_WORDS, ROW_WORDS, STEP
-from natcupy.cpu.spec import STRIDES, WORDS, Spec, pitch
+from natcupy.cpu.spec import STRIDES, WORDS, Spec
 
 
 class Task:
@@ -27,12 +27,11 @@ class Task:
     wide: frozenset[str] = frozenset()  # tensors in the compute type
 
     def __init__(self, spec: Spec, machine: Machine):
-        self.spec, self.machine = spec, machine
-        self.module = Module(spec.real)
-        self.kind = STORAGE[spec.storage][0]
-        self.real_bytes = REAL_BYTES[spec.real]
-        self.channels = {"key": spec.head_dim, "value": spec.value_dim}
-        self.pitches = {w: pitch(c, machine, spec.real) for w, c in self.channels.items()}
+        self.spec, self.machine, self.common = spec, machine, CommonFunctions(spec.common, machine)
+        self.real = spec.common.real
+        self.module = Module(self.real, uses=self.common.module)
+        self.kind, self.real_bytes = self.common.kind, REAL_BYTES[self.real]
+        self.channels, self.pitches = self.common.channels, self.common.pitches
 
     def text(self) -> str:
         """The whole module as LLVM assembly."""
@@ -41,15 +40,7 @@ class Task:
         return self.module.text(8 * self.machine.register_bytes)
 
     def _functions(self) -> None:
-        """Add the functions that `run` calls."""
-        micro.logits(self.module, 1, self.spec.singles)
-        if self.spec.pairs:
-            micro.logits(self.module, 2, self.spec.pairs)
-        micro.softmax(self.module)
-        storage, packed = self.spec.storage, sorted({*self.channels.values()})
-        self.across = {c: pack.pack_across(self.module, storage, c) for c in packed}
-        self.along = {c: pack.pack_along(self.module, self.machine, storage, c) for c in packed}
-        self.ahead = {c: pack.prefetch_columns(self.module, storage, c) for c in packed}
+        """Add the functions that `run` calls, beside those in common."""
 
     # -- what forward and backward fill in --------------------------------------------------------
 
@@ -98,9 +89,9 @@ class Task:
         """The factor of the logits, a double."""
         return self.b.load("double", self.b.at("%words", WORDS.index("scale"), "i64"), 8)
 
-    def real(self, double: str) -> str:
+    def as_real(self, double: str) -> str:
         """A double in the compute type."""
-        if self.spec.real == "double":
+        if self.real == "double":
             return double
         return self.b.op(f"fptrunc double {double} to float")
 
@@ -120,7 +111,7 @@ class Task:
         """Address in a tensor from indices along axis 0, 1, 2 of this dilation group."""
         base, steps = self.tensors[tensor]
         offsets = [self.b.mul(i, step) for i, step in zip(indices, steps, strict=True)]
-        kind = self.spec.real if tensor in self.wide else self.kind
+        kind = self.real if tensor in self.wide else self.kind
         return self.b.at(base, self.b.sum(*offsets), kind)
 
     def lse_row(self, pointer: str, x: Value, y: Value) -> tuple[str, Value]:
@@ -174,7 +165,7 @@ class Task:
         for axis in range(3):
             offsets.append(b.mul(self.item[f"group{axis}"], stride[f"axis{axis}"]))
             steps.append(b.mul(self.word(f"dilation{axis}"), stride[f"axis{axis}"]))
-        kind = self.spec.real if tensor in self.wide else self.kind
+        kind = self.real if tensor in self.wide else self.kind
         self.tensors[tensor] = b.at(self.pointer(tensor), b.sum(*offsets), kind), steps
 
     def begin_key_head(self) -> None:
@@ -197,12 +188,12 @@ class Task:
         if across:
             to = b.add(b.mul(slot, b.mul(width, channels)), lead)
             to = b.at(self.buffer(f"{buffer}_across"), to)
-            one = (self.spec.real, b.number(1.0))
-            b.call(self.across[channels], ("ptr", to), ("i64", width), *source, one)
+            one = (self.real, b.number(1.0))
+            b.call(self.common.across[channels], ("ptr", to), ("i64", width), *source, one)
         if along:
             to = b.mul(slot, b.mul(self.word("key_columns"), self.pitches[what]))
             to = b.at(self.buffer(f"{buffer}_along"), to)
-            b.call(self.along[channels], ("ptr", to), ("i64", self.pitches[what]), *source)
+            b.call(self.common.along[channels], ("ptr", to), ("i64", self.pitches[what]), *source)
 
     def zero(self, buffer: str, count: Value, start: Value = 0) -> None:
         """Fill part of a buffer with zeros."""
@@ -215,7 +206,7 @@ class Task:
 
     def zero_columns(self, buffer: str, count: Value, start: Value = 0) -> None:
         """`zero` for a multiple of the register width."""
-        b, width = self.b, self.machine.width(self.spec.real)
+        b, width = self.b, self.machine.width(self.real)
         first = b.at(self.buffer(buffer), start)
         b.loop(count, lambda i: b.vstore("zeroinitializer", b.at(first, i), width), width)
 
@@ -296,7 +287,7 @@ class Task:
         def columns(tensor, what, x, y, first):
             source = self.element(tensor, x, y, b.add(self.item[first], self.column))
             stride = self.tensors[tensor][1][2]
-            b.call(self.ahead[self.channels[what]], ("ptr", source), ("i64", stride))
+            b.call(self.common.ahead[self.channels[what]], ("ptr", source), ("i64", stride))
 
         def key_row(i):
             record = b.at(at, b.add(len(STEP), b.mul(i, PACK_WORDS)), "i32")
@@ -325,8 +316,8 @@ class Task:
         args = self.query_row("query", side)
         channels, width = self.channels["key"], self.word("query_pitch")
         to = self.side_buffer("query_across", side, b.mul(width, channels))
-        last = (self.spec.real, self.real(factor))
-        b.call(self.across[channels], ("ptr", to), ("i64", width), *args, last)
+        last = (self.real, self.as_real(factor))
+        b.call(self.common.across[channels], ("ptr", to), ("i64", width), *args, last)
         self._query_row_packed(side)
 
     def query_row(self, tensor: str, side: int) -> list:

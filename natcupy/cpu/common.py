@@ -1,0 +1,56 @@
+"""The functions that forward and backward kernels have in common, compiled once for both.
+
+In: a `Common`. Out: its module, and the names of what is in it.
+"""
+
+from __future__ import annotations
+
+from natcupy.cpu import micro, pack, sums
+from natcupy.cpu.emit import STORAGE, Machine, Module
+from natcupy.cpu.spec import Common, pitch
+
+
+class CommonFunctions:
+    """Packing, logits, softmax, weighted sums; `module` holds them."""
+
+    def __init__(self, common: Common, machine: Machine):
+        self.common, self.machine = common, machine
+        self.module = Module(common.real, shared=True)
+        self.kind = STORAGE[common.storage][0]
+        self.channels = {"key": common.head_dim, "value": common.value_dim}
+        self.pitches = {w: pitch(c, machine, common.real) for w, c in self.channels.items()}
+        micro.logits(self.module, 1, common.singles)
+        if common.pairs:
+            micro.logits(self.module, 2, common.pairs)
+        micro.softmax(self.module)
+        packed = sorted({*self.channels.values()})
+        storage = common.storage
+        self.across = {c: pack.pack_across(self.module, storage, c) for c in packed}
+        self.along = {c: pack.pack_along(self.module, machine, storage, c) for c in packed}
+        self.ahead = {c: pack.prefetch_columns(self.module, storage, c) for c in packed}
+        self._weighted: dict[tuple[int, int], str] = {}
+        for what in ("key", "value"):
+            for _, channels in self.passes(what):
+                key = channels, self.pitches[what]
+                if key not in self._weighted:
+                    self._weighted[key] = self._weighted_sum(*key)
+
+    def _weighted_sum(self, channels: int, step: int) -> str:
+        width = self.machine.width(self.common.real)
+        store = pack.Store(self.common.storage, channels, width)
+        how = -(-channels // width), self.common.keys, step
+        return sums.weighted_sum(self.module, self.machine, *how, store)
+
+    def passes(self, what: str) -> list[tuple[int, int]]:
+        """Channels cut into what fits in registers, (first channel, channels)."""
+        step = sums.VECTORS * self.machine.width(self.common.real)
+        channels = self.channels[what]
+        return [(c, min(step, channels - c)) for c in range(0, channels, step)]
+
+    def weighted_sum(self, what: str, channels: int) -> str:
+        """The function for weighted sums of so many channels of keys or values."""
+        return self._weighted[channels, self.pitches[what]]
+
+    def text(self) -> str:
+        """The module as LLVM assembly."""
+        return self.module.text(8 * self.machine.register_bytes)

@@ -64,7 +64,6 @@ def _device_reasons(device: torch.device) -> list[str]:
     return [reason] if reason else []
 
 
-@torch.compiler.assume_constant_result  # asked once where torch.compile traces
 def _machine_reason(kind: str, index: int | None) -> str:
     """Why this machine runs no kernels on a device, "" if it does."""
     try:
@@ -72,6 +71,11 @@ def _machine_reason(kind: str, index: int | None) -> str:
     except (ImportError, RuntimeError) as error:
         return str(error).rstrip(".")
     return ""
+
+
+# Asked once where torch.compile traces: the mark of `torch.compiler.assume_constant_result`, which
+# itself imports the whole compiler.
+_machine_reason._dynamo_marked_constant = True
 
 
 def _size_reasons(query: Tensor, value: Tensor, hood: Neighborhood, rpb) -> list[str]:

@@ -174,7 +174,7 @@ def _split(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Split(torch.autograd.Function):
-    """`unbind(-3)`; gradients that lie in one tensor, as the CUDA backend makes them, stay."""
+    """`unbind(-3)`; gradients that lie in one tensor, as the kernels make them, stay."""
 
     @staticmethod
     def forward(ctx, qkv):

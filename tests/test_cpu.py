@@ -17,6 +17,7 @@ from tolerances import close
 
 import natcupy
 from natcupy.cpu import host, kernels, launch, threads
+from natcupy.layouts import joined
 
 ROOT = Path(__file__).parents[1]
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -225,6 +226,20 @@ def test_packed_qkv_is_read_in_place(monkeypatch):
     assert copies and not any(copies)
     expected = oracle.attention(query, key, value, **p.window)[0]
     close(out, expected, torch.float32)
+
+
+def test_packed_inputs_get_packed_gradients():
+    parts = torch.randn(2, 9, 8, 3, 2, 8).unbind(-3)
+    rpb, weight = torch.randn(2, 9, 9), torch.randn(2, 9, 8, 2, 8)
+
+    def gradients(inputs):
+        inputs = [x.detach().requires_grad_() for x in (*inputs, rpb)]
+        out = natcupy.na2d(*inputs[:3], 5, rpb=inputs[3], backend="cpu")
+        return torch.autograd.grad(out, inputs, weight)
+
+    packed, apart = gradients(parts), gradients([x.clone() for x in parts])
+    assert joined(*packed[:3]) is not None and joined(*apart[:3]) is None
+    assert all(torch.equal(a, b) for a, b in zip(packed, apart, strict=True))
 
 
 def test_expanded_inputs_and_gradients():

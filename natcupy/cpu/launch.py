@@ -13,6 +13,7 @@ from torch import Tensor
 from natcupy.cpu import threads
 from natcupy.cpu.kernels import ALIGNMENT, COUNTERS, PLACE, Kernel, compute_dtype, kernel
 from natcupy.cpu.spec import TENSORS
+from natcupy.layouts import joined
 from natcupy.neighborhood import Neighborhood
 
 SMALL = 1_000_000  # multiply-adds of the logits below which one thread is faster than two
@@ -62,10 +63,12 @@ def backward(
     extra_keys: Tensor | None,
     extra_values: Tensor | None,
     want: tuple[bool, bool, bool],  # query; key, value and the additional ones; rpb
+    packed: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of (query, key, value, rpb, additional_keys, additional_values), None if unwanted.
 
-    Where `rpb`, `extra_keys`, `extra_values` are None their gradients are too.
+    Where `rpb`, `extra_keys`, `extra_values` are None their gradients are too. `packed` lets those
+    of query, key and value lie in one tensor where the three themselves do.
     """
     want_query, want_key_value, want_rpb = want[0], want[1], want[2] and rpb is not None
     want_extra = want_key_value and extra_keys is not None
@@ -87,12 +90,20 @@ def backward(
     grad_query = grad_key = grad_value = rpb_shares = None
     extra_shares: list[Tensor | None] = [None, None]
     parts = batch, use.plan.items
+    one = packed and want_query and want_key_value and compute == query.dtype
+    whole = joined(query, key, value) if one else None
+    if whole is not None:
+        grad_query, grad_key, grad_value = _empty(whole.shape, compute).unbind(-3)
     if want_query:
-        grad_query = call.rows("grad_query", _empty(query.shape, query.dtype))
+        if whole is None:
+            grad_query = _empty(query.shape, query.dtype)
+        call.rows("grad_query", grad_query)
         call.set("want_query", 1)
     if want_key_value:
-        grad_key = call.rows("grad_key", _empty(key.shape, compute))
-        grad_value = call.rows("grad_value", _empty(value.shape, compute))
+        if whole is None:
+            grad_key, grad_value = _empty(key.shape, compute), _empty(value.shape, compute)
+        call.rows("grad_key", grad_key)
+        call.rows("grad_value", grad_value)
         call.set("want_key_value", 1)
     if want_rpb:
         rpb_shares = call.address("rpb_sums", _empty((*parts, *rpb.shape), compute))

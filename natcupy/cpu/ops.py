@@ -153,7 +153,9 @@ class _Attention(torch.autograd.Function):
 
 def _launched(grad_out, grad_lse, inputs, hood, scale, wants):
     query, key, value, *others = inputs
-    return launch.backward(grad_out, grad_lse, query, key, value, hood, scale, *others, wants)
+    return launch.backward(
+        grad_out, grad_lse, query, key, value, hood, scale, *others, wants, packed=True
+    )
 
 
 def _dispatched(grad_out, grad_lse, inputs, hood, scale, wants):

@@ -85,7 +85,7 @@ na2d_small_bwd_dkv(const __grid_constant__ Params p) {
                 __syncthreads();  // what was staged before has been read
                 stage(g, item, role, staged, first_head, p.query, p.d_out, g.queries_per_kv, member,
                       1, top, left, rows);
-                stage_biases(g, tables, p.rpb, first_head, g.queries_per_kv, member);
+                stage_biases(g, tables, p.rpb, first_head, g.queries_per_kv, member, (float)LOG2_E);
                 for (int n = role.warp; n < g.heads_here * rows; n += role.warps) {
                     const int down = n % rows, h = n / rows;
                     const int query_head = (first_head + h) * g.queries_per_kv + member;

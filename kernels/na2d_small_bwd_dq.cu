@@ -179,7 +179,7 @@ na2d_small_bwd_dq(const __grid_constant__ Params p) {
     const unsigned staged = shared_address(shared), line = g.pitch * ROW;
     float* tables = (float*)(shared + 2 * g.heads_here * tensor_bytes(g));
     float* own = tables + (g.heads_here + role.warp) * BIASES;
-    stage_biases(g, tables, p.rpb, first_head, 1, 0);
+    stage_biases(g, tables, p.rpb, first_head, 1, 0, (float)LOG2_E);
     if (RPB_GRAD)
         for (int n = role.lane; n < BIASES; n += 32) own[n] = 0;
     const float scale = (float)p.scale * (float)LOG2_E;

@@ -7,9 +7,12 @@
 // not seen are skipped, never masked. Columns are masked by the bias table, where
 // a pair that does not see each other finds minus infinity.
 //
-// The softmax is exact and streamed: weights are 2^(t - peak), where `peak` is the largest score of
-// the first step, and is raised, everything accumulated rescaled, only when a score exceeds it by
-// 8 or more; so weights stay below 2^8, in range for halves.
+// The softmax is exact and streamed, without a running maximum: weights are 2^(t - reference), where
+// the reference is the query's largest score in the middle row of its window. Where another score
+// is so far above it that weights leave the range of their type, the fragment is done again with
+// the largest score of all.
+//
+// Scores are in units of the scale: biases, divided by it, are what products are added to.
 //
 // Layout: `lse` is [batch, heads, *spatial], natural log; rows of all tensors start at multiples of
 // 16 bytes.
@@ -30,99 +33,144 @@ struct Params {
     acc_t* lse;
 };
 
-struct Sums {  // of a pair of rows
-    float out[D / 8][4], peak[2], total[2];
+enum {
+    MIDDLE = KH / 2 / EACH * EACH,            // a step that both queries of a pair see
+    FULL = (DENSE ? KH : KH - 1) / EACH,      // whole steps that both see
+    STRAIGHT = BLOCKS == 3 ? 1 : FULL <= 4 ? FULL : FULL % 2 == 0 ? 2 : FULL % 3 == 0 ? 3 : 1
 };
 
-// Fragment `query` against the keys at `keys`, values at `values`; `biases` are this lane's columns
-// of the table, at the row before the first query's first.
+struct Sums {  // of a pair of rows; `low` is minus the reference, in base two
+    float out[D / 8][4], low[2], total[2];
+};
+
+template <class T> struct Range {  // of weights: the first reference becomes 2^-SHIFT
+    static constexpr float SHIFT = 0, MOST = 1e18f;
+};
+template <> struct Range<F16> {
+    static constexpr float SHIFT = 8, MOST = 65504;
+};
+
+// What a fragment is at: a step of keys, values and biases, and the bias of the second query's next
+// row, which is the first query's row before it.
+struct Place {
+    unsigned keys, biases[OWN];
+    Across values;
+    float bias[OWN];
+
+    __device__ __forceinline__ void advance(unsigned line) {
+        keys += EACH * line;
+        values += EACH * line;
+#pragma unroll
+        for (int x = 0; x < OWN; ++x) biases[x] += EACH * (BIAS_PITCH * 4);
+    }
+    __device__ __forceinline__ void read() {
+#pragma unroll
+        for (int x = 0; x < OWN; ++x) bias[x] = read_float(biases[x]);
+    }
+    // Of the first query in block `h` of the step.
+    __device__ __forceinline__ void read(int x, int h) {
+        constexpr int LINE = BIAS_PITCH * 4;
+        bias[x] = PAIRED && h == 1 ? read_float<2 * LINE>(biases[x]) : read_float<LINE>(biases[x]);
+    }
+};
+
+// Scores of the first `blocks` blocks of a step; `first`: the first query sees them.
+__device__ __forceinline__ void step_scores(
+    const SmallGeometry& g, Left& query, Place& at, bool first, int blocks, float (&t)[STEP][4]) {
+#pragma unroll
+    for (int h = 0; h < STEP; ++h)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            const int x = PAIRED ? e : 2 * h + e;
+            t[h][2 + e] = at.bias[x];
+            if (first && h < blocks) at.read(x, h);
+            t[h][e] = at.bias[x];
+        }
+    add_scores(t, query, at.keys, block_bytes(g), blocks);
+    query.renew(g.zero);
+}
+
+// The largest scores of the pair in rows `begin` to `end` into `low`.
+__device__ __forceinline__ void refer(
+    const SmallGeometry& g, Left& query, Place at, float scale, bool staggered, int begin, int end,
+    float (&low)[2]) {
+    float high[2] = {-1e30f, -1e30f};  // finite: a table may hold minus infinity
+    at.keys += begin * pitch(g) * ROW;
+#pragma unroll
+    for (int x = 0; x < OWN; ++x) at.biases[x] += begin * (BIAS_PITCH * 4);
+    at.read();
+#pragma unroll 1
+    for (int i = begin; i < end; i += EACH) {
+        const int blocks = step_blocks(i, KH);
+        float t[STEP][4];
+        step_scores(g, query, at, i < KH, blocks, t);
+#pragma unroll
+        for (int side = 0; side < 2; ++side)
+#pragma unroll
+            for (int h = 0; h < STEP; ++h)
+                if (h < blocks && (side == 0 ? i < KH : i > 0 || !staggered))
+                    high[side] = fmaxf(high[side], fmaxf(t[h][2 * side], t[h][2 * side + 1]));
+        at.advance(pitch(g) * ROW);
+    }
+#pragma unroll
+    for (int side = 0; side < 2; ++side)
+        low[side] = -max_of_quad(high[side]) * scale - (begin > 0 ? Range<scalar_t>::SHIFT : 0);
+}
+
+// One step; `first` and `second`: which queries of the pair see it.
+__device__ __forceinline__ void step(
+    const SmallGeometry& g, Left& query, Place& at, float scale, bool first, bool second,
+    int blocks, Sums& sums) {
+    float t[STEP][4];
+    step_scores(g, query, at, first, blocks, t);
+    Weights<STEP> weights;
+#pragma unroll
+    for (int h = 0; h < STEP; ++h) {
+        weights.clear(h);
+#pragma unroll
+        for (int side = 0; side < 2; ++side)
+            if (h < blocks && (side == 0 ? first : second)) {
+                const float a = exp_2(fmaf(t[h][2 * side], scale, sums.low[side]));
+                const float b = exp_2(fmaf(t[h][2 * side + 1], scale, sums.low[side]));
+                sums.total[side] += a + b;
+                weights.set(h, side, a, b);
+            }
+    }
+    accumulate(scalar_t(), sums.out, weights, at.values, block_bytes(g), blocks);
+    at.advance(pitch(g) * ROW);
+}
+
+// Fragment `query` against the keys and values from `at` on; `sums.low` is given.
 __device__ __forceinline__ void attend(
-    const SmallGeometry& g, Left& query, unsigned keys, Across values,
-    const unsigned (&biases)[OWN], float scale, bool staggered, Sums& sums) {
-    const unsigned line = g.pitch * ROW;
-    float (&peak)[2] = sums.peak, (&total)[2] = sums.total;
-    peak[0] = peak[1] = -1e30f;  // finite: a table may hold minus infinity
-    total[0] = total[1] = 0;
+    const SmallGeometry& g, Left& query, Place at, float scale, bool staggered, Sums& sums) {
+    sums.total[0] = sums.total[1] = 0;
 #pragma unroll
     for (int j = 0; j < D / 8; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e) sums.out[j][e] = 0;
-    float bias[OWN];  // of the second query's next row: the first query's row before it
-#pragma unroll
-    for (int x = 0; x < OWN; ++x) bias[x] = read_float(biases[x]);
-#pragma unroll UNROLLED
-    for (int i = 0; i < SEEN; i += EACH) {
-        if (i == KH && !staggered) break;
-        const int blocks = step_blocks(i, SEEN);
-        float t[STEP][4], high[2] = {-1e30f, -1e30f};
-        scores(t, query, keys, blocks < STEP ? 0 : block_bytes(g));
-        query.renew(g.zero);
-#pragma unroll
-        for (int h = 0; h < STEP; ++h) {
-            const int row = PAIRED ? i + h : i;
-            if (row >= SEEN) continue;
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                const int x = PAIRED ? e : 2 * h + e;
-                if (row > 0 || !staggered) {
-                    t[h][2 + e] = t[h][2 + e] * scale + bias[x];
-                    high[1] = fmaxf(high[1], t[h][2 + e]);
-                }
-                if (row < KH) {
-                    bias[x] = read_float(biases[x] + (row + 1) * (BIAS_PITCH * 4));
-                    t[h][e] = t[h][e] * scale + bias[x];
-                    high[0] = fmaxf(high[0], t[h][e]);
-                }
-            }
-        }
-        if (i == 0 ||
-            __any_sync(0xFFFFFFFFu, high[0] > peak[0] + 8 || high[1] > peak[1] + 8)) {
-            float factor[2];
-#pragma unroll
-            for (int side = 0; side < 2; ++side) {
-                high[side] = fmaxf(max_of_quad(high[side]), peak[side]);
-                factor[side] = exp_2(peak[side] - high[side]);
-                peak[side] = high[side];
-            }
-            if (i > 0) {
-                total[0] *= factor[0];
-                total[1] *= factor[1];
-#pragma unroll
-                for (int j = 0; j < D / 8; ++j)
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) sums.out[j][e] *= factor[e / 2];
-            }
-        }
-        Weights<STEP> weights;
-#pragma unroll
-        for (int h = 0; h < STEP; ++h) {
-            const int row = PAIRED ? i + h : i;
-            weights.clear(h);
-#pragma unroll
-            for (int side = 0; side < 2; ++side)
-                if (side == 0 ? row < KH : row < SEEN && (row > 0 || !staggered)) {
-                    const float a = exp_2(t[h][2 * side] - peak[side]);
-                    const float b = exp_2(t[h][2 * side + 1] - peak[side]);
-                    total[side] += a + b;
-                    weights.set(h, side, a, b);
-                }
-        }
-        accumulate(scalar_t(), sums.out, weights, values, block_bytes(g), blocks);
-        keys += EACH * line;
-        values += EACH * line;
+    at.read();
+    if (FLOATS) {  // one step in a loop: it is long, and the code must fit its cache
+#pragma unroll 1
+        for (int i = 0; i < KH + staggered; i += EACH)
+            step(g, query, at, scale, i < KH, i > 0 || !staggered, step_blocks(i, KH), sums);
+    } else {
+        if (!DENSE) step(g, query, at, scale, true, !staggered, STEP, sums);
+#pragma unroll STRAIGHT
+        for (int n = 0; n < FULL; ++n) step(g, query, at, scale, true, true, STEP, sums);
+        if (PAIRED && KH % 2 == 1) step(g, query, at, scale, true, true, 1, sums);
+        if (staggered) step(g, query, at, scale, false, true, STEP, sums);
     }
-    total[0] = sum_of_quad(total[0]);
-    total[1] = sum_of_quad(total[1]);
 }
 
-// Whether a NaN or infinity came to any row of the fragment.
+// Whether weights left their range, or a NaN or infinity came to any row of the fragment.
 __device__ __forceinline__ bool spoilt(const Sums& sums) {
     float sum = 0;
 #pragma unroll
     for (int j = 0; j < D / 8; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e) sum += sums.out[j][e];
-    return __any_sync(0xFFFFFFFFu, !(fabsf(sum) < -minus_infinity()));
+    return __any_sync(0xFFFFFFFFu, !(fabsf(sum) < -minus_infinity() &&
+                                     sums.total[0] + sums.total[1] <= Range<scalar_t>::MOST));
 }
 
 // One row of the fragment key by key, in floats: a product of 16 rows would multiply what other rows
@@ -130,12 +178,12 @@ __device__ __forceinline__ bool spoilt(const Sums& sums) {
 // `column` of the staged row at `keys`, its bias at `biases`. Lanes of a quad share the row.
 __device__ __forceinline__ void attend_alone(
     const SmallGeometry& g, const Chunk (&query)[PIECES], unsigned keys, int column,
-    unsigned biases, float scale, int c, bool write, scalar_t* out, float* lse) {
+    unsigned biases, float scale, bool negative, int c, bool write, scalar_t* out, float* lse) {
     float peak = -1e30f, total = 0, sum[PIECES][CHUNK] = {};
 #pragma unroll 1
     for (int n = 0; n < KH * KW; ++n) {
         const int at = column + n % KW;
-        const unsigned row = keys + n / KW * g.pitch * ROW + at * ROW;
+        const unsigned row = keys + n / KW * pitch(g) * ROW + at * ROW;
         float dot = 0, x[CHUNK], y[CHUNK];
 #pragma unroll
         for (int i = 0; i < PIECES; ++i) {
@@ -145,7 +193,7 @@ __device__ __forceinline__ void attend_alone(
             for (int e = 0; e < CHUNK; ++e) dot += x[e] * y[e];
         }
         const float bias = read_float(biases + (n / KW * BIAS_PITCH + n % KW) * 4);
-        const float t = sum_of_quad(dot) * scale + bias;
+        const float t = (sum_of_quad(negative ? -dot : dot) + bias) * scale;
         const float high = fmaxf(peak, t), factor = exp_2(peak - high), weight = exp_2(t - high);
         peak = high;
         total = total * factor + weight;
@@ -160,7 +208,7 @@ __device__ __forceinline__ void attend_alone(
     for (int i = 0; i < PIECES; ++i) {
         Chunk chunk;
 #pragma unroll
-        for (int e = 0; e < CHUNK; ++e) sum[i][e] /= total;
+        for (int e = 0; e < CHUNK; ++e) sum[i][e] *= inverse(total);
         pack(scalar_t(), sum[i], chunk);
         if (write) write_global(out + (4 * i + c) * CHUNK, chunk.word);
     }
@@ -172,10 +220,10 @@ na2d_small_fwd(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) unsigned char shared[];
     const SmallGeometry& g = p.geometry;
     const Role role(g);
-    const int teams = g.heads / g.heads_here;
-    const int first_head = blockIdx.x % teams * g.heads_here;
+    int number = blockIdx.x;
+    const int first_head = remainder(number, g.by_teams) * g.heads_here;
     SmallItem item;
-    if (!item.set(g, blockIdx.x / teams)) return;
+    if (!item.set(g, number)) return;
 
     // Stage what the tile sees, and the biases.
     const int row0 = item.begin[0], height = item.extent[0], width = item.extent[1];
@@ -186,7 +234,7 @@ na2d_small_fwd(const __grid_constant__ Params p) {
     float* tables = (float*)(shared + 2 * g.heads_here * tensor_bytes(g));
     stage(g, item, role, staged, first_head, p.key, p.value, 1, 0, g.queries_per_kv, top, left,
           window(last, height, KH).end - top);
-    stage_biases(g, tables, p.rpb, first_head, 1, 0);
+    stage_biases(g, tables, p.rpb, first_head, 1, 0, inverse(fabsf((float)p.scale)));
 
     // This warp's columns: the first key column of its steps, each lane's columns of the bias.
     const int column0 = item.begin[1] + role.column, head = first_head + role.head;
@@ -194,74 +242,98 @@ na2d_small_fwd(const __grid_constant__ Params p) {
     const int c = role.lane % 4, column = column0 + role.lane / 4;
     const int near = least(column, width - 1);  // a token in place of those past the map
     const int begin =
-        least(window(active ? column0 : 0, width, KW).begin, left + g.pitch - COLUMNS);
+        least(window(active ? column0 : 0, width, KW).begin, left + pitch(g) - COLUMNS);
     const Interval seen = window(near, width, KW);
+    const unsigned table = shared_address(tables) + 4 * role.head * BIASES;
     unsigned offsets[OWN];
 #pragma unroll
     for (int x = 0; x < OWN; ++x) {
         const int key = begin + own_column(x, c);
         const bool sees = key >= seen.begin && key < seen.end;
-        offsets[x] = 4 * (role.head * BIASES + (sees ? rpb_index(key, near, KW) : (int)NO_BIAS));
+        offsets[x] = table + 4 * (sees ? rpb_index(key, near, KW) : (int)NO_BIAS);
     }
+    const int row1 = row0 + 2 * role.split;
+    unsigned stride = 2 * g.splits;
     const Grid queries(p.query, g, item, head), outs(p.out, g, item, head);
+    const scalar_t* source = queries.at(row1, near);
+    scalar_t* target = outs.at(row1, near);
+    float* lse = p.lse + (item.batch * g.heads + head) * g.length[0] * g.length[1] +
+                 item.token(g, row1, near);
     Chunk first[PIECES], second[PIECES];
     const auto load = [&](int row) {
-        read_row(queries.at(row, near), c, row < height, first);
-        read_row(queries.at(row + 1, near), c, row + 1 < height, second);
+        read_row(source, c, row <= last, first);
+        read_row(source + queries.down, c, row < last, second);
+        source += stride * queries.down;
     };
-    load(row0 + 2 * role.split);
+    load(row1);
     copies_done();
     __syncthreads();
     if (!active) return;
 
-    const unsigned line = g.pitch * ROW, table = shared_address(tables);
+    const unsigned line = pitch(g) * ROW;
     const unsigned keys = staged + 2 * role.head * tensor_bytes(g) +
                           row_offset(begin - left, role.lane);
     const Across values = Across(begin - left, role.lane, block_bytes(g)) +
                           (staged + (2 * role.head + 1) * tensor_bytes(g));
-    const float scale = (float)p.scale * (float)LOG2_E;
-    float* lse = p.lse + (item.batch * g.heads + head) * g.length[0] * g.length[1];
+    const float scale = fabsf((float)p.scale) * (float)LOG2_E;
+    const unsigned sign = (float)p.scale >= 0 ? 0 : FLOATS ? 0x80000000u : 0x80008000u;
 
-    constexpr bool AHEAD = !FLOATS;  // the next rows travel while these are worked on
 #pragma unroll 1
-    for (int row = row0 + 2 * role.split; row <= last; row += 2 * g.splits) {
+    for (int row = row1; row <= last; row += stride) {
+        anew(stride);
         const int from = window(row, height, KH).begin;
         const bool two = row + 1 < height;
-        if (!AHEAD && row >= row0 + 2 * g.splits) load(row);
         Left query;
-        query.set(first, second, g.zero);
-        if (AHEAD && row + 2 * g.splits <= last) load(row + 2 * g.splits);
-        unsigned biases[OWN];
-#pragma unroll
-        for (int x = 0; x < OWN; ++x)
-            biases[x] = table + offsets[x] + (from - row + KH - 1) * (BIAS_PITCH * 4);
+        query.set(first, second, g.zero ^ sign);
         const unsigned skip = (from - top) * line;
-        Sums sums;
         const bool staggered = !DENSE && two && window(row + 1, height, KH).begin != from;
-        attend(g, query, keys + skip, values + skip, biases, scale, staggered, sums);
-        if (spoilt(sums)) {
+        Sums sums;
+        bool again = KH == 1, alone;  // of one row there is no middle that both see
+#pragma unroll 1
+        while (true) {
+            Place at = {keys + skip, {}, values + skip};
+#pragma unroll
+            for (int x = 0; x < OWN; ++x)
+                at.biases[x] = offsets[x] + (from - row + KH - 1) * (BIAS_PITCH * 4);
+            refer(g, query, at, scale, staggered, again ? 0 : MIDDLE,
+                  again ? KH + staggered : MIDDLE + 1, sums.low);
+            attend(g, query, at, scale, staggered, sums);
+            alone = spoilt(sums);
+            if (!alone || again) break;
+            again = true;
+        }
+#pragma unroll
+        for (int side = 0; side < 2; ++side) sums.total[side] = sum_of_quad(sums.total[side]);
+        load(row + stride);
+        scalar_t* to = target;
+        float* lse_to = lse;
+        target += stride * outs.down;
+        lse += stride * g.dilation[0] * g.length[1];
+        if (alone) {
 #pragma unroll 1
             for (int side = 0; side < (two ? 2 : 1); ++side) {
                 const int top_row = window(row + side, height, KH).begin;
-                Chunk alone[PIECES];
-                read_row(queries.at(row + side, near), c, true, alone);
+                Chunk one[PIECES];
+                read_row(queries.at(row + side, near), c, true, one);
                 attend_alone(
-                    g, alone, staged + 2 * role.head * tensor_bytes(g) + (top_row - top) * line,
+                    g, one, staged + 2 * role.head * tensor_bytes(g) + (top_row - top) * line,
                     seen.begin - left,
-                    table + 4 * (role.head * BIASES + rpb_index(seen.begin, near, KW) +
+                    table + 4 * (rpb_index(seen.begin, near, KW) +
                                  (top_row - row - side + KH) * BIAS_PITCH),
-                    scale, c, column < width, outs.at(row + side, near),
-                    lse + item.token(g, row + side, near));
+                    scale, sign != 0, c, column < width, to, lse_to);
+                to += outs.down;
+                lse_to += g.dilation[0] * g.length[1];
             }
             continue;
         }
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
             const bool write = column < width && (side == 0 || two);
-            store_row(outs.at(row + side, near), sums.out, side, 1 / sums.total[side], c, write);
-            if (write && c == 0)
-                lse[item.token(g, row + side, column)] =
-                    (sums.peak[side] + log_2(sums.total[side])) * (float)LN_2;
+            const float sum = (log_2(sums.total[side]) - sums.low[side]) * (float)LN_2;
+            store_row(to, sums.out, side, inverse(sums.total[side]), c, write);
+            if (write && c == 0) *lse_to = sum;
+            to += outs.down;
+            lse_to += g.dilation[0] * g.length[1];
         }
     }
 }

@@ -26,19 +26,20 @@ __device__ __forceinline__ unsigned shared_address(const void* p) {
     return (unsigned)__cvta_generic_to_shared(p);
 }
 
-// 16 bytes to shared memory, or zeros; there after `copies_done`.
-__device__ __forceinline__ void copy_chunk(unsigned to, const void* from, bool real) {
+// 16 bytes to shared memory; there after `copies_done`.
+__device__ __forceinline__ void copy_chunk(unsigned to, const void* from) {
 #if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-        :: "r"(to), "l"(from), "r"(real ? 16 : 0));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(to), "l"(from));
 #else
-    unsigned x = 0, y = 0, z = 0, w = 0;
-    if (real)
-        asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
-            : "=r"(x), "=r"(y), "=r"(z), "=r"(w) : "l"(from));
+    unsigned x, y, z, w;
+    asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(x), "=r"(y), "=r"(z), "=r"(w) : "l"(from));
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};"
         :: "r"(to), "r"(x), "r"(y), "r"(z), "r"(w));
 #endif
+}
+__device__ __forceinline__ void clear_chunk(unsigned to) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" :: "r"(to), "r"(0));
 }
 
 __device__ __forceinline__ void copies_done() {
@@ -54,11 +55,15 @@ __device__ __forceinline__ Chunk read_chunk(unsigned at) {
     return c;
 }
 
+template <int MORE = 0>
 __device__ __forceinline__ float read_float(unsigned at) {
     float x;
-    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(at));
+    asm volatile("ld.shared.f32 %0, [%1 + %2];" : "=f"(x) : "r"(at), "n"(MORE));
     return x;
 }
+
+// Hides where a number comes from: sums with it are made where they are used, not ahead of a loop.
+__device__ __forceinline__ void anew(unsigned& x) { asm volatile("" : "+r"(x)); }
 
 // Four 8 x 8 blocks, transposed; lane n names row n % 8 of block n / 8.
 __device__ __forceinline__ void read_transposed(unsigned (&b)[4], unsigned at) {
@@ -73,53 +78,55 @@ __device__ __forceinline__ Chunk read_global(const void* at) {
     return c;
 }
 
-#define MMA(shape_and_types, a_list, b_list) \
+// Sums go in and come out as values of their own: tied, they would be copied where both live on.
+#define MMA(shape_and_types, a_list, b_list, ...) \
     asm volatile("mma.sync.aligned." shape_and_types " {%0, %1, %2, %3}, " a_list ", " b_list \
-        ", {%0, %1, %2, %3};"
+        ", {%4, %5, %6, %7};" \
+        : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3]) \
+        : "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]), __VA_ARGS__)
 
 // c += A B: A is 16 x 16, B 16 x 8, in halves. A lane's words of A, lowest numbers of k first:
 // first row, second row, first row, second row.
 __device__ __forceinline__ void multiply(
     F16, float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
 #if __CUDA_ARCH__ >= 800
-    MMA("m16n8k16.row.col.f32.f16.f16.f32", "{%4, %5, %6, %7}", "{%8, %9}")
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    MMA("m16n8k16.row.col.f32.f16.f16.f32", "{%8, %9, %10, %11}", "{%12, %13}",
+        "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #else
-    MMA("m16n8k8.row.col.f32.f16.f16.f32", "{%4, %5}", "{%6}")
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(b0));
-    MMA("m16n8k8.row.col.f32.f16.f16.f32", "{%4, %5}", "{%6}")
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[2]), "r"(a[3]), "r"(b1));
+    MMA("m16n8k8.row.col.f32.f16.f16.f32", "{%8, %9}", "{%10}",
+        "r"(a[0]), "r"(a[1]), "r"(b0));
+    MMA("m16n8k8.row.col.f32.f16.f16.f32", "{%8, %9}", "{%10}",
+        "r"(a[2]), "r"(a[3]), "r"(b1));
 #endif
 }
 
 __device__ __forceinline__ void multiply(
     BF16, float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-    MMA("m16n8k16.row.col.f32.bf16.bf16.f32", "{%4, %5, %6, %7}", "{%8, %9}")
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    MMA("m16n8k16.row.col.f32.bf16.bf16.f32", "{%8, %9, %10, %11}", "{%12, %13}",
+        "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // c += A B: A is 16 x 8, B 8 x 8; the words of A are the first and the second row's.
 __device__ __forceinline__ void multiply(F16, float (&c)[4], unsigned a0, unsigned a1, unsigned b) {
-    MMA("m16n8k8.row.col.f32.f16.f16.f32", "{%4, %5}", "{%6}")
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(b));
+    MMA("m16n8k8.row.col.f32.f16.f16.f32", "{%8, %9}", "{%10}",
+        "r"(a0), "r"(a1), "r"(b));
 }
 __device__ __forceinline__ void multiply(BF16, float (&c)[4], unsigned a0, unsigned a1, unsigned b) {
-    MMA("m16n8k8.row.col.f32.bf16.bf16.f32", "{%4, %5}", "{%6}")
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(b));
+    MMA("m16n8k8.row.col.f32.bf16.bf16.f32", "{%8, %9}", "{%10}",
+        "r"(a0), "r"(a1), "r"(b));
 }
 
 // c += A B: A is 16 x 8, B 8 x 8, of which the product sees 11 bits each.
 __device__ __forceinline__ void multiply_tf32(
     float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-    MMA("m16n8k8.row.col.f32.tf32.tf32.f32", "{%4, %5, %6, %7}", "{%8, %9}")
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    MMA("m16n8k8.row.col.f32.tf32.tf32.f32", "{%8, %9, %10, %11}", "{%12, %13}",
+        "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// A float as two numbers of 11 bits each: 22 of its 24 bits, rounded.
+// A float as two numbers of 11 bits each: 22 of its 24 bits, rounded. In integers, which takes two
+// instructions, the conversion some eight; a NaN that loses its mark there keeps it in the low part.
 __device__ __forceinline__ unsigned high_part(unsigned x) {
+    if (TERMS == 3) return (x + 0x1000u) & 0xFFFFE000u;
     unsigned high;
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(high) : "r"(x));
     return high;
@@ -194,6 +201,12 @@ __device__ __forceinline__ void keep(F32, unsigned (&word)[2], float first, floa
     word[1] = __float_as_uint(second);
 }
 
+__device__ __forceinline__ float inverse(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 __device__ __forceinline__ float sum_of_quad(float x) {
     x += __shfl_xor_sync(0xFFFFFFFFu, x, 1);
     return x + __shfl_xor_sync(0xFFFFFFFFu, x, 2);
@@ -229,17 +242,21 @@ __device__ __forceinline__ void read_row(
 struct Left {
     unsigned a[PIECES][2][4];
 
-    // `zero` makes every word a value of its own; otherwise ptxas keeps the words where the load
-    // put them and copies all four before every product.
+    // `flip`, zero or the sign bits, makes every word a value of its own; otherwise ptxas keeps the
+    // words where the load put them and copies all four before every product.
     __device__ __forceinline__ void set(
-        const Chunk (&first)[PIECES], const Chunk (&second)[PIECES], unsigned zero) {
+        const Chunk (&first)[PIECES], const Chunk (&second)[PIECES], unsigned flip) {
 #pragma unroll
         for (int n = 0; n < PIECES; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                a[n][i / 2][i % 2 * 2] = first[n].word[i] ^ zero;
-                a[n][i / 2][i % 2 * 2 + 1] = second[n].word[i] ^ zero;
+                flipped(a[n][i / 2][i % 2 * 2], first[n].word[i], flip);
+                flipped(a[n][i / 2][i % 2 * 2 + 1], second[n].word[i], flip);
             }
+    }
+    // Once: the compiler would repeat a plain one in every step.
+    __device__ __forceinline__ void flipped(unsigned& to, unsigned word, unsigned flip) {
+        asm volatile("xor.b32 %0, %1, %2;" : "=r"(to) : "r"(word), "r"(flip));
     }
     // Floats are split anew for every step: the parts of all would fill the registers, where ptxas
     // keeps them unless the words seem to change.
@@ -258,34 +275,61 @@ __device__ __forceinline__ unsigned row_offset(int column, int lane) {
     return column * ROW + place(lane % 4, column) * 16;
 }
 
-// Scores of 16 rows with blocks of 8 staged rows, the first at `at`, `block_bytes` apart.
+// s += products of 16 rows with the first `blocks` blocks of 8 staged rows, the first at `at`,
+// `block_bytes` apart; of floats the small terms are in `rest`.
 template <int N>
-__device__ __forceinline__ void scores(
-    float (&s)[N][4], const Left& rows, unsigned at, unsigned block_bytes) {
-    float rest[N][4];
-#pragma unroll
-    for (int h = 0; h < N; ++h)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) s[h][e] = rest[h][e] = 0;
+__device__ __forceinline__ void multiply_rows(
+    float (&s)[N][4], float (&rest)[N][4], const Left& rows, unsigned at, unsigned block_bytes,
+    int blocks) {
 #pragma unroll
     for (int n = 0; n < PIECES; ++n) {
         Chunk c[N];
 #pragma unroll
         for (int h = 0; h < N; ++h)
-            c[h] = read_chunk((at ^ (n % 2 * 64)) + n / 2 * 128 + h * block_bytes);
+            if (h < blocks) c[h] = read_chunk((at ^ (n % 2 * 64)) + n / 2 * 128 + h * block_bytes);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const Factor a = factor(scalar_t(), rows.a[n][i]);
 #pragma unroll
             for (int h = 0; h < N; ++h)
-                multiply(scalar_t(), s[h], rest[h], a, c[h].word[2 * i], c[h].word[2 * i + 1]);
+                if (h < blocks)
+                    multiply(
+                        scalar_t(), s[h], rest[h], a, c[h].word[2 * i], c[h].word[2 * i + 1]);
         }
     }
+}
+
+// Scores of 16 rows with the first `blocks` of N blocks of staged rows.
+template <int N>
+__device__ __forceinline__ void scores(
+    float (&s)[N][4], const Left& rows, unsigned at, unsigned block_bytes, int blocks = N) {
+    float rest[N][4];
+#pragma unroll
+    for (int h = 0; h < N; ++h)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s[h][e] = rest[h][e] = 0;
+    multiply_rows(s, rest, rows, at, block_bytes, blocks);
     if (TERMS == 3)
 #pragma unroll
         for (int h = 0; h < N; ++h)
 #pragma unroll
             for (int e = 0; e < 4; ++e) s[h][e] += rest[h][e];
+}
+
+// The same on top of what `s` holds. Exact floats are added last: see `multiply`.
+template <int N>
+__device__ __forceinline__ void add_scores(
+    float (&s)[N][4], const Left& rows, unsigned at, unsigned block_bytes, int blocks) {
+    if (TERMS == 3) {
+        float sum[N][4];
+        scores(sum, rows, at, block_bytes, blocks);
+#pragma unroll
+        for (int h = 0; h < N; ++h)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) s[h][e] += sum[h][e];
+    } else {
+        multiply_rows(s, s, rows, at, block_bytes, blocks);
+    }
 }
 
 // ---- products over tokens --------------------------------------------------------------------
@@ -403,45 +447,44 @@ __device__ __forceinline__ void write_global(scalar_t* at, const unsigned (&w)[4
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
         :: "l"(at), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]) : "memory");
 }
+__device__ __forceinline__ void write_global(
+    scalar_t* at, unsigned first, unsigned second, bool write) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %3, 0; @p st.global.v2.b32 [%0], {%1, %2};}"
+        :: "l"(at), "r"(first), "r"(second), "r"((int)write) : "memory");
+}
 
-// Transpose 4 x 4 among four lanes: first pairs of lanes, then pairs of pairs.
-__device__ __forceinline__ void trade(unsigned (&w)[4], int c) {
+// A row of results times `factor`. Of halves, four lanes hold pairs of numbers of every 8: two lanes
+// trade pairs of two eights, so that the four write 32 bytes at a time. Of floats, lanes hold their
+// chunks.
+template <class Half>
+__device__ __forceinline__ void store_result(
+    Half, scalar_t* row, const float (&x)[D / 8][4], int side, float factor, int c, bool write) {
+    const bool odd = c & 1;
+    scalar_t* to = row + c % 2 * 8 + c / 2 * 4;
 #pragma unroll
-    for (int step = 1; step <= 2; ++step) {
-        const bool odd = c & step;
-#pragma unroll
-        for (int k = 0; k < 2; ++k) {
-            const int low = step == 1 ? 2 * k : k, high = low + step;
-            const unsigned got = __shfl_xor_sync(0xFFFFFFFFu, odd ? w[low] : w[high], step);
-            if (odd) w[low] = got; else w[high] = got;
-        }
+    for (int j = 0; j < D / 8; j += 2) {
+        const unsigned low =
+            pair(Half(), x[j][2 * side] * factor, x[j][2 * side + 1] * factor);
+        const unsigned high =
+            pair(Half(), x[j + 1][2 * side] * factor, x[j + 1][2 * side + 1] * factor);
+        const unsigned got = __shfl_xor_sync(0xFFFFFFFFu, odd ? low : high, 1);
+        write_global(to + j * 8, odd ? got : low, odd ? high : got, write);
     }
 }
-
-// This lane's chunk n of a row of results. Of halves, four lanes hold pairs of numbers of every 8:
-// they trade them. Of floats, lanes hold their chunks.
-template <class Half>
-__device__ __forceinline__ void result(
-    Half, unsigned (&w)[4], const float (&x)[D / 8][4], int n, int side, float factor, int c) {
+__device__ __forceinline__ void store_result(
+    F32, scalar_t* row, const float (&x)[D / 8][4], int side, float factor, int c, bool write) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j)
-        w[j] = pair(Half(), x[4 * n + j][2 * side] * factor, x[4 * n + j][2 * side + 1] * factor);
-    trade(w, c);
-}
-__device__ __forceinline__ void result(
-    F32, unsigned (&w)[4], const float (&x)[D / 8][4], int n, int side, float factor, int) {
+    for (int n = 0; n < PIECES; ++n) {
+        unsigned w[4];
 #pragma unroll
-    for (int j = 0; j < 4; ++j)
-        w[j] = __float_as_uint(x[n / 2 * 4 + j][2 * side + n % 2] * factor);
+        for (int j = 0; j < 4; ++j)
+            w[j] = __float_as_uint(x[n / 2 * 4 + j][2 * side + n % 2] * factor);
+        if (write) write_global(row + (4 * n + c) * CHUNK, w);
+    }
 }
 
 // All lanes take part; `write` says which rows there are.
 __device__ __forceinline__ void store_row(
     scalar_t* row, const float (&x)[D / 8][4], int side, float factor, int c, bool write) {
-#pragma unroll
-    for (int n = 0; n < PIECES; ++n) {
-        unsigned w[4];
-        result(scalar_t(), w, x, n, side, factor, c);
-        if (write) write_global(row + (4 * n + c) * CHUNK, w);
-    }
+    store_result(scalar_t(), row, x, side, factor, c, write);
 }

@@ -13,6 +13,23 @@
 // the fragments that load it, also those whose window it is not in. The forward kernel computes such
 // fragments again, row by row; in gradients it may spread to those rows.
 
+struct Divisor {  // of numbers below 2^31, by multiplying: see `_divisor` in small.py
+    int number;
+    int times;
+    int shift;
+};
+
+__device__ __forceinline__ int divide(int n, const Divisor& by) {
+    return __umulhi((unsigned)n << 1, (unsigned)by.times) >> by.shift;
+}
+
+// Leaves the quotient in `n`.
+__device__ __forceinline__ int remainder(int& n, const Divisor& by) {
+    const int whole = n;
+    n = divide(whole, by);
+    return whole - n * by.number;
+}
+
 struct SmallGeometry {
     int length[2];    // tokens per axis
     int dilation[2];
@@ -26,6 +43,11 @@ struct SmallGeometry {
     int heads;
     int queries_per_kv;  // query heads that share a key and value head
     int zero;         // 0, which the compiler must not know
+    Divisor by_teams;  // heads / heads_here
+    Divisor by_dilation[2];
+    Divisor by_tiles[2];
+    Divisor by_blocks;
+    Divisor by_splits;
 };
 
 enum {
@@ -50,9 +72,15 @@ static_assert(KH >= 1 && KW >= 1 && KH <= 13 && KW <= 13, "8 windows span at mos
 // Number x of a lane's columns of a row.
 __device__ __forceinline__ int own_column(int x, int c) { return x / 2 * 8 + c * 2 + x % 2; }
 
+// Staged columns, and rows at most; a dense group is staged whole.
+__device__ __forceinline__ int pitch(const SmallGeometry& g) { return DENSE ? COLUMNS : g.pitch; }
+__device__ __forceinline__ int staged_rows(const SmallGeometry& g) {
+    return DENSE ? KH : g.staged;
+}
+
 // Bytes from a block of a step to the next.
 __device__ __forceinline__ unsigned block_bytes(const SmallGeometry& g) {
-    return PAIRED ? g.pitch * ROW : 8 * ROW;
+    return PAIRED ? pitch(g) * ROW : 8 * ROW;
 }
 
 // Blocks of the step of rows i, ...: the last of an odd number of rows is alone.
@@ -67,19 +95,18 @@ struct SmallItem {  // a tile of one dilation group of one image
     int group[2], extent[2], begin[2];  // extent of the group; tokens in group coordinates
 
     // False for the tiles that shorter dilation groups lack.
-    __device__ __forceinline__ bool set(const SmallGeometry& g, unsigned number) {
-        group[1] = number % g.dilation[1];
-        number /= g.dilation[1];
-        begin[1] = number % g.tiles[1] * g.blocks * 8;
-        number /= g.tiles[1];
-        group[0] = number % g.dilation[0];
-        number /= g.dilation[0];
-        begin[0] = number % g.tiles[0] * g.rows;
-        batch = number / g.tiles[0];
-#pragma unroll
-        for (int a = 0; a < 2; ++a)
-            extent[a] = (g.length[a] - group[a] + g.dilation[a] - 1) / g.dilation[a];
+    __device__ __forceinline__ bool set(const SmallGeometry& g, int number) {
+        group[1] = remainder(number, g.by_dilation[1]);
+        begin[1] = DENSE ? 0 : remainder(number, g.by_tiles[1]) * g.blocks * 8;
+        group[0] = remainder(number, g.by_dilation[0]);
+        begin[0] = DENSE ? 0 : remainder(number, g.by_tiles[0]) * g.rows;
+        batch = number;
+        extent[0] = DENSE ? KH : extent_of(g, 0);
+        extent[1] = DENSE ? KW : extent_of(g, 1);
         return begin[0] < extent[0] && begin[1] < extent[1];
+    }
+    __device__ __forceinline__ int extent_of(const SmallGeometry& g, int a) const {
+        return divide(g.length[a] - group[a] + g.dilation[a] - 1, g.by_dilation[a]);
     }
 
     // The number of a token within its image.
@@ -119,15 +146,16 @@ struct Role {  // what a warp does
         lane = threadIdx.x % 32;
         warp = threadIdx.x / 32;
         warps = blockDim.x / 32;
-        column = warp % g.blocks * 8;
-        split = warp / g.blocks % g.splits;
-        head = warp / g.blocks / g.splits;
+        int rest = warp;
+        column = PAIRED ? 0 : remainder(rest, g.by_blocks) * 8;
+        split = remainder(rest, g.by_splits);
+        head = rest;
     }
 };
 
 // Bytes between staged tensors of a head, and between heads.
 __device__ __forceinline__ unsigned tensor_bytes(const SmallGeometry& g) {
-    return g.staged * g.pitch * ROW;
+    return staged_rows(g) * pitch(g) * ROW;
 }
 
 // Copies a box of `rows` rows from (`row`, `column`) on, of two tensors and all heads of the block,
@@ -137,38 +165,67 @@ __device__ __forceinline__ void stage(
     const SmallGeometry& g, const SmallItem& item, const Role& role, unsigned to, int first_head,
     const View& a, const View& b, int times, int plus, int sharing, int row, int column,
     int rows) {
-    const int each = g.heads_here * rows;
-    for (int n = role.warp; n < 2 * each; n += role.warps) {
-        const int which = n >= each, rest = n - which * each, here = rest / rows;
-        const int down = rest - here * rows, head = first_head + here;
-        const Grid from(which ? b : a, g, item, (head * times + plus) / sharing);
-        const unsigned line =
-            to + (2 * here + which) * tensor_bytes(g) + down * g.pitch * ROW;
-        const scalar_t* source = from.at(row + down, column);
-        for (int x = role.lane; x < g.pitch * CHUNKS; x += 32) {
-            const int chunk = x % CHUNKS, at = x / CHUNKS;
-            const bool real = column + at < item.extent[1];
-            copy_chunk(line + at * ROW + place(chunk, at) * 16,
-                       source + (real ? at * from.right : 0) + chunk * CHUNK, real);
+    constexpr int STRIDE = 32 / CHUNKS;  // columns from a chunk of a lane to its next
+    const int chunk = role.lane % CHUNKS, at = role.lane / CHUNKS;
+    const int real = least(pitch(g), item.extent[1] - column);
+    const unsigned line = pitch(g) * ROW;
+    to += role.warp * line + at * ROW;
+#pragma unroll 1
+    for (int which = 0; which < 2; ++which) {
+        const View& v = which ? b : a;
+        const Grid from(v, g, item, 0);
+        const scalar_t* first = from.at(row + role.warp, column + at) + chunk * CHUNK;
+        const long long down = role.warps * from.down, right = STRIDE * from.right;
+#pragma unroll 1
+        for (int here = 0; here < g.heads_here; ++here) {
+            int head = (first_head + here) * times + plus;
+            if (sharing > 1) head /= sharing;
+            const scalar_t* source = first + head * v.head;
+            unsigned target = to + (2 * here + which) * tensor_bytes(g);
+#pragma unroll 1
+            for (int y = role.warp; y < rows; y += role.warps) {
+                const scalar_t* next = source;
+                unsigned put = target;
+                int x = at;
+#pragma unroll 1
+                for (; x < real; x += STRIDE) {
+                    copy_chunk(put + place(chunk, ROW == 64 ? at : x) * 16, next);
+                    next += right;
+                    put += STRIDE * ROW;
+                }
+#pragma unroll 1
+                for (; x < pitch(g); x += STRIDE) {
+                    clear_chunk(put + place(chunk, ROW == 64 ? at : x) * 16);
+                    put += STRIDE * ROW;
+                }
+                source += down;
+                target += role.warps * line;
+            }
         }
     }
 }
 
-// The bias tables of the block's heads, times log2 e: [head][BIAS_ROWS][BIAS_PITCH], rows from
+// The bias tables of the block's heads, times `factor`: [head][BIAS_ROWS][BIAS_PITCH], rows from
 // distance -KH on, which is read but never used. Heads of the table as in `stage`.
 __device__ __forceinline__ void stage_biases(
-    const SmallGeometry& g, float* to, const float* rpb, int first_head, int times, int plus) {
-    for (int n = threadIdx.x; n < g.heads_here * BIASES; n += blockDim.x) {
-        const int column = n % BIAS_PITCH, row = n / BIAS_PITCH % BIAS_ROWS - 1;
-        const int head = (first_head + n / BIASES) * times + plus;
-        const int at = (head * (2 * KH - 1) + row) * (2 * KW - 1) + column;
-        const bool real = column < 2 * KW - 1;
-        to[n] = !real ? minus_infinity()
-                : RPB && row >= 0 ? rpb[at] * (float)LOG2_E : 0.0f;
+    const SmallGeometry& g, float* to, const float* rpb, int first_head, int times, int plus,
+    float factor) {
+    constexpr int PER_HEAD = (2 * KH - 1) * (2 * KW - 1);
+#pragma unroll 1
+    for (int n = threadIdx.x; n < BIASES; n += blockDim.x) {
+        const int column = n % BIAS_PITCH, row = n / BIAS_PITCH - 1;
+        const bool real = column < 2 * KW - 1, read = RPB && real && row >= 0;
+        const float* from =
+            rpb + (first_head * times + plus) * PER_HEAD + row * (2 * KW - 1) + column;
+#pragma unroll 1
+        for (int here = 0; here < g.heads_here; ++here) {
+            to[here * BIASES + n] = read ? *from * factor : real ? 0.0f : minus_infinity();
+            from += times * PER_HEAD;
+        }
     }
 }
 
 // First staged column: `begin`, moved left so that the staged columns end inside the group.
 __device__ __forceinline__ int first_staged(const SmallGeometry& g, int begin, int extent) {
-    return most(0, least(begin, extent - g.pitch));
+    return most(0, least(begin, extent - pitch(g)));
 }

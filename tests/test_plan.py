@@ -327,7 +327,12 @@ def test_argument_struct(kernel):
 
 @pytest.mark.parametrize(
     ("name", "file"),
-    [("Geometry", "tile.cuh"), ("View", "common.cuh"), ("SmallGeometry", "small.cuh")],
+    [
+        ("Geometry", "tile.cuh"),
+        ("View", "common.cuh"),
+        ("SmallGeometry", "small.cuh"),
+        ("Divisor", "small.cuh"),
+    ],
 )
 def test_nested_struct(name, file):
     assert parse_struct(source(file), name) == params.NESTED[name]

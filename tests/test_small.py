@@ -185,6 +185,7 @@ def planned(**changes):
         ({"stride": (1, 2)}, "stride 1"),
         ({"causal": (True, False)}, "no causal axis"),
         ({"extras": 1}, "no additional keys"),
+        ({"scale": 0.0}, "a scale of"),
         ({"alignment": 8}, "multiples of 16 bytes"),
         ({"kernel_size": (13, 13), "head_dim": 64, "value_dim": 64, "arch": 86}, "shared memory"),
     ],
@@ -220,6 +221,21 @@ def test_scores_that_climb(dtype, engine):
     close(out, true_out, dtype)
     close(lse / 300, true_lse / 300, lse.dtype)
     assert all(x.isfinite().all() for x in gradients.values())
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+def test_scores_that_climb_take_a_second_try_and_no_more(dtype):
+    """With the largest scores as references, not key by key as for NaNs: counted instructions."""
+    counts = []
+    for scale in (0.1, 30.0):
+        given, engine = case("steep", (8, 9), 5, "", dtype=dtype, scale=scale), Interpreter()
+        tensors = list(inputs(given).values())[:4]
+        with plan.use_family("small"), engine.active(), torch.no_grad():
+            ops.attention(*tensors[:3], given.hood, given.factor, tensors[3], None, None)
+        counts.append(engine.launcher.records[0].counters.instructions)
+    plain, steep = (sum(n for op, n in c.items() if op.startswith("mma")) for c in counts)
+    assert 1.5 * plain < steep < 4 * plain
+    assert sum(counts[1].values()) < 3 * sum(counts[0].values())
 
 
 def test_bias_of_minus_infinity(engine):

@@ -27,9 +27,17 @@ MISTAKES = {
         "na2d_small_fwd.cu", "key < seen.end;", "key <= seen.end;"),
     "staggered rows taken as aligned": (
         "na2d_small_fwd.cu", "= !DENSE && two &&", "= false &&"),
-    "no rescaling": ("na2d_small_fwd.cu", "if (i > 0) {", "if (false) {"),
-    "table without its first row": ("small.cuh", "BIAS_ROWS - 1;", "BIAS_ROWS;"),
-    "words swapped in a store": ("products.cuh", '"r"(w[1]), "r"(w[2])', '"r"(w[2]), "r"(w[1])'),
+    "a reference that the log-sum-exp forgets": (
+        "na2d_small_fwd.cu", "(log_2(sums.total[side]) - sums.low[side])",
+        "log_2(sums.total[side])"),
+    "biases not in units of the scale": (
+        "na2d_small_fwd.cu", "inverse(fabsf((float)p.scale))", "1"),
+    "the last step of staggered rows left out": (
+        "na2d_small_fwd.cu", "if (staggered) step(", "if (false) step("),
+    "a quotient of half the number": ("small.cuh", "(unsigned)n << 1", "(unsigned)n"),
+    "table without its first row": ("small.cuh", "n / BIAS_PITCH - 1;", "n / BIAS_PITCH;"),
+    "words swapped in a store": (
+        "products.cuh", "odd ? got : low, odd ? high : got", "odd ? high : got, odd ? got : low"),
     "float: low parts of the left forgotten": (
         "products.cuh", "multiply_tf32(rest, a.low, h0, h1);", ""),
     "float: low parts of the right forgotten": (

@@ -29,8 +29,19 @@ SMALL_GEOMETRY = (
     ("tiles", "int", 2),
     *((name, "int", 1) for name in ("rows", "blocks", "splits", "heads_here", "pitch", "staged")),
     *((name, "int", 1) for name in ("heads", "queries_per_kv", "zero")),
+    ("by_teams", "Divisor", 1),
+    ("by_dilation", "Divisor", 2),
+    ("by_tiles", "Divisor", 2),
+    ("by_blocks", "Divisor", 1),
+    ("by_splits", "Divisor", 1),
 )
-NESTED = {"Geometry": GEOMETRY, "View": VIEW, "SmallGeometry": SMALL_GEOMETRY}
+DIVISOR = tuple((name, "int", 1) for name in ("number", "times", "shift"))
+NESTED = {
+    "Geometry": GEOMETRY,
+    "View": VIEW,
+    "SmallGeometry": SMALL_GEOMETRY,
+    "Divisor": DIVISOR,
+}
 PARAMS = {
     "na_fwd": (
         ("geometry", "Geometry", 1),

@@ -7,6 +7,10 @@ a 7 x 7 window, or a dilation that stretches the window over the map). For float
 a product: three, as exact as float32 arithmetic, or one where torch's own setting allows TF32.
 
 Which of the legal tiles runs is for `heuristics` to say, or for whoever plans to choose.
+
+Lines of one axis are for the portable kernels. A fragment is two rows by 8 columns: of a line it
+would be half empty; as one row by 16 columns, neighbours' windows would span a block of 8 more, the
+two halves would share no bias, and none of the three kernels' walks over pairs of rows would fit.
 """
 
 from __future__ import annotations
@@ -42,6 +46,7 @@ def why_not(p: Problem) -> str:
         "stride 1": set(p.hood.stride) == {1},
         "no causal axis": not any(p.hood.is_causal),
         "no additional keys": p.extras == 0,
+        "a scale of 1e-6 to 1e6 in size": 1e-6 <= abs(p.scale) <= 1e6,
         "rows at multiples of 16 bytes": access(p) == 16,
         "bias tables of 2**31 - 1 entries": p.heads * p.biases <= LARGEST_TABLE,
     }
@@ -162,12 +167,17 @@ def tiles(p: Problem, side: str) -> tuple[Tile, ...]:
 
 
 def _dense_shapes(p: Problem, groups, side: str) -> list[Shape]:
-    """A group is one tile; as it is small, several heads of it may share a block."""
+    """A group is one tile; as it is small, several heads of it may share a block.
+
+    Of tiles that cost the same the first is taken: forward, one whose warps work through a group
+    alone, as what a warp does before its first rows takes as long as some rows.
+    """
     heads, (warps, _) = p.kv_heads if side == KEYS else p.heads, _warps(p, side)
     pairs, blocks = -(-groups[0] // 2), -(-groups[1] // 8)
     most = max(1, min(pairs, warps // blocks))
     found = []
-    for splits in (most,) if side == KEYS and p.heads > p.kv_heads else range(most, 0, -1):
+    every = range(1, most + 1) if side == FORWARD else range(most, 0, -1)
+    for splits in (most,) if side == KEYS and p.heads > p.kv_heads else every:
         here = max(1, warps // splits // blocks)
         found += [(blocks, 2 * pairs, splits, n) for n in range(min(heads, here), 0, -1)]
     return [shape for shape in found if heads % shape[3] == 0]
@@ -277,6 +287,13 @@ def _recipe(kernel: str, p: Problem, tile: Tile, heads: int, blocks: int, **cons
         "geometry.heads": heads,
         "geometry.queries_per_kv": p.heads // p.kv_heads,
         "geometry.zero": 0,
+        **_divisor("by_teams", heads // tile.heads_here),
+        **_divisor("by_dilation.0", p.hood.dilation[0]),
+        **_divisor("by_dilation.1", p.hood.dilation[1]),
+        **_divisor("by_tiles.0", tile.tiles[0]),
+        **_divisor("by_tiles.1", tile.tiles[1]),
+        **_divisor("by_blocks", tile.blocks),
+        **_divisor("by_splits", tile.splits),
         "items": tile.items,
         "scale": p.scale,
         **views(p),
@@ -288,6 +305,20 @@ def _recipe(kernel: str, p: Problem, tile: Tile, heads: int, blocks: int, **cons
 
 def _pair(name: str, entries: tuple[int, ...]) -> dict[str, int]:
     return dict(list(array(name, entries, 0).items())[:2])
+
+
+def _divisor(name: str, number: int) -> dict[str, int]:
+    """Fields of a `Divisor`: n // number is (2 n * times >> 32) >> shift for all n below 2**31.
+
+    `times` is 2**(31 + shift) / number rounded up, where 2**shift is the least power of two from
+    `number` on: 32 bits, packed as the signed number of the same bits (Granlund and Montgomery,
+    Division by invariant integers using multiplication, 1994, theorem 4.2).
+    """
+    shift = (number - 1).bit_length()
+    times = -(-(2 ** (31 + shift)) // number)
+    signed = times - 2**32 if times >= 2**31 else times
+    fields = {"number": number, "times": signed, "shift": shift}
+    return {f"geometry.{name}.{field}": value for field, value in fields.items()}
 
 
 def forward(p: Problem, shape: Shape | None = None) -> Plan:

@@ -7,10 +7,10 @@ import pytest
 from kernel_cases import F16, F32
 from planted import Spoilt, spoil
 from ptxsim.errors import PtxCheckError
-from small_cases import case
+from small_cases import case, forget_plans
 from test_kernels import Interpreter, check
 
-from natcupy.cuda import heuristics, plan, small
+from natcupy.cuda import heuristics, plan
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("cupy") is None, reason="NVRTC comes with CuPy, which is not installed"
@@ -76,17 +76,11 @@ MISTAKES = {
 @pytest.fixture
 def one_multiprocessor(monkeypatch):
     """A GPU that few blocks fill, so that small maps are cut into blocks of several warps."""
-
-    def forget():
-        plan.forget()
-        for planned in vars(small).values():
-            getattr(planned, "cache_clear", bool)()
-
     chip = replace(heuristics.architecture(80), multiprocessors=1)
     monkeypatch.setitem(heuristics.ARCHITECTURES, 80, chip)
-    forget()
+    forget_plans()
     yield
-    forget()
+    forget_plans()
 
 
 PLAIN = case("planted", (9, 13), (3, 5), "", dtype=F16, heads=2, kv_heads=1, batch=2)

@@ -1,17 +1,19 @@
 """The memory traffic of the small-window kernels: sectors moved, and no bank conflicts."""
 
 import importlib.util
+from dataclasses import replace
 
 import pytest
+import torch
 from kernel_cases import F16, F32, cotangents, inputs
 from planted import spoil
 from ptxsim import Checks
 from ptxsim.launcher import PtxLauncher
-from small_cases import case
+from small_cases import case, forget_plans
 from small_traffic import expected
 from test_kernels import Interpreter, run
 
-from natcupy.cuda import plan
+from natcupy.cuda import heuristics, ops, plan
 from natcupy.cuda.source import use_sources
 
 pytestmark = pytest.mark.skipif(
@@ -64,6 +66,35 @@ def conflicts_are_rare(name, traffic, rpb):
         # Outside the loops, where tables are added up, some may conflict.
         allowed = 1.02 if name.endswith("dq") and rpb and kind != "cp.async" else 1
         assert traffic[f"{kind} wavefronts"] <= traffic[f"{kind} ideal"] * allowed, (name, kind)
+
+
+# Warp instructions of the forward kernel's PTX per fragment, 2 rows by 8 columns of queries, with
+# what a block does before and after: what bounds it where main memory does not.
+FRAGMENTS = (
+    (case("28", (28, 28), 7, "windows that stagger"), 56, 870),
+    (case("dense", (14, 14), 7, "groups of one window", dilation=2, heads=4), 64, 715),
+)
+
+
+@pytest.fixture
+def many_images(monkeypatch):
+    """Tiles as for many images: of a GPU so small that one image fills it."""
+    sliver = replace(heuristics.architecture(90), multiprocessors=1e-3)
+    monkeypatch.setitem(heuristics.ARCHITECTURES, 90, sliver)
+    forget_plans()
+    yield
+    forget_plans()
+
+
+@pytest.mark.parametrize(("given", "fragments", "most"), FRAGMENTS, ids=str)
+def test_instructions_forward(given, fragments, most, many_images):
+    engine = Interpreter("90a")
+    engine.launcher = PtxLauncher("90a", checks=Checks(races=False, uninitialised=False))
+    q, k, v, rpb = list(inputs(given).values())[:4]
+    with plan.use_family("small"), engine.active(), torch.no_grad():
+        ops.attention(q, k, v, given.hood, given.factor, rpb, None, None)
+    (made,) = engine.launcher.records
+    assert made.counters.total <= most * fragments, made.counters.total / fragments
 
 
 @pytest.mark.parametrize("dtype", [F16, F32], ids=str)

@@ -45,7 +45,7 @@ GPUS = (
 LAYERS = (  # (side, heads, dilation) of NAT-Tiny's levels and DiNAT-Tiny's dilated layers
     (56, 2, 1), (28, 4, 1), (14, 8, 1), (7, 16, 1), (56, 2, 8), (28, 4, 4), (14, 8, 2),
 )  # fmt: skip
-TENSORS = {"fwd": 4, "bwd_dq": 6, "bwd_dkv": 6}  # read or written at least once
+TENSORS = {"fwd": 4, "bwd_dq": 6, "bwd_dkv": 6, "bwd_dense": 8}  # read or written at least once
 
 
 def count(side: int, dilation: int, dtype: torch.dtype) -> dict[str, dict[str, float]]:

@@ -34,58 +34,106 @@ struct Params {
 // What a warp holds of the bias gradient: for every row of the table that a pair of rows meets this
 // lane's numbers, in registers if the loop over rows is straight code, else in shared memory.
 struct Sums {
-    enum { ROWS = KH + 1, HELD = UNROLLED == 1 ? 0 : ROWS, STRAIGHT = HELD ? HELD : 1 };
+    enum {
+        ROWS = KH + 1,
+        HELD = UNROLLED == 1 ? 0 : ROWS,
+        // Bytes from query to query, from block to block, from row to row: numbers that are written
+        // or read at once lie in different banks.
+        QUERY = HELD && BLOCKS > 1 ? 96 : 32,
+        BLOCK = QUERY == 96 ? 32 : 288,
+        LINE = HELD ? 8 * QUERY : BLOCKS * BLOCK,
+        BYTES = (HELD ? 1 : (int)ROWS) * LINE  // in registers, rows are added up one by one
+    };
     float held[HELD + 1][OWN];
-    unsigned lane_at;  // [row][pair of numbers][lane]
-    int distance;      // from the first query row to its window
-    int column[OWN];   // this lane's columns of the table
+    unsigned at;   // of this warp's numbers in shared memory: [row][block][query][key]
+    int lane;
+    int distance;  // from the first query row to its window; positive where there is nothing yet
+    int shift;     // from the first query column to its first key column
 
-    __device__ __forceinline__ unsigned at(int row, int x) const {
-        return lane_at + (row * OWN + x) * 128;
+    __device__ __forceinline__ unsigned place(int row, int x) const {
+        return at + row * LINE + lane / 4 * QUERY + x / 2 * BLOCK + lane % 4 * 8;
     }
-    __device__ __forceinline__ void read(int row, float (&sum)[OWN]) const {
+    __device__ __forceinline__ void keep(int row, const float (&sum)[OWN]) const {
 #pragma unroll
-        for (int x = 0; x < OWN; x += 2) {
-            if (HELD) {
-                sum[x] = held[row * !!HELD][x];
-                sum[x + 1] = held[row * !!HELD][x + 1];
-            } else {
-                asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
-                    : "=f"(sum[x]), "=f"(sum[x + 1]) : "r"(at(row, x)));
-            }
-        }
-    }
-    __device__ __forceinline__ void write(int row, const float (&sum)[OWN]) {
-#pragma unroll
-        for (int x = 0; x < OWN; x += 2) {
-            if (HELD) {
-                held[row * !!HELD][x] = sum[x];
-                held[row * !!HELD][x + 1] = sum[x + 1];
-            } else {
-                asm volatile("st.shared.v2.f32 [%0], {%1, %2};"
-                    :: "r"(at(row, x)), "f"(sum[x]), "f"(sum[x + 1]));
-            }
-        }
+        for (int x = 0; x < OWN; x += 2)
+            asm volatile("st.shared.v2.f32 [%0], {%1, %2};"
+                :: "r"(place(row, x)), "f"(sum[x]), "f"(sum[x + 1]));
     }
     __device__ __forceinline__ void add(int row, const float (&y)[OWN]) {
-        float sum[OWN];
-        read(row, sum);
+        if (HELD) {
 #pragma unroll
-        for (int x = 0; x < OWN; ++x) sum[x] += y[x];
-        write(row, sum);
+            for (int x = 0; x < OWN; ++x) held[row * !!HELD][x] += y[x];
+        } else {
+            float sum[OWN];
+#pragma unroll
+            for (int x = 0; x < OWN; x += 2)
+                asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                    : "=f"(sum[x]), "=f"(sum[x + 1]) : "r"(place(row, x)));
+#pragma unroll
+            for (int x = 0; x < OWN; ++x) sum[x] += y[x];
+            keep(row, sum);
+        }
     }
     __device__ __forceinline__ void clear() {
         const float zero[OWN] = {};
+        if (HELD) {
 #pragma unroll
-        for (int row = 0; row < ROWS; ++row) write(row, zero);
+            for (int row = 0; row < HELD; ++row)
+#pragma unroll
+                for (int x = 0; x < OWN; ++x) held[row][x] = 0;
+        } else {
+            for (int row = 0; row < ROWS; ++row) keep(row, zero);
+        }
+    }
+
+    // One row to the warp's table: of each bias the numbers of 8 queries, in order.
+    __device__ __forceinline__ void flush(float* table, int row) const {
+        const int key = lane - (KW - 1) - shift;  // that the first query's bias number `lane` is for
+        __syncwarp();
+        if (lane < 2 * KW - 1) {
+            float* to = table + (distance + KH - 1 + row) * BIAS_PITCH + lane;
+            float sum = *to;
+#pragma unroll
+            for (int query = 0; query < 8; ++query) {
+                const unsigned x = key + query;
+                sum += read_float_if(x < COLUMNS, at + (HELD ? 0 : row * LINE) + query * QUERY +
+                                                      x / 8 * (BLOCK - 32) + x * 4);
+            }
+            *to = sum;
+        }
+        __syncwarp();
+    }
+    // What follows is at other distances: rows that it does not meet go to the table, in registers
+    // the last one after the other, as the distance to the window never grows within a tile.
+    __device__ __forceinline__ void move(float* table, int new_distance, int new_shift) {
+        if (distance <= 0) {
+            const bool near = HELD && shift == new_shift && new_distance <= distance;
+            const int rows = near ? distance - new_distance : (int)ROWS;
+#pragma unroll 1
+            for (int n = 0; n < rows; ++n) {
+                if (HELD) keep(0, held[HELD - !!HELD]);
+                flush(table, HELD ? KH : n);
+                if (HELD) {
+                    --distance;
+#pragma unroll
+                    for (int row = HELD - 1; row >= 0; --row)
+#pragma unroll
+                        for (int x = 0; x < OWN; ++x)
+                            held[row][x] = row > 0 ? held[row > 0 ? row - 1 : 0][x] : 0;
+                }
+            }
+            if (!HELD) clear();
+        }
+        distance = new_distance;
+        shift = new_shift;
     }
 };
 
 // d_query of a pair of rows into `out`, its dS into `sums`.
 __device__ __forceinline__ void attend(
     const SmallGeometry& g, Left& query, Left& d_out, unsigned keys, unsigned values,
-    Across across, const unsigned (&biases)[OWN], float scale, const float (&lse)[2],
-    const float (&delta)[2], bool staggered, float (&out)[D / 8][4], Sums& sums) {
+    Across across, const unsigned (&biases)[OWN], float scale, const float (&start)[2],
+    const float (&minus_delta)[2], bool staggered, float (&out)[D / 8][4], Sums& sums) {
     const unsigned line = g.pitch * ROW;
 #pragma unroll
     for (int j = 0; j < D / 8; ++j)
@@ -95,13 +143,21 @@ __device__ __forceinline__ void attend(
 #pragma unroll
     for (int x = 0; x < OWN; ++x) bias[x] = read_float(biases[x]);
     float before[OWN] = {};  // the first query's dS of the row before, which has the same bias
+    float t0[STEP][4], d0[STEP][4];  // what products are added to
+#pragma unroll
+    for (int h = 0; h < STEP; ++h)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            t0[h][e] = start[e / 2];
+            d0[h][e] = minus_delta[e / 2];
+        }
 #pragma unroll UNROLLED
     for (int i = 0; i < SEEN; i += EACH) {
         if (i == KH && !staggered) break;
         const int blocks = step_blocks(i, SEEN);
         float t[STEP][4], d[STEP][4];
-        scores(t, query, keys, blocks < STEP ? 0 : block_bytes(g));
-        scores(d, d_out, values, blocks < STEP ? 0 : block_bytes(g));
+        scores(t, t0, query, keys, blocks < STEP ? 0 : block_bytes(g));
+        scores(d, d0, d_out, values, blocks < STEP ? 0 : block_bytes(g));
         query.renew(g.zero);
         d_out.renew(g.zero);
         Weights<STEP> ds;
@@ -122,8 +178,7 @@ __device__ __forceinline__ void attend(
                 float y[2];
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
-                    const float weight = exp_2(t[h][2 + e] * scale + bias[x + e] - lse[1]);
-                    y[e] = weight * (d[h][2 + e] - delta[1]);
+                    y[e] = exp_2(t[h][2 + e] * scale + bias[x + e]) * d[h][2 + e];
                     both[x + e] += y[e];
                 }
                 ds.set(h, 1, y[0], y[1]);
@@ -132,10 +187,8 @@ __device__ __forceinline__ void attend(
             for (int e = 0; e < 2; ++e) before[x + e] = 0;
             if (row < KH) {
 #pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    const float weight = exp_2(t[h][e] * scale + next[e] - lse[0]);
-                    before[x + e] = weight * (d[h][e] - delta[0]);
-                }
+                for (int e = 0; e < 2; ++e)
+                    before[x + e] = exp_2(t[h][e] * scale + next[e]) * d[h][e];
                 ds.set(h, 0, before[x], before[x + 1]);
             }
 #pragma unroll
@@ -148,25 +201,6 @@ __device__ __forceinline__ void attend(
         across += EACH * line;
     }
     if (RPB_GRAD && !staggered) sums.add(KH, before);
-}
-
-// Registers to the warp's table, lanes of one column in order.
-__device__ __forceinline__ void flush(Sums& sums, float* table, int lane) {
-#pragma unroll 1
-    for (int turn = 0; turn < 8; ++turn) {
-        if (lane / 4 == turn)
-#pragma unroll Sums::STRAIGHT
-            for (int row = 0; row < Sums::ROWS; ++row) {
-                float sum[OWN];
-                sums.read(row, sum);
-#pragma unroll
-                for (int x = 0; x < OWN; ++x)
-                    if (sums.column[x] != NO_BIAS)
-                        table[(sums.distance + KH - 1 + row) * BIAS_PITCH + sums.column[x]] += sum[x];
-            }
-        __syncwarp();
-    }
-    sums.clear();
 }
 
 extern "C" __global__ void __launch_bounds__(256, 1)
@@ -185,12 +219,16 @@ na2d_small_bwd_dq(const __grid_constant__ Params p) {
     const float scale = (float)p.scale * (float)LOG2_E;
     const int c = role.lane % 4;
     Sums sums;
-    sums.lane_at = shared_address(tables + (g.heads_here + role.warps) * BIASES) +
-                   role.warp * (Sums::ROWS * OWN * 128) + role.lane * 8;
+    sums.at = shared_address(tables + (g.heads_here + role.warps) * BIASES) +
+              role.warp * Sums::BYTES;
+    sums.lane = role.lane;
     if (RPB_GRAD) sums.clear();
-    sums.distance = 0;
-#pragma unroll
-    for (int x = 0; x < OWN; ++x) sums.column[x] = NO_BIAS;
+    sums.distance = 1;
+    sums.shift = 0;
+    // Scores start from minus lse over the scale, so that lse is not subtracted from each; rows that
+    // are not there from what weighs nothing.
+    const float unscale = -1 / (float)p.scale;
+    const float never = p.scale > 0 ? minus_infinity() : -minus_infinity();
 
     for (int n = blockIdx.x / teams; n < p.items; n += gridDim.x / teams) {
         SmallItem item;
@@ -226,79 +264,72 @@ na2d_small_bwd_dq(const __grid_constant__ Params p) {
         __syncthreads();
         if (!active) continue;
 
+        const int first = row0 + 2 * role.split;
+        const Lines queries(p.query, g, item, head, first, near);
+        const Lines outs(p.out, g, item, head, first, near);
+        const Lines d_outs(p.d_out, g, item, head, first, near);
+        const Lines d_queries(p.d_query, g, item, head, first, near);
+        const int shift = begin - column0;
 #pragma unroll 1
-        for (int row = row0 + 2 * role.split; row <= last; row += 2 * g.splits) {
-            const int from = window(row, height, KH).begin;
+        for (int row = first; row <= last; row += 2 * g.splits) {
+            const int from = window(row, height, KH).begin, distance = from - row;
             const bool two = row + 1 < height;
-            const Grid queries(p.query, g, item, head), outs(p.out, g, item, head);
-            const Grid d_outs(p.d_out, g, item, head), d_queries(p.d_query, g, item, head);
-            Chunk q[2][PIECES], d[2][PIECES], o[PIECES];
-            float lse[2], delta[2];
+            Chunk q[2][PIECES], d[2][PIECES], o[2][PIECES];
 #pragma unroll
             for (int side = 0; side < 2; ++side) {
                 const bool there = side == 0 || two;
-                read_row(queries.at(row + side, near), c, there, q[side]);
-                read_row(d_outs.at(row + side, near), c, there, d[side]);
-                read_row(outs.at(row + side, near), c, there, o);
-                delta[side] = 0;
+                read_row(queries.at(row - first + side), c, there, q[side]);
+                read_row(d_outs.at(row - first + side), c, there, d[side]);
+                read_row(outs.at(row - first + side), c, there, o[side]);
+            }
+            Left query, d_out;
+            query.set(q[0], q[1], g.zero);
+            d_out.set(d[0], d[1], g.zero);
+            float start[2], delta[2];
+            dots(scalar_t(), d_out, o, role.lane, delta);
 #pragma unroll
-                for (int n = 0; n < PIECES; ++n) {
-                    float x[CHUNK], y[CHUNK];
-                    widen(d[side][n], x);
-                    widen(o[n], y);
-#pragma unroll
-                    for (int e = 0; e < CHUNK; ++e) delta[side] += x[e] * y[e];
-                }
-                delta[side] = sum_of_quad(delta[side]);
+            for (int side = 0; side < 2; ++side) {
+                const bool real = column < width && (side == 0 || two);
                 const long long token = image + item.token(g, row + side, near);
-                const bool real = column < width && there;
                 if (p.d_lse && real) delta[side] -= p.d_lse[token];
                 if (real && c == 0) p.delta[token] = delta[side];
-                // Rows that are not there weigh nothing.
-                lse[side] = real ? p.lse[token] * (float)LOG2_E : -minus_infinity();
+                start[side] = real ? p.lse[token] * unscale : never;
+                delta[side] = -delta[side];
             }
-            const int distance = from - row;
             if (RPB_GRAD) {
-                bool other = distance != sums.distance;
-#pragma unroll
-                for (int x = 0; x < OWN; ++x) other |= bias_column[x] != sums.column[x];
-                if (__any_sync(0xFFFFFFFFu, other)) flush(sums, own, role.lane);
-                sums.distance = distance;
-#pragma unroll
-                for (int x = 0; x < OWN; ++x) sums.column[x] = bias_column[x];
+                if (distance != sums.distance || shift != sums.shift)
+                    sums.move(own, distance, shift);
             }
             unsigned biases[OWN];
 #pragma unroll
             for (int x = 0; x < OWN; ++x)
                 biases[x] = table + (bias_column[x] + (distance + KH - 1) * BIAS_PITCH) * 4;
-            Left query, d_out;
-            query.set(q[0], q[1], g.zero);
-            d_out.set(d[0], d[1], g.zero);
             const unsigned skip = (from - top) * line;
             float out[D / 8][4];
             const bool staggered = !DENSE && two && window(row + 1, height, KH).begin != from;
             attend(g, query, d_out, keys + skip, keys + tensor_bytes(g) + skip, across + skip,
-                   biases, scale, lse, delta, staggered, out, sums);
+                   biases, scale, start, delta, staggered, out, sums);
 #pragma unroll
             for (int side = 0; side < 2; ++side)
-                store_row(d_queries.at(row + side, near), out, side, (float)p.scale, c,
+                store_row(d_queries.at(row - first + side), out, side, (float)p.scale, c,
                           column < width && (side == 0 || two));
         }
     }
 
     if (RPB_GRAD) {  // the warps of each head, in order
-        flush(sums, own, role.lane);
+        sums.move(own, 1, 0);
         __syncthreads();
-        constexpr int PER_HEAD = (2 * KH - 1) * (2 * KW - 1);
+        // Padded rows are added up whole, which meets no bank twice.
+        constexpr int ROWS = 2 * KH - 1, WIDTH = 2 * KW - 1;
         const int warps = g.blocks * g.splits;
-        float* to = p.partial + ((long long)(blockIdx.x / teams) * g.heads + first_head) * PER_HEAD;
-        for (int n = threadIdx.x; n < g.heads_here * PER_HEAD; n += blockDim.x) {
-            const int here = n / PER_HEAD, bias = n % PER_HEAD;
-            const int at = (bias / (2 * KW - 1) + 1) * BIAS_PITCH + bias % (2 * KW - 1);
+        float* to = p.partial + ((long long)(blockIdx.x / teams) * g.heads + first_head) * ROWS * WIDTH;
+        for (int n = threadIdx.x; n < g.heads_here * ROWS * BIAS_PITCH; n += blockDim.x) {
+            const int here = n / (ROWS * BIAS_PITCH), at = n % (ROWS * BIAS_PITCH);
             float sum = 0;
             for (int w = 0; w < warps; ++w)
-                sum += tables[(g.heads_here + here * warps + w) * BIASES + at];
-            to[n] = sum;
+                sum += tables[(g.heads_here + here * warps + w) * BIASES + BIAS_PITCH + at];
+            if (at % BIAS_PITCH < WIDTH)
+                to[(here * ROWS + at / BIAS_PITCH) * WIDTH + at % BIAS_PITCH] = sum;
         }
     }
 }

@@ -65,6 +65,13 @@ __device__ __forceinline__ float read_float(unsigned at) {
 // Hides where a number comes from: sums with it are made where they are used, not ahead of a loop.
 __device__ __forceinline__ void anew(unsigned& x) { asm volatile("" : "+r"(x)); }
 
+__device__ __forceinline__ float read_float_if(bool real, unsigned at) {
+    float x = 0;
+    asm volatile("{ .reg .pred p; setp.ne.s32 p, %1, 0; @p ld.shared.f32 %0, [%2]; }"
+        : "+f"(x) : "r"((int)real), "r"(at));
+    return x;
+}
+
 // Four 8 x 8 blocks, transposed; lane n names row n % 8 of block n / 8.
 __device__ __forceinline__ void read_transposed(unsigned (&b)[4], unsigned at) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -269,6 +276,40 @@ struct Left {
     }
 };
 
+// The product of each of the 16 rows with the row of its own number among 16 others, two of which
+// every lane holds chunks of: [first or second row]. Of all products of two rows of 8 the diagonal
+// is wanted; of column g lane 4 g + g / 2 has it.
+template <class Half>
+__device__ __forceinline__ void dots(
+    Half, const Left& rows, const Chunk (&other)[2][PIECES], int lane, float (&sum)[2]) {
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+        float s[4] = {0, 0, 0, 0};
+#pragma unroll
+        for (int n = 0; n < PIECES; ++n)
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+                multiply(Half(), s, rows.a[n][i], other[side][n].word[2 * i],
+                         other[side][n].word[2 * i + 1]);
+        const float mine = lane & 4 ? s[2 * side + 1] : s[2 * side];
+        sum[side] = __shfl_sync(0xFFFFFFFFu, mine, lane / 4 * 4 + lane / 8);
+    }
+}
+__device__ __forceinline__ void dots(
+    F32, const Left& rows, const Chunk (&other)[2][PIECES], int, float (&sum)[2]) {
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+        sum[side] = 0;
+#pragma unroll
+        for (int n = 0; n < PIECES; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                sum[side] += __uint_as_float(rows.a[n][i / 2][i % 2 * 2 + side]) *
+                             __uint_as_float(other[side][n].word[i]);
+        sum[side] = sum_of_quad(sum[side]);
+    }
+}
+
 // Byte offset of this lane's chunk of a block of 8 columns that starts at `column`: right factors.
 __device__ __forceinline__ unsigned row_offset(int column, int lane) {
     column += lane / 4;
@@ -314,6 +355,29 @@ __device__ __forceinline__ void scores(
         for (int h = 0; h < N; ++h)
 #pragma unroll
             for (int e = 0; e < 4; ++e) s[h][e] += rest[h][e];
+}
+
+// The same on top of `start`.
+template <int N>
+__device__ __forceinline__ void scores(
+    float (&s)[N][4], const float (&start)[N][4], const Left& rows, unsigned at,
+    unsigned block_bytes) {
+    float rest[N][4];
+#pragma unroll
+    for (int h = 0; h < N; ++h)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            // NOTE: floats start from zero: what tensor cores truncate is a share of the sum.
+            s[h][e] = FLOATS ? 0 : start[h][e];
+            rest[h][e] = 0;
+        }
+    multiply_rows(s, rest, rows, at, block_bytes, N);
+    if (FLOATS)
+#pragma unroll
+        for (int h = 0; h < N; ++h)
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                s[h][e] = (TERMS == 3 ? s[h][e] + rest[h][e] : s[h][e]) + start[h][e];
 }
 
 // The same on top of what `s` holds. Exact floats are added last: see `multiply`.

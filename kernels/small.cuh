@@ -132,6 +132,19 @@ struct Grid {  // the rows of one head of one image, addressed by row and column
     }
 };
 
+struct Lines {  // the rows of one column of one head, from a first row on
+    scalar_t* first;
+    long long down;
+
+    __device__ __forceinline__ Lines(const View& v, const SmallGeometry& g, const SmallItem& item,
+                                     int head, int row, int column) {
+        const Grid grid(v, g, item, head);
+        first = grid.at(row, column);
+        down = grid.down;
+    }
+    __device__ __forceinline__ scalar_t* at(int rows) const { return first + rows * down; }
+};
+
 __device__ __forceinline__ Interval window(int position, int length, int kernel_size) {
     return window(position, length, kernel_size, 1, false);
 }

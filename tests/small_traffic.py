@@ -38,6 +38,7 @@ def expected(given: Case, arch: int = 90) -> dict[str, tuple[int, int]]:
         "na2d_small_fwd": _kernel(given, p, small.FORWARD),
         "na2d_small_bwd_dq": _kernel(given, p, small.QUERIES),
         "na2d_small_bwd_dkv": _kernel(given, p, small.KEYS),
+        **({"na2d_small_bwd_dense": _fused(given, p)} if small.fuses(p) else {}),
     }
 
 
@@ -68,6 +69,22 @@ def _kernel(given: Case, p, side: str) -> tuple[int, int]:
             write += 2 * row * own
     tables = _tables(given, p, side)
     return read + tables[0], write + tables[1]
+
+
+def _fused(given: Case, p) -> tuple[int, int]:
+    """Five tensors in and three out, log-sum-exp and its gradient, a table per warp."""
+    tile, row = small.tile(p, small.QUERIES), given.head_dim * given.dtype.itemsize // 32
+    rows = scalars = 0
+    for image, head, box in product(
+        range(given.batch), range(given.heads), list(_boxes(given, tile))
+    ):
+        own, segments = _own(box, tile)
+        first = (image * given.heads + head) * prod(given.shape)
+        rows += row * own
+        scalars += 2 * sum(_scalars(given, first, *segment, 8) for segment in segments)
+    slots = small.dense_backward(p, given.rpb, plan.BLOCKS)[1]
+    read, written = (0, 0) if not given.rpb else (_table(given), _partial(given, slots))
+    return 5 * rows + scalars + slots * given.heads * read, 3 * rows + written
 
 
 def _boxes(given: Case, tile):
@@ -127,23 +144,31 @@ def _tables(given: Case, p, side: str) -> tuple[int, int]:
     """Bias tables of all blocks: read whole, and with the gradient one written."""
     if not given.rpb:
         return 0, 0
+    if side == small.QUERIES:
+        blocks = small.query_side(p, True, plan.BLOCKS)[1]
+        return blocks * given.heads * _table(given), _partial(given, blocks)
+    return small.tile(p, side).items * given.heads * _table(given), 0
+
+
+def _table(given: Case) -> int:
+    """Sectors of one head's bias table, read row by row with what pads the rows."""
     height, width = given.hood.kernel_size
-    pitch, per_head = (2 * width + 3) // 4 * 4, (2 * height - 1) * (2 * width - 1)
+    pitch = (2 * width + 3) // 4 * 4
     padded = [
         4 * (down * (2 * width - 1) + x) if x < 2 * width - 1 and down >= 0 else None
         for down in range(-1, 2 * height - 1)
         for x in range(pitch)
     ]
-    one = 0
-    for i in range(0, len(padded), 32):
-        one += sectors(at for at in padded[i : i + 32] if at is not None)
-    tile = small.tile(p, side)
-    if side == small.QUERIES:
-        blocks = small.query_side(p, True, plan.BLOCKS)[1]
-        written = sum(
-            sectors(4 * (table * per_head + at) for at in range(i, min(i + 32, per_head)))
-            for table in range(blocks * given.heads)
-            for i in range(0, per_head, 32)
-        )
-        return blocks * given.heads * one, written
-    return tile.items * given.heads * one, 0
+    starts = range(0, len(padded), 32)
+    return sum(sectors(at for at in padded[i : i + 32] if at is not None) for i in starts)
+
+
+def _partial(given: Case, tables: int) -> int:
+    """Sectors of so many tables of sums per head."""
+    height, width = given.hood.kernel_size
+    per_head = (2 * height - 1) * (2 * width - 1)
+    return sum(
+        sectors(4 * (table * per_head + at) for at in range(i, min(i + 32, per_head)))
+        for table in range(tables * given.heads)
+        for i in range(0, per_head, 32)
+    )

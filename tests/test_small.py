@@ -47,6 +47,7 @@ CASES = (
     case("dense groups", (14, 21), 7, "the largest dilation", dilation=(2, 3), heads=2),
     case("dense even", (8, 12), (4, 6), "an even number of rows, two unused columns",
          dilation=2, dtype=F16),
+    case("dense row", (2, 16), (1, 8), "one row, in two groups", dilation=2, dtype=F16),
     case("dense 3 x 8", (3, 8), (3, 8), "rectangular, all columns used"),
     case("dense nine", (9, 9), 9, "one window, but two blocks of columns"),
     case("no bias", (14, 15), 7, "the mask alone", rpb=False),
@@ -152,6 +153,23 @@ def test_blocks_that_take_several_tiles(engine, monkeypatch):
     check(case("several", (17, 10), 3, "", batch=2, heads=2, dilation=(1, 2)), engine)
 
 
+@pytest.mark.parametrize("wanted", ["query", "value", "query key value", "rpb"])
+def test_some_gradients_of_dense_groups(wanted, engine):
+    """One kernel makes those of query, key and value, with or without that of the bias."""
+    given = case("some", (7, 7), 7, "", heads=2)
+    tensors = {n: x for n, x in inputs(given, engine.device).items() if x is not None}
+    d_out, d_lse = cotangents(given, engine.device)
+    _, _, true = truth(given, inputs(given, engine.device), d_out, d_lse)
+    for name, tensor in tensors.items():
+        tensor.requires_grad_(name in wanted)
+    with engine.active():
+        out = ops.attention(tensors["query"], tensors["key"], tensors["value"], given.hood,
+                            given.factor, tensors["rpb"], None, None)  # fmt: skip
+        made = torch.autograd.grad(out, [tensors[n] for n in wanted.split()], [d_out, d_lse])
+    for name, gradient in zip(wanted.split(), made, strict=True):
+        close(gradient, true[name], given.dtype, name, backward=True)
+
+
 def test_inputs_are_not_written():
     given = named("even")
     interpreter = Interpreter()
@@ -187,6 +205,7 @@ def planned(**changes):
         ({"extras": 1}, "no additional keys"),
         ({"scale": 0.0}, "a scale of"),
         ({"alignment": 8}, "multiples of 16 bytes"),
+        ({"scale": 0.0}, "scale"),
         ({"kernel_size": (13, 13), "head_dim": 64, "value_dim": 64, "arch": 86}, "shared memory"),
     ],
     ids=str,

@@ -42,23 +42,23 @@ MISTAKES = {
         "products.cuh", "multiply_tf32(rest, a.low, h0, h1);", ""),
     "float: low parts of the right forgotten": (
         "products.cuh", "multiply_tf32(rest, a.high, low_part(b0, h0), low_part(b1, h1));", ""),
-    "float: small terms not added": ("products.cuh", "s[h][e] += rest[h][e];", ";"),
+    "float: small terms not added": (
+        "products.cuh", "? s[h][e] + rest[h][e] :", "? s[h][e] :"),
     "float: chunks of a row in order": (
         "products.cuh", "place(lane / 8 + lane / 4 % 2 * 4, token)", "place(lane / 4, token)"),
     "float: warps share their sums": (
-        "na2d_small_bwd_dq.cu", "role.warp * (Sums::ROWS * OWN * 128) + role.lane * 8",
-        "role.lane * 8"),
+        "na2d_small_bwd_dq.cu", "role.warp * Sums::BYTES", "0 * Sums::BYTES"),
     "columns past the map stored": (
         "na2d_small_fwd.cu", "const bool write = column < width &&", "const bool write ="),
     "bias sums not flushed": (
-        "na2d_small_bwd_dq.cu", "if (__any_sync(0xFFFFFFFFu, other)) flush", "if (false) flush"),
-    "lanes add all at once": (
-        "na2d_small_bwd_dq.cu", "if (lane / 4 == turn)", "if (turn == 0)"),
+        "na2d_small_bwd_dq.cu", "if (distance != sums.distance || shift != sums.shift)",
+        "if (false)"),
+    "a query's part of a bias forgotten": ("na2d_small_bwd_dq.cu", "query < 8;", "query < 7;"),
     "no barrier between tiles": (
         "na2d_small_bwd_dq.cu", "        __syncthreads();  // the keys", "        // the keys"),
     "rows past the map weigh": (
-        "na2d_small_bwd_dq.cu", "real ? p.lse[token] * (float)LOG2_E : -minus_infinity()",
-        "p.lse[token] * (float)LOG2_E"),
+        "na2d_small_bwd_dq.cu", "real ? p.lse[token] * unscale : never",
+        "p.lse[token] * unscale"),
     "no gradient of the log-sum-exp": (
         "na2d_small_bwd_dq.cu", "if (p.d_lse && real)", "if (false)"),
     "second query block forgotten": (
@@ -69,7 +69,20 @@ MISTAKES = {
         "if (pass == 0 && member == 0)"),
     "rows of keys not masked": (
         "na2d_small_bwd_dkv.cu",
-        "if (!(row + side >= seen.begin && row + side < seen.end)) continue;", ""),
+        "side ? query >= second : query < past;", "true;"),
+    "dense: no wait for copies": ("na2d_small_bwd_dense.cu", "        copies_done();\n", ""),
+    "dense: warps share memory": (
+        "na2d_small_bwd_dense.cu", "+ warp * WARP_BYTES", "+ 0 * WARP_BYTES"),
+    "dense: blocks not transposed": (
+        "na2d_small_bwd_dense.cu", "transposed(ds.word[h][j][0])", "ds.word[h][j][0]"),
+    "dense: a row of sums lost": ("na2d_small_bwd_dense.cu", "push(row + 1, held[1]);", ";"),
+    "dense: the last sums lost": (
+        "na2d_small_bwd_dense.cu", "row < ROW_SUMS; ++row)", "row < 0; ++row)"),
+    "dense: the row that is not there weighs": (
+        "na2d_small_bwd_dense.cu", "j && alone ? staged", "false ? staged"),
+    "dense: delta added": ("na2d_small_bwd_dense.cu", "start : -delta[h]", "start : delta[h]"),
+    "dense: no gradient of the log-sum-exp": (
+        "na2d_small_bwd_dense.cu", "if (p.d_lse) delta", "if (false) delta"),
 }  # fmt: skip
 
 
@@ -85,6 +98,7 @@ def one_multiprocessor(monkeypatch):
 
 PLAIN = case("planted", (9, 13), (3, 5), "", dtype=F16, heads=2, kv_heads=1, batch=2)
 FLOAT = case("planted, float", (6, 9), 3, "", dtype=F32)
+DENSE = case("planted, dense", (3, 5), (3, 5), "", dtype=F16, heads=2, batch=2)
 WIDE = case("planted, wide", (5, 26), (5, 9), "", dtype=F16)
 
 
@@ -103,14 +117,14 @@ def engine(one_multiprocessor, tmp_path, monkeypatch):
 def test_planted_mistakes_are_found(mistake, engine, tmp_path):
     file, right, wrong = MISTAKES[mistake]
     spoil(tmp_path, file, right, wrong)
-    given = FLOAT if mistake.startswith("float") else PLAIN
+    given = {"float": FLOAT, "dense": DENSE}.get(mistake.split(":")[0], PLAIN)
     if file == "na2d_small_bwd_dkv.cu" and "query" in mistake:
         given = WIDE
     with pytest.raises((PtxCheckError, AssertionError)):
         check(given, engine)
 
 
-@pytest.mark.parametrize("given", [PLAIN, FLOAT, WIDE], ids=str)
+@pytest.mark.parametrize("given", [PLAIN, FLOAT, DENSE, WIDE], ids=str)
 def test_the_kernels_as_they_are_pass(given, engine, tmp_path):
     spoil(tmp_path)
     check(given, engine)

@@ -39,6 +39,7 @@ def counts(given, arch="90a"):
 TRAFFIC = (
     case("56", (56, 56), 7, "level 1 of NAT"),
     case("dense", (7, 7), 7, "a row of 7 numbers beside rows of 64 bytes", heads=8, rpb=False),
+    case("dense groups", (28, 14), 7, "", dilation=(4, 2), rpb=False, heads=2),
     case("dense 64", (14, 14), 7, "", dilation=2, dim=64, rpb=False, heads=2),
     case("28", (28, 28), 7, "level 2, longer rows", dim=64, rpb=False),
     case("thirteen", (15, 26), 13, "steps of 24 columns"),
@@ -64,7 +65,7 @@ def test_traffic(given):
 def conflicts_are_rare(name, traffic, rpb):
     for kind in ("cp.async", "shared read", "shared write"):
         # Outside the loops, where tables are added up, some may conflict.
-        allowed = 1.02 if name.endswith("dq") and rpb and kind != "cp.async" else 1
+        allowed = 1.02 if name.endswith(("dq", "dense")) and rpb and kind != "cp.async" else 1
         assert traffic[f"{kind} wavefronts"] <= traffic[f"{kind} ideal"] * allowed, (name, kind)
 
 

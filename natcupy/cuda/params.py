@@ -119,6 +119,15 @@ PARAMS = {
         *((name, "View", 1) for name in ("query", "key", "value", "d_out", "d_key", "d_value")),
         *((name, "pointer", 1) for name in ("rpb", "lse", "delta")),
     ),
+    "na2d_small_bwd_dense": (
+        ("geometry", "SmallGeometry", 1),
+        ("items", "int", 1),
+        ("slots", "int", 1),
+        ("scale", "double", 1),
+        *((name, "View", 1) for name in ("query", "key", "value", "out", "d_out")),
+        *((name, "View", 1) for name in ("d_query", "d_key", "d_value")),
+        *((name, "pointer", 1) for name in ("rpb", "lse", "d_lse", "partial")),
+    ),
     "reduce_partials": (
         ("size", "long", 1),
         ("slices", "int", 1),

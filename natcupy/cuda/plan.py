@@ -267,6 +267,8 @@ def backward(
 
     `keys` asks for keys and values, `rpb` for the bias, `extras` for additional keys and values.
     """
+    if fuses(p, keys) and query_choice is None and key_choice is None:
+        return _dense_backward(p, rpb)
     plans = [part(p, QUERIES, rpb, query_choice)]
     if keys:
         plans.append(part(p, KEYS, False, key_choice))
@@ -276,6 +278,11 @@ def backward(
         tuple(one for plan in plans for one in plan.recipes),
         (delta_of(p), *(array for plan in plans for array in plan.scratch)),
     )
+
+
+def fuses(p: Problem, keys: bool) -> bool:
+    """Whether one kernel computes all gradients, which leaves nothing to choose per side."""
+    return keys and _use_small(p) and small.fuses(p)
 
 
 def delta_of(p: Problem) -> tuple[str, int, bool]:
@@ -300,8 +307,19 @@ def _forward(p: Problem, tile: tuple[int, ...], rpb: bool) -> Plan:
 
 
 def _small_query_side(p: Problem, tile: tuple[int, ...], rpb: bool) -> Plan:
+    return _with_bias_sums(p, rpb, *small.query_side(p, rpb, _most_tables(p), tile))
+
+
+def _dense_backward(p: Problem, rpb: bool) -> Plan:
+    return _with_bias_sums(p, rpb, *small.dense_backward(p, rpb, _most_tables(p)))
+
+
+def _most_tables(p: Problem) -> int:
+    return min(BLOCKS, SCRATCH // (p.heads * p.biases * 4))
+
+
+def _with_bias_sums(p: Problem, rpb: bool, made: Recipe, slices: int) -> Plan:
     size = p.heads * p.biases
-    made, slices = small.query_side(p, rpb, min(BLOCKS, SCRATCH // (size * 4)), tile)
     if not rpb:
         return Plan((made,))
     total = _sum("F32", size, slices, "partial", "d_rpb")

@@ -229,6 +229,8 @@ def backward(
     }
 
     def make(p: plan.Problem) -> plan.Plan:
+        if plan.fuses(p, keys):
+            return plan.backward(p, keys, bool(wanted[3]), extras)
         trial = _trial({**tensors, **rest}, p, query.device)
         queries = tuning.choice(p, QUERIES, bool(wanted[3]), query.device, trial)
         chosen = tuning.choice(p, KEYS, False, query.device, trial) if keys else None

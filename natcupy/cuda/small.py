@@ -232,10 +232,11 @@ def _cover(p: Problem, side: str, t: Tile) -> heuristics.Cover:
 
 
 def _lane_sums(p: Problem) -> int:
-    """Bytes of a warp's sums of the bias gradient, where they are not in registers."""
-    k = p.hood.kernel_size[0]
-    own = 2 if _dense(p) and _columns(p) == 8 else _columns(p) // 4
-    return (k + 1) * own * 128 if p.dtype == "F32" or k > 9 else 0
+    """Bytes of a warp's sums of the bias gradient in shared memory: of all rows, or of one."""
+    height, blocks = p.hood.kernel_size[0], _columns(p) // 8
+    if p.dtype == "F32" or height > 9:
+        return (height + 1) * blocks * 288
+    return 256 if blocks == 1 else 768
 
 
 def _measure(p: Problem, groups, dense: bool, side: str, shape: Shape) -> Tile:
@@ -245,12 +246,13 @@ def _measure(p: Problem, groups, dense: bool, side: str, shape: Shape) -> Tile:
     columns = _span(groups[1], kernel[1], 8 * blocks, side == KEYS)
     pitch = max(_columns(p), columns)
     row = ITEM_SIZE[p.dtype] * p.head_dim
-    table = 2 * kernel[0] * ((2 * kernel[1] + 3) // 4 * 4) * 4
+    line = (2 * kernel[1] + 3) // 4 * 4 * 4
+    table = 2 * kernel[0] * line
     shared = here * (2 * staged * pitch * row + table)
     if side == QUERIES and p.rpb:
         shared += blocks * splits * here * (table + _lane_sums(p))
     if side == KEYS:
-        shared += here * 2 * staged * pitch * 4
+        shared += here * 2 * staged * (pitch + pitch % 2) * 4 + line + row
     counts = (-(-groups[0] // rows), -(-groups[1] // (8 * blocks)))
     items = p.batch * prod(p.hood.dilation) * prod(counts)
     moved = _moved(groups[0], kernel[0], rows, side == KEYS) * pitch * counts[1] / prod(groups)
@@ -261,7 +263,7 @@ def _measure(p: Problem, groups, dense: bool, side: str, shape: Shape) -> Tile:
 # recipes
 
 
-def _recipe(kernel: str, p: Problem, tile: Tile, heads: int, blocks: int, **constants) -> Recipe:
+def _constants(p: Problem, **more) -> tuple[tuple[str, str | int], ...]:
     compiled = {
         "SCALAR": p.dtype,
         "ACCESS": 16,
@@ -272,9 +274,13 @@ def _recipe(kernel: str, p: Problem, tile: Tile, heads: int, blocks: int, **cons
         "KERNEL_WIDTH": p.hood.kernel_size[1],
         "DENSE": int(_dense(p)),
         "RPB": int(p.rpb),
-        **constants,
+        **more,
     }
-    values = {
+    return tuple(compiled.items())
+
+
+def _values(p: Problem, tile: Tile, heads: int) -> dict[str, int | float]:
+    return {
         **_pair("geometry.length", p.shape),
         **_pair("geometry.dilation", p.hood.dilation),
         **_pair("geometry.tiles", tile.tiles),
@@ -298,9 +304,13 @@ def _recipe(kernel: str, p: Problem, tile: Tile, heads: int, blocks: int, **cons
         "scale": p.scale,
         **views(p),
     }
+
+
+def _recipe(kernel: str, p: Problem, tile: Tile, heads: int, blocks: int, **constants) -> Recipe:
+    values = _values(p, tile, heads)
     blocks *= heads // tile.heads_here
     threads = (32 * tile.warps, 1, 1)
-    return recipe(kernel, tuple(compiled.items()), blocks, threads, tile.shared, values)
+    return recipe(kernel, _constants(p, **constants), blocks, threads, tile.shared, values)
 
 
 def _pair(name: str, entries: tuple[int, ...]) -> dict[str, int]:
@@ -349,3 +359,41 @@ def key_side(p: Problem, shape: Shape | None = None) -> Plan:
     """The launch that computes d_key and d_value."""
     cut = tile(p, KEYS, shape)
     return Plan((_recipe("na2d_small_bwd_dkv", p, cut, p.kv_heads, cut.items),))
+
+
+# ------------------------------------------------------------------------------------------------
+# dense groups backward, in one launch
+
+DENSE_WARPS = 4  # of a block, each with a group of its own
+DENSE_RESIDENT = 8  # warps whose registers a multiprocessor holds
+
+
+def fuses(p: Problem) -> bool:
+    """Whether one kernel computes all gradients of `p`, which the small-window kernels can run."""
+    small = max(p.hood.kernel_size) <= 8 and p.dtype != "F32" and p.head_dim == 32
+    return small and _dense(p) and p.heads == p.kv_heads
+
+
+def dense_backward(p: Problem, rpb: bool, most: int) -> tuple[Recipe, int]:
+    """The launch that computes the gradients of query, key and value, and its warps per head.
+
+    With `rpb`, the gradient of the bias as well, in a table per warp of which there are at most
+    `most` per head.
+    """
+    height, width = p.hood.kernel_size
+    line = 8 * ITEM_SIZE[p.dtype] * p.head_dim
+    table = 2 * height * ((2 * width + 3) // 4 * 4) * 4
+    each = height * (4 * line + 128) + table + ((2 * height - 1) * 256 if rpb else 0)
+    each = -(-each // 128) * 128
+    warps = min(DENSE_WARPS, heuristics.block_limit(p.arch) // each)
+    items = p.batch * prod(p.hood.dilation)
+    # As many warps as a GPU holds twice, each with as many groups as the others, or one more.
+    wanted = -(-2 * DENSE_RESIDENT * heuristics.architecture(p.arch).multiprocessors // p.heads)
+    slots = max(1, min(items, wanted, most if rpb else items))
+    slots = -(-items // -(-items // slots))
+    cut = Tile(2 * -(-height // 2), 1, warps, 1, height, 8, (1, 1), items, warps * each, 1.0)
+    blocks = -(-slots * p.heads // warps)
+    values = {**_values(p, cut, p.heads), "slots": slots}
+    constants, threads = _constants(p, RPB_GRAD=int(rpb)), (32 * warps, 1, 1)
+    made = recipe("na2d_small_bwd_dense", constants, blocks, threads, cut.shared, values)
+    return made, slots

@@ -126,10 +126,11 @@ struct Sums {
 // The pair of key rows from `first` on against all queries; of the last of an odd number of rows the
 // second is not there, and weighs nothing.
 __device__ __forceinline__ void attend(
-    unsigned staged, int lane, const Across& across, int first, float scale, unsigned zero,
+    unsigned staged, int lane, int first, float scale, unsigned zero,
     const unsigned (&biases)[2], float (&d_query)[PAIRS][D / 8][4], float (&d_key)[D / 8][4],
     float (&d_value)[D / 8][4], Sums& sums) {
     const bool alone = KH % 2 && first == KH - 1;
+    const Across across = Across(0, lane, LINE) + staged;
     const unsigned down = first * LINE, rows_at = row_offset(0, lane);
     const unsigned starts = staged + STARTS_AT + lane % 4 * 16;
     // Of one that is not there the row before, and biases from the table's row that hides.
@@ -220,7 +221,6 @@ na2d_small_bwd_dense(const __grid_constant__ Params p) {
     const int column = lane / 4, c = lane % 4, near = least(column, KW - 1);
     const unsigned staged = shared_address(shared) + warp * WARP_BYTES;
     const unsigned rows_at = row_offset(0, lane);
-    const Across across = Across(0, lane, LINE) + staged;
     constexpr int PER_HEAD = (2 * KH - 1) * (2 * KW - 1);
 
     for (int n = lane; n < BIASES; n += 32) {
@@ -304,10 +304,12 @@ na2d_small_bwd_dense(const __grid_constant__ Params p) {
         if (RPB_GRAD) sums.clear();
         const Lines d_keys(p.d_key, g, item, head, 0, near);
         const Lines d_values(p.d_value, g, item, head, 0, near);
+        unsigned place = lane;  // addresses are made in every round: there are no registers to spare
 #pragma unroll 1
         for (int first = 0; first < KH; first += 2) {
             float d_key[D / 8][4], d_value[D / 8][4];
-            attend(staged, lane, across, first, scale, g.zero, biases, d_query, d_key, d_value, sums);
+            anew(place);
+            attend(staged, place, first, scale, g.zero, biases, d_query, d_key, d_value, sums);
             if (RPB_GRAD) sums.advance(first);
 #pragma unroll
             for (int side = 0; side < 2; ++side) {

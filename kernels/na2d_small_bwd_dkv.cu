@@ -51,7 +51,7 @@ struct Seen {
 };
 
 // At most 8 warps; of short rows of halves a multiprocessor's registers hold 12.
-extern "C" __global__ void __launch_bounds__(D == 32 && !FLOATS ? 384 : 256, 1)
+extern "C" __global__ void __launch_bounds__(D == 32 && !FLOATS && KW <= 9 ? 384 : 256, 1)
 na2d_small_bwd_dkv(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) unsigned char shared[];
     const SmallGeometry& g = p.geometry;

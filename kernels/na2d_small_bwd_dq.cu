@@ -31,12 +31,15 @@ struct Params {
     acc_t* partial;  // [blocks per head, heads, 2 * kernel_size - 1 per axis]
 };
 
+// Steps of straight code: with sums of long rows in registers there are too few of these.
+enum { STRAIGHT = D == 64 && RPB_GRAD ? 1 : UNROLLED };
+
 // What a warp holds of the bias gradient: for every row of the table that a pair of rows meets this
 // lane's numbers, in registers if the loop over rows is straight code, else in shared memory.
 struct Sums {
     enum {
         ROWS = KH + 1,
-        HELD = UNROLLED == 1 ? 0 : ROWS,
+        HELD = STRAIGHT == 1 ? 0 : ROWS,
         // Bytes from query to query, from block to block, from row to row: numbers that are written
         // or read at once lie in different banks.
         QUERY = HELD && BLOCKS > 1 ? 96 : 32,
@@ -151,7 +154,7 @@ __device__ __forceinline__ void attend(
             t0[h][e] = start[e / 2];
             d0[h][e] = minus_delta[e / 2];
         }
-#pragma unroll UNROLLED
+#pragma unroll STRAIGHT
     for (int i = 0; i < SEEN; i += EACH) {
         if (i == KH && !staggered) break;
         const int blocks = step_blocks(i, SEEN);

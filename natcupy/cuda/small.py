@@ -153,7 +153,8 @@ def _warps(p: Problem, side: str) -> tuple[int, int]:
     """Warps of a block, and of a multiprocessor's registers, as the kernels' launch bounds say."""
     if side == FORWARD and p.head_dim == 32:
         return (6, 12) if p.dtype == "F32" else (WARPS, 16)
-    return WARPS, 12 if side == KEYS and p.head_dim == 32 and p.dtype != "F32" else 8
+    short = p.head_dim == 32 and p.dtype != "F32" and p.hood.kernel_size[1] <= 9
+    return WARPS, 12 if side == KEYS and short else 8
 
 
 @lru_cache(maxsize=4096)
@@ -234,7 +235,7 @@ def _cover(p: Problem, side: str, t: Tile) -> heuristics.Cover:
 def _lane_sums(p: Problem) -> int:
     """Bytes of a warp's sums of the bias gradient in shared memory: of all rows, or of one."""
     height, blocks = p.hood.kernel_size[0], _columns(p) // 8
-    if p.dtype == "F32" or height > 9:
+    if p.dtype == "F32" or height > 9 or p.head_dim == 64:
         return (height + 1) * blocks * 288
     return 256 if blocks == 1 else 768
 

@@ -177,8 +177,8 @@ class Block(Task):
 
     # -- sums over keys ---------------------------------------------------------------------------
 
-    def see(self, cls: str, s: str, lane_step: Value, rows: Value, row_count: Value) -> list:
-        """The arguments of `sums` that say how a class's lanes see keys, but for the keys."""
+    def see(self, cls: str, s: str, lane_step: Value, rows: Value, row_count: Value):
+        """How a class's lanes see keys: the arguments of `sums` before and behind the keys'."""
         b = self.b
         args = [("ptr", s), ("i64", lane_step), ("i64", b.mul(self.span, LANES))]
         args += [("ptr", rows), ("i64", row_count)]

@@ -53,6 +53,7 @@ class Block(Task):
         jobs = [self._job(*job) for job in self.logit_jobs]
 
         def entry(i):
+            b.when(self.has_following, lambda: self.prefetch_row(i))
             self._entry(b.at(self.entries, b.mul(i, ENTRY_WORDS), "i32"), jobs)
 
         b.loop(self.entry_count, entry)

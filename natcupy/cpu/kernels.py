@@ -190,8 +190,8 @@ def _constants(shape: Shape, p: Plan, pitches, backward: bool) -> tuple[dict[str
 
 
 def _row_pitch(columns: int) -> int:
-    """Columns of a packed row: whole vectors, and no multiple of 512 bytes, which would put all
+    """Columns of a packed row: whole cache lines, and no multiple of 512 bytes, which would put all
     channels of a column into the same few cache sets.
     """
-    columns = -(-columns // LANES) * LANES
-    return columns + LANES if columns % 128 == 0 else columns
+    columns = -(-columns // 16) * 16
+    return columns + 16 if columns % 128 == 0 else columns

@@ -266,39 +266,54 @@ class Task:
         self._pack_query_row(0)
         b.when(self.has_b, lambda: self._pack_query_row(1))
         following = b.at(retired, b.mul(step["retired"], RETIRE_WORDS), "i32")
-        has_following = b.less(b.add(number, 1), self.item["steps"])
+        self.following = following
+        self.has_following = b.less(b.add(number, 1), self.item["steps"])
         blocks = self.entry(self.item["blocks_at"])
 
         def block(i):
             record = b.at(blocks, b.mul(i, 2), "i32")
             self.column = b.table(record, 1)
-            b.when(has_following, lambda: self._prefetch(following))
             self._block(record)
 
         b.loop(self.item["blocks"], block)
         self._end_step(step["retired"], retired)
         return following
 
-    def _prefetch(self, at: str) -> None:
-        """Ask for what the step at this address will pack, the columns of the block at hand."""
-        b = self.b
-        step = {name: b.table(at, i) for i, name in enumerate(STEP)}
+    def prefetch_row(self, number: str) -> None:
+        """Ask for the block's columns of one of the rows that the next step will pack.
+
+        Rows are numbered: keys and values of each key row that is new to it, then its query rows.
+        One row at a time, between two key rows of a block: more would wait for each other.
+        """
+        b, at = self.b, self.following
+        key_rows = b.mul(b.table(at, STEP.index("packs")), 2)
 
         def columns(tensor, what, x, y, first):
             source = self.element(tensor, x, y, b.add(self.item[first], self.column))
             stride = self.tensors[tensor][1][2]
             b.call(self.common.ahead[self.channels[what]], ("ptr", source), ("i64", stride))
 
-        def key_row(i):
-            record = b.at(at, b.add(len(STEP), b.mul(i, PACK_WORDS)), "i32")
-            _, x, y = (b.table(record, word) for word in range(PACK_WORDS))
-            for what in ("key", "value"):
-                columns(what, what, x, y, "key")
+        def key_row():
+            place = b.mul(b.op(f"lshr i64 {number}, 1"), PACK_WORDS)
+            record = b.at(at, b.add(len(STEP), place), "i32")
+            x, y = b.table(record, 1), b.table(record, 2)
+            what = b.op(f"and i64 {number}, 1")
+            whats = ("key", "value")
+            b.switch(what, 2, [], lambda i: columns(whats[i], whats[i], x, y, "key"))
 
-        b.loop(step["packs"], key_row)
-        for tensor, what in self.packed_queries:
-            columns(tensor, what, step["a0"], step["a1"], "query")
-            columns(tensor, what, step["b0"], step["b1"], "query")
+        rows = [(*names, side) for names in self.packed_queries for side in "ab"]
+
+        def query_row(i):
+            if i < len(rows):
+                tensor, what, side = rows[i]
+                x, y = (b.table(at, STEP.index(f"{side}{axis}")) for axis in "01")
+                columns(tensor, what, x, y, "query")
+
+        def later():
+            row = b.least(b.sub(number, key_rows), len(rows))
+            b.switch(row, len(rows) + 1, [], query_row)
+
+        b.when(b.less(number, key_rows), key_row, later)
 
     def _pack_key_row(self, record: str) -> None:
         b = self.b

@@ -102,9 +102,13 @@ def pack_across(module: Module, storage: str, channels: int) -> str:
             b.prefetch(b.at("%from", ahead, kind), channels * STORAGE[storage][1])
 
         def channels_from(channel, count):
-            rows = [_read_up_to_8(b, storage, b.at(s, channel, kind), count) for s in sources]
+            places = [b.at(source, channel, kind) for source in sources]
+            if count == LANES:
+                rows = _across_from_halves(b, storage, places)
+            else:
+                rows = _transpose(b, [_read_up_to_8(b, storage, p, count) for p in places])
             place = b.at(target, b.mul(channel, "%pitch"))
-            for i, row in enumerate(_transpose(b, rows)[:count]):
+            for i, row in enumerate(rows[:count]):
                 row = b.arith("fmul", row, factor, LANES)
                 b.vstore(row, b.at(place, b.mul("%pitch", i)), LANES)
 
@@ -132,11 +136,26 @@ def _read_up_to_8(b: Builder, storage: str, pointer: str, count: int) -> str:
     return row
 
 
+def _across_from_halves(b: Builder, storage: str, places: list[str]) -> list[str]:
+    """8 channels of 8 columns, transposed: what is read are halves of 4 channels, joined in pairs.
+
+    So no element has to cross the middle of a register later, which is slower than to load it there.
+    """
+    kind, half, channels = STORAGE[storage][0], LANES // 2, []
+    for first in (0, half):
+        parts = [read(b, storage, b.at(place, first, kind), half) for place in places]
+        whole = range(LANES)
+        rows = [b.shuffle(parts[i], parts[i + half], half, whole) for i in range(half)]
+        channels += _transpose(b, rows)
+    return channels
+
+
 def _transpose(b: Builder, rows: list[str]) -> list[str]:
-    """8 vectors of 8 lanes, transposed by three rounds of interleaving."""
-    for apart in (1, 2, 4):
-        mixed = [""] * LANES
-        for i in range(LANES):
+    """8 vectors of 8 lanes transposed, or the halves of 4 each, by rounds of interleaving."""
+    size = len(rows)
+    for apart in (1, 2, 4)[: size.bit_length() - 1]:
+        mixed = [""] * size
+        for i in range(size):
             if i & apart:
                 continue
             low = [j if not j & apart else LANES + j - apart for j in range(LANES)]

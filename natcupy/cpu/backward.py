@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from natcupy.cpu import micro, pack, sums
 from natcupy.cpu.block import Block
-from natcupy.cpu.plan import LANES
+from natcupy.cpu.plan import LANES, SPREADS_AT
 from natcupy.cpu.rows import RETIRE_WORDS
 
 
@@ -38,12 +38,17 @@ class Backward(Block):
         }
         self.spreads = {}
         for what in ("key", "value"):
-            for _, channels in self.common.passes(what):
+            for _, channels in self._passes(what):
                 key = self._vectors(channels), self.pitches[what]
                 if key not in self.spreads:
                     vectors, step = key
                     keys = self.spec.common.keys
                     self.spreads[key] = sums.spread(module, machine, vectors, keys, step)
+
+    def _passes(self, what: str) -> list[tuple[int, int]]:
+        """Channels cut into what is handed out at once."""
+        width = self.machine.width(self.real)
+        return sums.spread_block(self.machine).passes(self.channels[what], width)
 
     def _vectors(self, channels: int) -> int:
         return -(-channels // self.machine.width(self.real))
@@ -166,8 +171,9 @@ class Backward(Block):
         only_slot = self.entry(2)  # a word that is 0
 
         def call(cls, weights, lane_step, rows, row_count, target):
-            before, behind = self.see(cls, weights, lane_step, rows, row_count)
-            for channel, channels in self.common.passes(what):
+            seen = SPREADS_AT, cls, weights, lane_step, rows, row_count
+            before, behind = self.see(*seen)
+            for channel, channels in self._passes(what):
                 args = [*before, ("ptr", b.at(target, channel)), ("i64", slot_step)]
                 args += [*behind, ("ptr", b.at(source, channel)), ("i64", step)]
                 b.call(self.spreads[self._vectors(channels), step], *args)

@@ -178,13 +178,16 @@ class Block(Task):
 
     # -- sums over keys ---------------------------------------------------------------------------
 
-    def see(self, cls: str, s: str, lane_step: Value, rows: Value, row_count: Value):
-        """How a class's lanes see keys: the arguments of `sums` before and behind the keys'."""
+    def see(self, groups_at: int, cls: str, s: str, lane_step: Value, rows: str, row_count: Value):
+        """How a class's lanes see keys: the arguments of `sums` before and behind the keys'.
+
+        `groups_at` is the word of the class that tells where its groups of lanes are.
+        """
         b = self.b
         args = [("ptr", s), ("i64", lane_step), ("i64", b.mul(self.span, LANES))]
         args += [("ptr", rows), ("i64", row_count)]
-        groups = self.entry(b.table(cls, GROUPS_AT))
-        return args, [("ptr", groups), ("ptr", self.table), ("i64", self.active)]
+        groups = self.entry(b.table(cls, groups_at))
+        return args, [("ptr", groups), ("ptr", self.table)]
 
     def weighted(self, what: str, s: str, tensor: str, side: int) -> None:
         """Weighted sums of packed keys or values into the block's part of a row of a tensor."""
@@ -195,7 +198,8 @@ class Block(Task):
         out = self.element(tensor, x, y, b.add(self.item["query"], self.column))
         out_step = self.tensors[tensor][1][2]
         slot_step = b.mul(self.word("key_columns"), step)
-        before, behind = self.see(self.cls, s, self.lane_step(), self.rows, self.row_count)
+        seen = GROUPS_AT, self.cls, s, self.lane_step(), self.rows, self.row_count
+        before, behind = self.see(*seen)
         for channel, channels in self.common.passes(what):
             args = [*before, ("ptr", b.at(values, channel)), ("i64", slot_step)]
             args += [*behind, ("ptr", extra_s), ("ptr", b.at(extra, channel))]

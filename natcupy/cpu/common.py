@@ -42,10 +42,9 @@ class CommonFunctions:
         return sums.weighted_sum(self.module, self.machine, *how, store)
 
     def passes(self, what: str) -> list[tuple[int, int]]:
-        """Channels cut into what fits in registers, (first channel, channels)."""
-        step = sums.VECTORS * self.machine.width(self.common.real)
-        channels = self.channels[what]
-        return [(c, min(step, channels - c)) for c in range(0, channels, step)]
+        """Channels of keys or values cut into what one weighted sum makes."""
+        width = self.machine.width(self.common.real)
+        return sums.weighted_block(self.machine).passes(self.channels[what], width)
 
     def weighted_sum(self, what: str, channels: int) -> str:
         """The function for weighted sums of so many channels of keys or values."""

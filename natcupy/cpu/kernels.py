@@ -111,7 +111,8 @@ def kernel(
         what: pitch(channels, machine, real)
         for what, channels in (("key", head_dim), ("value", value_dim))
     }
-    tuning = Tuning(pairs, singles, keys, sums.lane_group(machine))
+    blocks = sums.weighted_block(machine), sums.spread_block(machine)
+    tuning = Tuning(pairs, singles, keys, *(block.lanes for block in blocks))
     kept = head_dim + pitches["value"]
     if backward:  # keys along, and the sums of both gradients
         kept += value_dim + 2 * pitches["key"]

@@ -32,15 +32,34 @@ RING_BYTES = 768 << 10  # most for the packed rows of an item, as far as its win
 # Words of a class record.
 SPAN, MASK_AT, ACTIVE, ORIGIN, BROADCAST, GROUPS_AT = range(6)
 PAIRS_AT, PAIRS, SINGLES_AT, SINGLES = range(6, 10)  # chunks of taps, for two query rows and one
-# Words of the record of a group of lanes. Its windows are of one of three kinds: any, equal ones,
-# or each one key further than the one before.
-GROUP = ("kind", "column", "place", "keys", "runs_at", "runs")
+SPREADS_AT = 10  # like GROUPS_AT, for sums of keys
+# Words of the record of a group of lanes. Its windows are any, equal ones, or each one key further
+# than the one before.
+GROUP = ("kind", "column", "place", "keys", "runs_at", "runs", "lane", "lanes")
 BY_RUNS, SAME, SHIFTED = range(3)
 # Words of an item record.
 ITEM = (
     *("group0", "group1", "group2", "steps_at", "steps", "blocks_at", "blocks"),
     *("query", "query_columns", "key", "key_columns", "segments_at", "segments", "number"),
 )
+
+
+@dataclass(frozen=True)
+class GroupKind:
+    """How the windows of so many lanes lie to each other."""
+
+    way: int
+    lanes: int
+
+
+def group_kinds(size: int) -> list[GroupKind]:
+    """The kinds of groups of up to `size` lanes, by number, the best ones first but for the rest.
+
+    Half a group is tried before windows are taken as they come.
+    """
+    halves = [size, size // 2] if size > 2 else [size]
+    best = [GroupKind(way, lanes) for lanes in halves for way in (SAME, SHIFTED)]
+    return [GroupKind(BY_RUNS, size), *best]
 
 
 @dataclass(frozen=True)
@@ -91,6 +110,7 @@ class Tuning:
     singles: tuple[int, ...]  # for one query row
     keys: int  # that every query of a group sees in a row, unless by runs; 0 for any number
     lane_group: int  # queries whose outputs are in registers together
+    spread_group: int  # queries that are handed out to keys together
 
 
 @dataclass
@@ -174,8 +194,8 @@ class _Maker:
         mask_at = self._bytes(bits)
         addresses = [0]
         for active in range(1, LANES + 1):
-            groups = self._groups([(0, count)] * active, 0)
-            record = [self.extra_taps, mask_at, active, 0, 1, groups, *self._chunks(count)]
+            groups, spreads = self._groups([(0, count)] * active, 0)
+            record = [self.extra_taps, mask_at, active, 0, 1, groups, *self._chunks(count), spreads]
             addresses.append(self.put(record))
         self.extra_classes_at = self.put(addresses)
 
@@ -311,35 +331,53 @@ class _Maker:
         else:
             self.bias.show(kernel - 1 + origin, kernel - 1 + origin + span)
         record = [span, mask_at, len(windows), origin, int(broadcast)]
-        record += [self._groups(windows, origin), *self._chunks(count)]
+        groups, spreads = self._groups(windows, origin)
+        record += [groups, *self._chunks(count), spreads]
         self.span = max(self.span, span)
         self.classes[windows] = self.put(record), origin, span
         return self.classes[windows]
 
-    def _groups(self, windows, origin: int) -> int:
-        """Address of the records of the groups of lanes that are active."""
-        size, records = self.tuning.lane_group, []
-        for start in range(0, len(windows), size):
-            group = windows[start : start + size]
-            (low, high), keys = group[0], group[0][1] - group[0][0]
-            by_lane = [(a - low, b - high) for a, b in group]
-            kind = BY_RUNS
-            if len(group) == size and keys == (self.tuning.keys or keys):
-                if by_lane == [(0, 0)] * size:
-                    kind = SAME
-                elif by_lane == [(i, i) for i in range(size)] and keys >= size:
-                    kind = SHIFTED
-            runs = self._runs(group, origin) if kind == BY_RUNS else []
-            records += [kind, low, low - origin, keys, self.put(runs), len(runs) // 4]
-        return self.put(records)
+    def _groups(self, windows, origin: int) -> tuple[int, int]:
+        """Addresses of the records of the groups of lanes that are active, to sum and to spread."""
+        size, spread = self.tuning.lane_group, self.tuning.spread_group
+        groups = self._groups_of(size, windows, origin)
+        if not self.backward or size == spread:
+            return groups, groups
+        return groups, self._groups_of(spread, windows, origin)
 
-    def _runs(self, group, origin: int) -> list[int]:
+    def _groups_of(self, size: int, windows, origin: int) -> int:
+        """Address of the number of groups of up to `size` lanes, and of their records behind it."""
+        records, first = [], 0
+        while first < len(windows):
+            kind, group = self._next_group(size, windows[first:])
+            low, keys = group[0][0], group[0][1] - group[0][0]
+            runs = self._runs(size, group, origin) if kind == 0 else []
+            records += [kind, low, low - origin, keys, self.put(runs), len(runs) // 4]
+            records += [first, len(group)]
+            first += len(group)
+        return self.put([len(records) // len(GROUP), *records])
+
+    def _next_group(self, size: int, windows):
+        """The number of the kind of the next group of lanes, and their windows."""
+        (low, high), fixed = windows[0], self.tuning.keys
+        for number, kind in enumerate(group_kinds(size)):
+            group = windows[: kind.lanes]
+            if kind.way == BY_RUNS or len(group) < kind.lanes or fixed not in (0, high - low):
+                continue
+            step = 1 if kind.way == SHIFTED else 0
+            if step and high - low < kind.lanes:
+                continue
+            if all(w == (low + i * step, high + i * step) for i, w in enumerate(group)):
+                return number, group
+        return 0, windows[:size]
+
+    def _runs(self, size: int, group, origin: int) -> list[int]:
         """The runs of a group of lanes.
 
         A run is consecutive keys seen by the same lanes: (column, place among the logits, number of
         keys, case), where the case names the first and last lane; see `lane_cases`.
         """
-        cases = {lanes: i for i, lanes in enumerate(lane_cases(self.tuning.lane_group))}
+        cases = {lanes: i for i, lanes in enumerate(lane_cases(size))}
         runs: list[list[int]] = []
         for key in range(min(a for a, _ in group), max(b for _, b in group)):
             lanes = [i for i, (a, b) in enumerate(group) if a <= key < b]

@@ -8,17 +8,37 @@ query that must not see it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from natcupy.cpu.cuts import lane_cases
 from natcupy.cpu.emit import Builder, Machine, Module
-from natcupy.cpu.plan import BY_RUNS, GROUP, LANES, SAME, SHIFTED
+from natcupy.cpu.plan import BY_RUNS, GROUP, LANES, SAME, SHIFTED, group_kinds
 from natcupy.cpu.rows import ROW_WORDS
 
-VECTORS = 4  # registers of channels that one pass over the keys holds per query
+@dataclass(frozen=True)
+class Block:
+    """What is in registers while keys pass by: so many vectors of channels of so many queries."""
+
+    lanes: int
+    vectors: int
+
+    def passes(self, channels: int, width: int) -> list[tuple[int, int]]:
+        """Channels cut into what fits, (first channel, channels)."""
+        step = self.vectors * width
+        return [(c, min(step, channels - c)) for c in range(0, channels, step)]
 
 
-def lane_group(machine: Machine) -> int:
-    """Queries whose outputs are in registers together."""
-    return 4 if machine.registers >= 32 else 2
+def weighted_block(machine: Machine) -> Block:
+    """The outputs that `weighted_sum` adds up: each row of a key is loaded once for all lanes."""
+    return Block(4, 4) if machine.registers >= 32 else Block(2, 4)
+
+
+def spread_block(machine: Machine) -> Block:
+    """The rows that `spread` hands out: each sum of a key is loaded and stored once for all lanes.
+
+    Stores are dear, so there are more lanes.
+    """
+    return Block(4, 4) if machine.registers >= 32 else Block(4, 2)
 
 
 def weighted_sum(
@@ -30,7 +50,7 @@ def weighted_sum(
     number, vector)` writes into the tensor. The weights of one key lie `lane_step` apart; every
     lane sees all additional keys, whose weights are neighbors. `keys` is `Spec.keys`.
     """
-    lanes, width = lane_group(machine), machine.width(module.real)
+    lanes, width = weighted_block(machine).lanes, machine.width(module.real)
     name = f"weighted_{vectors}_{step}_{store.name}"
     b = module.function(
         name,
@@ -48,9 +68,9 @@ def weighted_sum(
                 sums[place] = b.fma(weight, row, sums[place], width)
         return sums
 
-    def group(first, record):
+    def group(first, words):
         sums = [(kind, "zeroinitializer")] * (lanes * vectors)
-        sums = _see_keys(b, lanes, keys, step, first, record, sums, accumulate)
+        sums = _see_keys(b, lanes, keys, step, words, sums, accumulate)
 
         def extra(i, sums):
             weights = b.at("%extra_s", b.add(b.mul(i, LANES), first))
@@ -66,20 +86,20 @@ def weighted_sum(
                 for v in range(vectors):
                     store(b, out, v, b.arith("fmul", sums[lane * vectors + v], factor, width))
 
-            b.when(b.less(b.add(first, lane), "%active"), write)
+            b.when(b.less(lane, words["lanes"]), write)
 
-    _for_groups(b, lanes, group)
+    _for_groups(b, group)
     module.finish(b)
     return name
 
 
 def spread(module: Module, machine: Machine, vectors: int, keys: int, step: int) -> str:
     """The mirror of `weighted_sum`: sums[key] += s[key][lane] * row[lane] over a block's lanes."""
-    lanes, width = lane_group(machine), machine.width(module.real)
+    lanes, width = spread_block(machine).lanes, machine.width(module.real)
     name = f"spread_{vectors}_{step}"
     b = module.function(name, f"{_COMMON}, ptr from, i64 from_step")
 
-    def group(first, record):
+    def group(first, words):
         source = []
         for lane in range(lanes):
             at = b.at("%from", b.mul("%from_step", b.add(first, lane)))
@@ -95,36 +115,36 @@ def spread(module: Module, machine: Machine, vectors: int, keys: int, step: int)
                 b.vstore(total, place, width)
             return []
 
-        _see_keys(b, lanes, keys, step, first, record, [], accumulate)
+        _see_keys(b, lanes, keys, step, words, [], accumulate)
 
-    _for_groups(b, lanes, group)
+    _for_groups(b, group)
     module.finish(b)
     return name
 
 
-# How a block's lanes see keys, common to both: weights, key rows, groups of lanes, lanes in use.
+# How a block's lanes see keys, common to both: weights, key rows, groups of lanes.
 _COMMON = (
     "ptr s, i64 lane_step, i64 row_span, ptr rows, i64 row_count, ptr values, i64 slot_step, "
-    "ptr groups, ptr table, i64 active"
+    "ptr groups, ptr table"
 )
 
 
-def _for_groups(b: Builder, lanes: int, body) -> None:
-    """`body(first lane, record)` for each group of lanes in use."""
+def _for_groups(b: Builder, body) -> None:
+    """`body(first lane, its words)` for each group of lanes in use."""
 
-    def one(first):
-        number = b.op(f"sdiv exact i64 {first}, {lanes}")
-        body(first, b.at("%groups", b.mul(number, len(GROUP)), "i32"))
+    def one(number):
+        record = b.at("%groups", b.add(b.mul(number, len(GROUP)), 1), "i32")
+        group = {name: b.table(record, i) for i, name in enumerate(GROUP)}
+        body(group["lane"], group)
 
-    b.loop("%active", one, lanes)
+    b.loop(b.table("%groups", 0), one)
 
 
-def _see_keys(b: Builder, lanes: int, keys, step, first, record, carried, accumulate) -> list:
-    """All keys of a group of lanes, row after row, by the kind of its record."""
-    group = {name: b.table(record, i) for i, name in enumerate(GROUP)}
+def _see_keys(b: Builder, lanes: int, keys, step, group, carried, accumulate) -> list:
+    """All keys of a group of up to `lanes` lanes, row after row, by the kind of its record."""
     steps = [b.mul("%lane_step", lane) for lane in range(lanes)]
     kinds = [kind for kind, _ in carried]
-    weights = b.at("%s", b.mul("%lane_step", first))
+    weights = b.at("%s", b.mul("%lane_step", group["lane"]))
 
     def one_key(state, begin, end):
         """A key that lanes begin .. end - 1 see; on to the next."""
@@ -140,17 +160,10 @@ def _see_keys(b: Builder, lanes: int, keys, step, first, record, carried, accumu
         start = list(zip(["ptr", "ptr", *kinds], state, strict=True))
         return b.fold_some(count, start, lambda _, state: one_key(state, begin, end))
 
-    def rows(see):
-        def key_row(i, sums):
-            values = b.at("%values", b.mul(b.table("%rows", b.mul(i, ROW_WORDS)), "%slot_step"))
-            return see(values, b.at(weights, b.mul(i, "%row_span")), sums)
-
-        return b.fold_some("%row_count", carried, key_row)
-
     def state_at(values, weights, column, place, sums):
         return [b.at(values, b.mul(column, step)), b.at(weights, b.mul(place, LANES)), *sums]
 
-    def by_runs(values, weights, sums):
+    def by_runs(_, values, weights, sums):
         cases = lane_cases(lanes)
         runs = b.at("%table", group["runs_at"], "i32")
 
@@ -165,21 +178,30 @@ def _see_keys(b: Builder, lanes: int, keys, step, first, record, carried, accumu
 
         return b.fold(0, group["runs"], list(zip(kinds, sums, strict=True)), run)
 
-    def same(values, weights, sums):
+    def same(size, values, weights, sums):
         state = state_at(values, weights, group["column"], group["place"], sums)
-        return consecutive(keys or group["keys"], state, 0, lanes)[2:]
+        return consecutive(keys or group["keys"], state, 0, size)[2:]
 
-    def shifted(values, weights, sums):
+    def shifted(size, values, weights, sums):
+        if 0 < keys < size:  # no key that all lanes see, and the plan has no such group
+            return sums
         state = state_at(values, weights, group["column"], group["place"], sums)
-        for end in range(1, lanes):
+        for end in range(1, size):
             state = one_key(state, 0, end)
-        both = keys - (lanes - 1) if keys else b.sub(group["keys"], lanes - 1)
-        state = consecutive(both, state, 0, lanes)
-        for begin in range(1, lanes):
-            state = one_key(state, begin, lanes)
+        both = keys - (size - 1) if keys else b.sub(group["keys"], size - 1)
+        state = consecutive(both, state, 0, size)
+        for begin in range(1, size):
+            state = one_key(state, begin, size)
         return state[2:]
 
-    ways = {BY_RUNS: by_runs, SAME: same, SHIFTED: shifted}
-    if 0 < keys < lanes:  # no key that all lanes see
-        ways[SHIFTED] = by_runs
+    def rows(kind):
+        see = {BY_RUNS: by_runs, SAME: same, SHIFTED: shifted}[kind.way]
+
+        def key_row(i, sums):
+            values = b.at("%values", b.mul(b.table("%rows", b.mul(i, ROW_WORDS)), "%slot_step"))
+            return see(kind.lanes, values, b.at(weights, b.mul(i, "%row_span")), sums)
+
+        return b.fold_some("%row_count", carried, key_row)
+
+    ways = group_kinds(lanes)
     return b.switch(group["kind"], len(ways), kinds, lambda kind: rows(ways[kind]))

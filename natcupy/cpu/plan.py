@@ -267,7 +267,9 @@ class _Maker:
             fit = RING_BYTES // (row_bytes * min(members[0], self.shape.kernel_size[0]))
             count = -(-length // max(fit - kernel_size, kernel_size, 8))
         elif self.backward:
-            count = length // max(2 * (kernel_size - 1), 14)
+            # rows between two stripes are packed twice: many stripes are for large maps only
+            around = max(kernel_size - 1, 7)
+            count = max(length // (4 * around), min(2, length // (2 * around)))
         else:
             count = min(wanted, length // max(kernel_size, 4))
         return cut(length, max(1, count), 2)

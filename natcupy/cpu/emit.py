@@ -218,10 +218,15 @@ class Builder:
         larger = self.op(f"fcmp ogt {kind} {a}, {b}")
         return self.op(f"select <{lanes} x i1> {larger}, {kind} {a}, {kind} {b}")
 
-    def select_bits(self, pointer: str, a: str, b: str, lanes: int) -> str:
-        """Lane i of a where bit i of the byte at `pointer` is set, else of b; 8 lanes."""
-        bits = self.op(f"bitcast i8 {self.load('i8', pointer, 1)} to <8 x i1>")
-        return self.op(f"select <8 x i1> {bits}, {self.vec(lanes)} {a}, {self.vec(lanes)} {b}")
+    def lanes_seen(self, pointer: str, lanes: int) -> str:
+        """True in the lanes whose 32-bit integer of a mask is negative."""
+        mask = self.load(f"<{lanes} x i32>", pointer)
+        return self.op(f"icmp slt <{lanes} x i32> {mask}, zeroinitializer")
+
+    def choose_lanes(self, seen: str, a: str, b: str, lanes: int) -> str:
+        """A where `seen`, else b."""
+        kind = self.vec(lanes)
+        return self.op(f"select <{lanes} x i1> {seen}, {kind} {a}, {kind} {b}")
 
     # -- control ----------------------------------------------------------------------------------
 

@@ -81,8 +81,8 @@ def logits(module: Module, rows: int, sizes: tuple[int, ...]) -> None:
     s[tap][lane] = bias + sum over channels of at[channel][lane] * keys[channel][tap (+ lane)]
 
     A tap's bias is one number at bias + tap; in a broadcast class the lanes have one each, from
-    bias - tap on (a mirrored row). `mask` holds a byte per tap, the lanes that see it, or is null;
-    lanes that do not see a tap get `blank` there.
+    bias - tap on (a mirrored row). `mask` holds a number per tap and lane, negative in lanes that
+    see it, or is null; lanes that do not see a tap get `blank` there.
     """
     outs = ", ".join(f"ptr at{r}, ptr s{r}, ptr bias{r}" for r in range(rows))
     b = module.function(
@@ -140,10 +140,11 @@ def _chunk(b: Builder, rows: int, broadcast: bool, size: int, first: str) -> Non
                 b.vstore(sums[r * size + tap], b.at(out, tap * LANES), LANES)
 
     def masked():
-        blank, mask = b.splat("%blank", LANES), b.at("%mask", first, "i8")
+        blank, mask = b.splat("%blank", LANES), b.at("%mask", b.mul(first, LANES), "i32")
         for tap in range(size):
+            seen = b.lanes_seen(b.at(mask, tap * LANES, "i32"), LANES)
             for r, out in enumerate(outs):
-                x = b.select_bits(b.at(mask, tap, "i8"), sums[r * size + tap], blank, LANES)
+                x = b.choose_lanes(seen, sums[r * size + tap], blank, LANES)
                 b.vstore(x, b.at(out, tap * LANES), LANES)
 
     b.when(b.op("icmp eq ptr %mask, null"), plain, masked)
@@ -207,8 +208,8 @@ def logit_gradients(module: Module) -> None:
     delta = b.arith("fmul", _dot(b, b.add(vectors, "%extra")), scale, LANES)
     delta = b.arith("fsub", delta, b.vload("%grad_lse", LANES), LANES)
     masked = b.op("icmp ne ptr %mask, null")
-    full = b.op("alloca i8")
-    b.do(f"store i8 -1, ptr {full}")
+    full = b.op(f"alloca <{LANES} x i32>")
+    b.do(f"store <{LANES} x i32> splat (i32 -1), ptr {full}")
 
     def gradient(place):
         s_at, d_at = b.at("%s", b.mul(place, LANES)), b.at("%d", b.mul(place, LANES))
@@ -221,8 +222,8 @@ def logit_gradients(module: Module) -> None:
 
     def add_to(pointer, row, tap):
         change = gradient(b.add(b.mul(row, "%span"), tap))
-        bits = b.op(f"select i1 {masked}, ptr {b.at('%mask', tap, 'i8')}, ptr {full}")
-        change = b.select_bits(bits, change, "zeroinitializer", LANES)
+        mask = b.choose(masked, b.at("%mask", b.mul(tap, LANES), "i32"), full, "ptr")
+        change = b.choose_lanes(b.lanes_seen(mask, LANES), change, "zeroinitializer", LANES)
         b.vstore(b.arith("fadd", b.vload(pointer, LANES), change, LANES), pointer, LANES)
 
     def bias_row(row):

@@ -190,8 +190,7 @@ class _Maker:
         """One class per number of active lanes: every lane sees every additional key."""
         count = self.shape.extra
         self.extra_taps = end_of(cover(count, self.tuning.singles), self.tuning.singles)
-        bits = bytes([255] * count + [0] * (self.extra_taps - count))
-        mask_at = self._bytes(bits)
+        mask_at = self.put([-1] * LANES * count + [0] * LANES * (self.extra_taps - count))
         addresses = [0]
         for active in range(1, LANES + 1):
             groups, spreads = self._groups([(0, count)] * active, 0)
@@ -322,12 +321,12 @@ class _Maker:
         origin, count = (column, columns) if broadcast else (tap, taps)
         span = end_of(by_column if broadcast else by_tap, sizes)
         assert span == end_of(cover(count, self.tuning.singles), self.tuning.singles)
-        bits = []
+        mask = []
         for s in range(span):
             keys = [origin + s + (0 if broadcast else i) for i in range(len(windows))]
-            seen = (a <= key < b for key, (a, b) in zip(keys, windows, strict=True))
-            bits.append(sum(1 << i for i, yes in enumerate(seen) if yes))
-        mask_at = 0 if all(b == 255 for b in bits) else self._bytes(bytes(bits))
+            seen = [-(a <= key < b) for key, (a, b) in zip(keys, windows, strict=True)]
+            mask += seen + [0] * (LANES - len(windows))
+        mask_at = self.put(mask) if 0 in mask else 0
         if broadcast:  # lane i of key s has mirrored bias kernel - 1 - origin - s + i
             self.mirror.show(kernel - origin - span, kernel - 1 - origin + LANES)
         else:
@@ -400,12 +399,6 @@ class _Maker:
             chunks = cover(count, sizes) if sizes else []
             words += [self.put([word for chunk in chunks for word in chunk]), len(chunks)]
         return words
-
-    def _bytes(self, data: bytes) -> int:
-        data += bytes(-len(data) % 4)
-        return self.put(
-            [int.from_bytes(data[i : i + 4], "little", signed=True) for i in range(0, len(data), 4)]
-        )
 
     # -- the end ----------------------------------------------------------------------------------
 

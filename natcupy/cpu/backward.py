@@ -11,6 +11,7 @@ from natcupy.cpu import micro, pack, sums
 from natcupy.cpu.block import Block
 from natcupy.cpu.plan import LANES, SPREADS_AT
 from natcupy.cpu.rows import RETIRE_WORDS
+from natcupy.cpu.task import Side
 
 
 class Backward(Block):
@@ -91,27 +92,26 @@ class Backward(Block):
             size = self.b.mul(self.word("key_columns"), self.pitches[what])
             self.zero_columns(f"{what}_sums", size, self.b.mul(slot, size))
 
-    def _query_row_packed(self, side: int) -> None:
+    def _query_row_packed(self, side: Side) -> None:
         b, width = self.b, self.word("query_pitch")
         jobs = (("query", "query_along", "key"), ("grad_out", "grad_along", "value"))
         for tensor, along, what in jobs:
-            to = self.side_buffer(along, side, b.mul(width, self.pitches[what]))
+            to = self.side_buffer(along, side.number, b.mul(width, self.pitches[what]))
             args = [("ptr", to), ("i64", self.pitches[what]), *self.query_row(tensor, side)]
             b.call(self.common.along[self.channels[what]], *args)
         channels = self.channels["value"]
-        to = self.side_buffer("grad_across", side, b.mul(width, channels))
+        to = self.side_buffer("grad_across", side.number, b.mul(width, channels))
         args = [("ptr", to), ("i64", width), *self.query_row("grad_out", side)]
         b.call(self.common.across[channels], *args, (self.real, b.number(1.0)))
         self._pack_grad_lse(side)
 
-    def _pack_grad_lse(self, side: int) -> None:
+    def _pack_grad_lse(self, side: Side) -> None:
         b = self.b
-        _, x, y, _, _ = self.sides[side]
-        row = self.side_buffer("grad_lse_rows", side, self.word("query_pitch"))
+        row = self.side_buffer("grad_lse_rows", side.number, self.word("query_pitch"))
         pointer = self.pointer("grad_lse")
 
         def copy():
-            base, step = self.lse_row(pointer, x, y)
+            base, step = self.lse_row(pointer, side.x, side.y)
 
             def one(i):
                 value = b.load(b.real, b.at(base, b.mul(i, step)), self.real_bytes)
@@ -123,9 +123,9 @@ class Backward(Block):
 
     # -- one of the two query rows of a block -----------------------------------------------------
 
-    def _finish_side(self, side: int, s: str) -> None:
+    def _finish_side(self, side: Side, s: str) -> None:
         b = self.b
-        grads = self.buffer(f"grads_{'ab'[side]}")
+        grads = self.buffer_of("grads", side)
         self._gradients_of_logits(side, s, grads)
         scale = b.splat(self.as_real(self.scale()), LANES)
         b.vstore(scale, self.buffer("factor"), LANES)
@@ -140,7 +140,7 @@ class Backward(Block):
 
         b.when(self.is_set("want_key_value"), keys_and_values)
 
-    def _gradients_of_logits(self, side: int, s: str, grads: str) -> None:
+    def _gradients_of_logits(self, side: Side, s: str, grads: str) -> None:
         b = self.b
         middle = self.bias_middle()
         tap = b.mul(b.sum(self.word("bias_lead"), middle, self.origin), LANES)
@@ -153,18 +153,18 @@ class Backward(Block):
         )
         steps = self.word("mirror_pitch"), b.mul(self.word("bias_pitch"), LANES)
         kind = b.choose(self.is_set("want_rpb"), b.add(self.broadcast, 1), 0)
-        grad_lse = self.side_buffer("grad_lse_rows", side, self.word("query_pitch"))
+        grad_lse = self.side_buffer("grad_lse_rows", side.number, self.word("query_pitch"))
         grad_lse = b.at(grad_lse, self.column)
-        args = [("ptr", s), ("ptr", grads), ("ptr", self.rows), ("i64", self.row_count)]
+        args = [("ptr", s), ("ptr", grads), ("ptr", side.rows), ("i64", side.row_count)]
         args += [("i64", self.span), ("i64", self.word("extra_taps"))]
         args += [("ptr", self.buffer("sum")), ("ptr", grad_lse), ("ptr", self.mask), ("ptr", bias)]
         args += [("i64", b.choose(self.is_broadcast, *steps)), ("i64", kind)]
         b.call("logit_gradients", *args)
 
-    def _spread(self, what: str, side: int, s: str, along: str) -> None:
+    def _spread(self, what: str, side: Side, s: str, along: str) -> None:
         """Add each lane's row, weighted, to the sums of the keys it sees."""
         b, step = self.b, self.pitches[what]
-        source = self.side_buffer(along, side, b.mul(self.word("query_pitch"), step))
+        source = self.side_buffer(along, side.number, b.mul(self.word("query_pitch"), step))
         source = b.at(source, b.mul(self.column, step))
         slot_step = b.mul(self.word("key_columns"), step)
         first = b.at(self.buffer(f"{what}_sums"), b.mul(self.place, step))
@@ -178,7 +178,7 @@ class Backward(Block):
                 args += [*behind, ("ptr", b.at(source, channel)), ("i64", step)]
                 b.call(self.spreads[self._vectors(channels), step], *args)
 
-        call(self.cls, s, self.lane_step(), self.rows, self.row_count, first)
+        call(self.cls, s, self.lane_step(), side.rows, side.row_count, first)
 
         def outside():
             target = self.buffer(f"extra_{what}_sums")

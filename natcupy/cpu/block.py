@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from natcupy.cpu.emit import Value
 from natcupy.cpu.plan import ACTIVE, BROADCAST, GROUPS_AT, LANES, MASK_AT, ORIGIN, SPAN
 from natcupy.cpu.rows import ENTRY_WORDS
-from natcupy.cpu.task import Task
+from natcupy.cpu.task import Side, Task
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Block(Task):
     #: (keys or values, their buffer, the query side's buffer, the results') of each set of logits
     logit_jobs: tuple[tuple[str, str, str, str], ...]
 
-    def _finish_side(self, side: int, s: str) -> None:
+    def _finish_side(self, side: Side, s: str) -> None:
         """After the softmax of one of the two query rows; its weights are at `s`."""
         raise NotImplementedError
 
@@ -57,8 +57,7 @@ class Block(Task):
             self._entry(b.at(self.entries, b.mul(i, ENTRY_WORDS), "i32"), jobs)
 
         b.loop(self.entry_count, entry)
-        self._side(0)
-        b.when(self.has_b, lambda: self._side(1))
+        self.for_sides(self._side)
 
     # -- logits -----------------------------------------------------------------------------------
 
@@ -119,7 +118,7 @@ class Block(Task):
         args += [("i64", width), ("i64", self.channels[what])]
         return [*args, ("ptr", mask), (self.real, blank)]
 
-    def _query_args(self, queries: str, channels: int, side: int) -> tuple[str, str]:
+    def _query_args(self, queries: str, channels: int, side: Value) -> tuple[str, str]:
         size = self.b.mul(self.word("query_pitch"), channels)
         return "ptr", self.b.at(self.side_buffer(queries, side, size), self.column)
 
@@ -145,27 +144,26 @@ class Block(Task):
 
     # -- one of the two query rows ----------------------------------------------------------------
 
-    def _side(self, side: int) -> None:
+    def _side(self, side: Side) -> None:
         b = self.b
-        letter, _, _, self.rows, self.row_count = self.sides[side]
-        s = self.buffer(f"logits_{letter}")
-        self.vectors = b.mul(self.row_count, self.span)
+        s = self.buffer_of("logits", side)
+        self.vectors = b.mul(side.row_count, self.span)
         b.when(self.is_set("extra"), lambda: self._extra_logits(side))
         total = b.add(self.vectors, self.word("extra_taps"))
         results = [("ptr", self.buffer("max")), ("ptr", self.buffer("sum"))]
         b.call("softmax", ("ptr", s), ("i64", total), *results)
         self._finish_side(side, s)
 
-    def _extra_logits(self, side: int) -> None:
+    def _extra_logits(self, side: Side) -> None:
         """Logits with the additional keys, behind those of the window."""
         b = self.b
         for what, _, queries, results in self.logit_jobs:
             channels = self.channels[what]
-            s = b.at(self.buffer(f"{results}_{'ab'[side]}"), b.mul(self.vectors, LANES))
+            s = b.at(self.buffer_of(results, side), b.mul(self.vectors, LANES))
             mask = self.entry(b.table(self.extra_class, MASK_AT))
             keys, width = self.buffer(f"extra_{what}s_across"), self.word("extra_pitch")
             args = [*self._logit_args(self.extra_class, width, what, mask), ("ptr", keys)]
-            args.append(self._query_args(queries, channels, side))
+            args.append(self._query_args(queries, channels, side.number))
             b.call("logits1", *args, ("ptr", s), ("ptr", self._no_bias()))
 
     def behind(self, s: str) -> str:
@@ -189,16 +187,15 @@ class Block(Task):
         groups = self.entry(b.table(cls, groups_at))
         return args, [("ptr", groups), ("ptr", self.table)]
 
-    def weighted(self, what: str, s: str, tensor: str, side: int) -> None:
+    def weighted(self, what: str, s: str, tensor: str, side: Side) -> None:
         """Weighted sums of packed keys or values into the block's part of a row of a tensor."""
         b, step = self.b, self.pitches[what]
-        _, x, y, _, _ = self.sides[side]
         values = b.at(self.buffer(f"{what}s_along"), b.mul(self.place, step))
         extra, extra_s = self.buffer(f"extra_{what}s_along"), self.behind(s)
-        out = self.element(tensor, x, y, b.add(self.item["query"], self.column))
+        out = self.element(tensor, side.x, side.y, b.add(self.item["query"], self.column))
         out_step = self.tensors[tensor][1][2]
         slot_step = b.mul(self.word("key_columns"), step)
-        seen = GROUPS_AT, self.cls, s, self.lane_step(), self.rows, self.row_count
+        seen = GROUPS_AT, self.cls, s, self.lane_step(), side.rows, side.row_count
         before, behind = self.see(*seen)
         for channel, channels in self.common.passes(what):
             args = [*before, ("ptr", b.at(values, channel)), ("i64", slot_step)]

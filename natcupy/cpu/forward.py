@@ -9,8 +9,8 @@ import math
 
 from natcupy.cpu import micro
 from natcupy.cpu.block import Block
-from natcupy.cpu.emit import Value
 from natcupy.cpu.plan import LANES
+from natcupy.cpu.task import Side
 
 
 class Forward(Block):
@@ -27,23 +27,22 @@ class Forward(Block):
         self.begin_key_head()
         self.query_head()
 
-    def _finish_side(self, side: int, s: str) -> None:
+    def _finish_side(self, side: Side, s: str) -> None:
         b = self.b
-        _, x, y, _, _ = self.sides[side]
         total = b.vload(self.buffer("sum"), LANES)
         factor = b.arith("fdiv", b.fill(1.0, LANES), total, LANES)
         b.vstore(factor, self.buffer("factor"), LANES)
-        self._write_lse(x, y, total)
+        self._write_lse(side, total)
         self.weighted("value", s, "out", side)
 
-    def _write_lse(self, x: Value, y: Value, total: str) -> None:
+    def _write_lse(self, side: Side, total: str) -> None:
         b = self.b
         high = b.vload(self.buffer("max"), LANES)
         lse = b.arith("fadd", high, micro.log2(b, total), LANES)
         lse = b.arith("fmul", lse, b.fill(math.log(2), LANES), LANES)
         values = self.buffer("lse")
         b.vstore(lse, values, LANES)
-        base, step = self.lse_row(self.pointer("lse"), x, y)
+        base, step = self.lse_row(self.pointer("lse"), side.x, side.y)
 
         def one(i):
             number = b.load(b.real, b.at(values, i), self.real_bytes)

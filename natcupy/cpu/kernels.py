@@ -66,25 +66,23 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def tap_sizes(kernel_size: int, rows: int, registers: int) -> tuple[int, ...]:
-    """Numbers of taps to keep in registers: even shares of an inner and of a border window."""
-    each = max(1, registers // rows)
-    sizes = set()
-    for taps in (kernel_size, kernel_size + kernel_size // 2):
-        sizes.add(-(-taps // -(-taps // each)))
-    return tuple(sorted(sizes))
+def share(taps: int, most: int) -> int:
+    """Size of the even shares into which so many taps are cut, each no larger than `most`."""
+    return -(-taps // -(-taps // max(1, most)))
 
 
 def logit_sizes(shape: Shape, registers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """`tap_sizes` for two query rows and for one; the smallest one is common to both.
+    """Numbers of taps to keep in registers, for two query rows and for one.
 
-    So any number of taps ends at the same place in both.
+    Shares of an inner window, and of one at a border where most of the work is. The smallest one is
+    common to both, so that any number of taps ends at the same place in both.
     """
-    singles = tap_sizes(shape.kernel_size[2], 1, registers)
+    inner = shape.kernel_size[2]
+    border = inner + inner // 2
     if shape.lengths[0] * shape.lengths[1] == 1:
-        return (), singles
-    pairs = tap_sizes(shape.kernel_size[2], 2, registers)
-    return pairs, tuple(sorted({pairs[0], *singles}))
+        return (), tuple(sorted({share(inner, registers), share(border, registers)}))
+    pairs = sorted({share(inner, registers // 2), share(border, registers // 2)})
+    return tuple(pairs), tuple(sorted({pairs[0], share(inner, registers)}))
 
 
 @functools.lru_cache(maxsize=512)

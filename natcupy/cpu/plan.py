@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from typing import NamedTuple
 
 import torch
 
@@ -44,8 +45,7 @@ ITEM = (
 )
 
 
-@dataclass(frozen=True)
-class GroupKind:
+class GroupKind(NamedTuple):
     """How the windows of so many lanes lie to each other."""
 
     way: int
@@ -53,13 +53,13 @@ class GroupKind:
 
 
 def group_kinds(size: int) -> list[GroupKind]:
-    """The kinds of groups of up to `size` lanes, by number, the best ones first but for the rest.
+    """The kinds of groups of up to `size` lanes, by number; all but the first in order of choice.
 
-    Half a group is tried before windows are taken as they come.
+    Windows that are not alike enough for half a group are taken as they come, so many at once.
     """
     halves = [size, size // 2] if size > 2 else [size]
-    best = [GroupKind(way, lanes) for lanes in halves for way in (SAME, SHIFTED)]
-    return [GroupKind(BY_RUNS, size), *best]
+    alike = [GroupKind(way, lanes) for lanes in halves for way in (SAME, SHIFTED)]
+    return [GroupKind(BY_RUNS, halves[-1]), *alike]
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class _Maker:
         mask_at = self.put([-1] * LANES * count + [0] * LANES * (self.extra_taps - count))
         addresses = [0]
         for active in range(1, LANES + 1):
-            groups, spreads = self._groups([(0, count)] * active, 0)
+            groups, spreads = self._groups(((0, count),) * active, 0)
             record = [self.extra_taps, mask_at, active, 0, 1, groups, *self._chunks(count), spreads]
             addresses.append(self.put(record))
         self.extra_classes_at = self.put(addresses)
@@ -348,29 +348,29 @@ class _Maker:
 
     def _groups_of(self, size: int, windows, origin: int) -> int:
         """Address of the number of groups of up to `size` lanes, and of their records behind it."""
-        records, first = [], 0
+        records, first, kinds = [], 0, group_kinds(size)
         while first < len(windows):
-            kind, group = self._next_group(size, windows[first:])
+            number = self._next_kind(kinds, windows[first:])
+            group = windows[first : first + kinds[number].lanes]
             low, keys = group[0][0], group[0][1] - group[0][0]
-            runs = self._runs(size, group, origin) if kind == 0 else []
-            records += [kind, low, low - origin, keys, self.put(runs), len(runs) // 4]
+            runs = [] if number else self._runs(kinds[0].lanes, group, origin)
+            records += [number, low, low - origin, keys, self.put(runs), len(runs) // 4]
             records += [first, len(group)]
             first += len(group)
         return self.put([len(records) // len(GROUP), *records])
 
-    def _next_group(self, size: int, windows):
-        """The number of the kind of the next group of lanes, and their windows."""
+    def _next_kind(self, kinds: list[GroupKind], windows) -> int:
+        """The number of the kind of the next group of lanes."""
         (low, high), fixed = windows[0], self.tuning.keys
-        for number, kind in enumerate(group_kinds(size)):
-            group = windows[: kind.lanes]
-            if kind.way == BY_RUNS or len(group) < kind.lanes or fixed not in (0, high - low):
+        if fixed not in (0, high - low):
+            return 0
+        for number, (way, lanes) in enumerate(kinds[1:], 1):
+            step = int(way == SHIFTED)
+            if len(windows) < lanes or (step and high - low < lanes):
                 continue
-            step = 1 if kind.way == SHIFTED else 0
-            if step and high - low < kind.lanes:
-                continue
-            if all(w == (low + i * step, high + i * step) for i, w in enumerate(group)):
-                return number, group
-        return 0, windows[:size]
+            if windows[:lanes] == tuple((low + i * step, high + i * step) for i in range(lanes)):
+                return number
+        return 0
 
     def _runs(self, size: int, group, origin: int) -> list[int]:
         """The runs of a group of lanes.

@@ -163,8 +163,8 @@ def _see_keys(b: Builder, lanes: int, keys, step, group, carried, accumulate) ->
     def state_at(values, weights, column, place, sums):
         return [b.at(values, b.mul(column, step)), b.at(weights, b.mul(place, LANES)), *sums]
 
-    def by_runs(_, values, weights, sums):
-        cases = lane_cases(lanes)
+    def by_runs(size, values, weights, sums):
+        cases = lane_cases(size)
         runs = b.at("%table", group["runs_at"], "i32")
 
         def run(i, sums):

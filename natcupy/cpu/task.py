@@ -11,12 +11,26 @@ This room holds what comes before the arithmetic: taking a task, finding its ten
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from natcupy.cpu.common import CommonFunctions
 from natcupy.cpu.emit import REAL_BYTES, Machine, Module, Value
 from natcupy.cpu.plan import ITEM
 from natcupy.cpu.rows import ENTRY_WORDS, PACK_WORDS, RETIRE_WORDS, ROW_WORDS, STEP
 from natcupy.cpu.spec import STRIDES, WORDS, Spec
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two query rows of a step, which one is known at run time."""
+
+    number: Value
+    is_b: str
+    x: str  # indices on the two outer axes
+    y: str
+    rows: str  # address of the key rows that it sees
+    row_count: str
 
 
 class Task:
@@ -61,7 +75,7 @@ class Task:
     def _key_row_packed(self, slot: str) -> None:
         """After a key row went into the ring."""
 
-    def _query_row_packed(self, side: int) -> None:
+    def _query_row_packed(self, side: Side) -> None:
         """After one of a step's query rows was packed."""
 
     def _end_step(self, count: str, retired: str) -> None:
@@ -99,9 +113,14 @@ class Task:
         """A buffer of this thread."""
         return self.b.at(self.mine, self.word(f"at_{name}"))
 
-    def side_buffer(self, name: str, side: int, size: Value) -> str:
+    def side_buffer(self, name: str, side: Value, size: Value) -> str:
         """The part of a buffer that belongs to one of the two query rows."""
         return self.b.at(self.buffer(name), self.b.mul(side, size))
+
+    def buffer_of(self, name: str, side: Side) -> str:
+        """The one of two buffers, `name`_a and `name`_b, that belongs to a query row."""
+        a, b = (self.word(f"at_{name}_{letter}") for letter in "ab")
+        return self.b.at(self.mine, self.b.choose(side.is_b, b, a))
 
     def entry(self, address: Value) -> str:
         """Address of a place in the table."""
@@ -255,16 +274,15 @@ class Task:
         b_rows = b.at(a_rows, b.mul(step["a_rows"], ROW_WORDS), "i32")
         retired = b.at(b_rows, b.mul(step["b_rows"], ROW_WORDS), "i32")
         self.entries, self.entry_count = entries, step["entries"]
-        self.sides = (
-            ("a", step["a0"], step["a1"], a_rows, step["a_rows"]),
-            ("b", step["b0"], step["b1"], b_rows, step["b_rows"]),
+        self._of_sides = (
+            (step["a0"], step["a1"], a_rows, step["a_rows"]),
+            (step["b0"], step["b1"], b_rows, step["b_rows"]),
         )
         self.has_b = b.op(f"icmp sge i64 {step['b1']}, 0")
         b.loop(
             step["packs"], lambda i: self._pack_key_row(b.at(packs, b.mul(i, PACK_WORDS), "i32"))
         )
-        self._pack_query_row(0)
-        b.when(self.has_b, lambda: self._pack_query_row(1))
+        self.for_sides(self._pack_query_row)
         following = b.at(retired, b.mul(step["retired"], RETIRE_WORDS), "i32")
         self.following = following
         self.has_following = b.less(b.add(number, 1), self.item["steps"])
@@ -278,6 +296,21 @@ class Task:
         b.loop(self.item["blocks"], block)
         self._end_step(step["retired"], retired)
         return following
+
+    def for_sides(self, body: Callable[[Side], None]) -> None:
+        """`body` for the query rows that the step has."""
+        b = self.b
+
+        def one(number):
+            is_b = b.op(f"icmp ne i64 {number}, 0")
+            kinds = "i64", "i64", "ptr", "i64"
+            words = [
+                b.choose(is_b, of_b, of_a, kind)
+                for kind, of_a, of_b in zip(kinds, *self._of_sides, strict=True)
+            ]
+            body(Side(number, is_b, *words))
+
+        b.loop(b.choose(self.has_b, 2, 1), one)
 
     def prefetch_row(self, number: str) -> None:
         """Ask for the block's columns of one of the rows that the next step will pack.
@@ -325,19 +358,18 @@ class Task:
             self.pack(what, f"{what}s", args, self.word("key_pitch"), slot, self.word("key_lead"))
         self._key_row_packed(slot)
 
-    def _pack_query_row(self, side: int) -> None:
+    def _pack_query_row(self, side: Side) -> None:
         b = self.b
         factor = b.op(f"fmul double {self.scale()}, {b.double(1 / math.log(2))}")
         args = self.query_row("query", side)
         channels, width = self.channels["key"], self.word("query_pitch")
-        to = self.side_buffer("query_across", side, b.mul(width, channels))
+        to = self.side_buffer("query_across", side.number, b.mul(width, channels))
         last = (self.real, self.as_real(factor))
         b.call(self.common.across[channels], ("ptr", to), ("i64", width), *args, last)
         self._query_row_packed(side)
 
-    def query_row(self, tensor: str, side: int) -> list:
+    def query_row(self, tensor: str, side: Side) -> list:
         """The arguments that name a query row of a tensor: address, step, columns."""
-        _, x, y, _, _ = self.sides[side]
-        source = self.element(tensor, x, y, self.item["query"])
+        source = self.element(tensor, side.x, side.y, self.item["query"])
         step = self.tensors[tensor][1][2]
         return [("ptr", source), ("i64", step), ("i64", self.item["query_columns"])]

@@ -63,7 +63,8 @@ class Backward(Block):
         self.begin_key_head()
         for what in ("key", "value"):
             self.locate(f"grad_{what}", head)
-            self.zero(f"extra_{what}_sums", b.mul(self.word("extra"), self.pitches[what]))
+            if self.spec.common.extra:
+                self.zero(f"extra_{what}_sums", b.mul(self.word("extra"), self.pitches[what]))
 
         def one(i):
             self.later_head = b.op(f"zext i1 {b.op(f'icmp ne i64 {i}, 0')} to i64")
@@ -72,7 +73,8 @@ class Backward(Block):
 
         self.zero("grad_lse_rows", b.mul(2, self.word("query_pitch")))  # in case there is none
         b.loop(group, one)
-        self._write_extra_gradients()
+        if self.spec.common.extra:
+            self._write_extra_gradients()
 
     def _begin_head(self) -> None:
         b = self.b
@@ -156,7 +158,8 @@ class Backward(Block):
         grad_lse = self.side_buffer("grad_lse_rows", side.number, self.word("query_pitch"))
         grad_lse = b.at(grad_lse, self.column)
         args = [("ptr", s), ("ptr", grads), ("ptr", side.rows), ("i64", side.row_count)]
-        args += [("i64", self.span), ("i64", self.word("extra_taps"))]
+        extra = self.word("extra_taps") if self.spec.common.extra else 0
+        args += [("i64", self.span), ("i64", extra)]
         args += [("ptr", self.buffer("sum")), ("ptr", grad_lse), ("ptr", self.mask), ("ptr", bias)]
         args += [("i64", b.choose(self.is_broadcast, *steps)), ("i64", kind)]
         b.call("logit_gradients", *args)
@@ -180,11 +183,9 @@ class Backward(Block):
 
         call(self.cls, s, self.lane_step(), side.rows, side.row_count, first)
 
-        def outside():
+        if self.spec.common.extra:
             target = self.buffer(f"extra_{what}_sums")
             call(self.extra_class, self.behind(s), 1, only_slot, 1, target)
-
-        b.when(self.is_set("extra"), outside)
 
     # -- results that leave -----------------------------------------------------------------------
 

@@ -45,8 +45,9 @@ class Block(Task):
         self.is_broadcast = b.op(f"icmp ne i64 {self.broadcast}, 0")
         # the block's first query, counted from the item's first key
         self.place = b.sum(b.sub(self.item["query"], self.item["key"]), self.column)
-        extra_class = b.add(self.word("extra_classes_at"), self.active)
-        self.extra_class = self.entry(b.table(self.table, extra_class))
+        if self.spec.common.extra:
+            extra_class = b.add(self.word("extra_classes_at"), self.active)
+            self.extra_class = self.entry(b.table(self.table, extra_class))
         mask_at = b.table(self.cls, MASK_AT)
         masked = b.op(f"icmp ne i64 {mask_at}, 0")
         self.mask = b.choose(masked, self.entry(mask_at), "null", "ptr")
@@ -148,8 +149,10 @@ class Block(Task):
         b = self.b
         s = self.buffer_of("logits", side)
         self.vectors = b.mul(side.row_count, self.span)
-        b.when(self.is_set("extra"), lambda: self._extra_logits(side))
-        total = b.add(self.vectors, self.word("extra_taps"))
+        total = self.vectors
+        if self.spec.common.extra:
+            self._extra_logits(side)
+            total = b.add(total, self.word("extra_taps"))
         results = [("ptr", self.buffer("max")), ("ptr", self.buffer("sum"))]
         b.call("softmax", ("ptr", s), ("i64", total), *results)
         self._finish_side(side, s)
@@ -191,7 +194,6 @@ class Block(Task):
         """Weighted sums of packed keys or values into the block's part of a row of a tensor."""
         b, step = self.b, self.pitches[what]
         values = b.at(self.buffer(f"{what}s_along"), b.mul(self.place, step))
-        extra, extra_s = self.buffer(f"extra_{what}s_along"), self.behind(s)
         out = self.element(tensor, side.x, side.y, b.add(self.item["query"], self.column))
         out_step = self.tensors[tensor][1][2]
         slot_step = b.mul(self.word("key_columns"), step)
@@ -199,7 +201,10 @@ class Block(Task):
         before, behind = self.see(*seen)
         for channel, channels in self.common.passes(what):
             args = [*before, ("ptr", b.at(values, channel)), ("i64", slot_step)]
-            args += [*behind, ("ptr", extra_s), ("ptr", b.at(extra, channel))]
-            args += [("i64", self.word("extra")), ("ptr", self.buffer("factor"))]
+            args += behind
+            if self.spec.common.extra:
+                extra = b.at(self.buffer(f"extra_{what}s_along"), channel)
+                args += [("ptr", self.behind(s)), ("ptr", extra), ("i64", self.word("extra"))]
+            args.append(("ptr", self.buffer("factor")))
             args += [("ptr", b.at(out, channel, self.kind)), ("i64", out_step)]
             b.call(self.common.weighted_sum(what, channels), *args)

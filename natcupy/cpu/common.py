@@ -38,8 +38,8 @@ class CommonFunctions:
     def _weighted_sum(self, channels: int, step: int) -> str:
         width = self.machine.width(self.common.real)
         store = pack.Store(self.common.storage, channels, width)
-        how = -(-channels // width), self.common.keys, step
-        return sums.weighted_sum(self.module, self.machine, *how, store)
+        how = -(-channels // width), self.common.keys, step, store, self.common.extra
+        return sums.weighted_sum(self.module, self.machine, *how)
 
     def passes(self, what: str) -> list[tuple[int, int]]:
         """Channels of keys or values cut into what one weighted sum makes."""

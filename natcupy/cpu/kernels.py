@@ -104,7 +104,7 @@ def kernel(
     registers = (machine.registers - spare) // machine.registers_of(LANES, real)
     pairs, singles = logit_sizes(shape, registers)
     keys = shape.kernel_size[2] if shape.kernel_size[2] <= UNROLLED else 0
-    spec = Spec(backward, Common(storage, head_dim, value_dim, pairs, singles, keys))
+    spec = Spec(backward, Common(storage, head_dim, value_dim, pairs, singles, keys, extra > 0))
     pitches = {
         what: pitch(channels, machine, real)
         for what, channels in (("key", head_dim), ("value", value_dim))

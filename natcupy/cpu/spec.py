@@ -55,6 +55,7 @@ class Common:
     pairs: tuple[int, ...]  # taps of the logit kernels for two query rows; none, no such rows
     singles: tuple[int, ...]  # and for one
     keys: int  # that a query sees in a row, where their loop is unrolled; else 0
+    extra: bool  # whether there are additional keys
 
     @property
     def real(self) -> str:

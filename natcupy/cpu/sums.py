@@ -42,7 +42,7 @@ def spread_block(machine: Machine) -> Block:
 
 
 def weighted_sum(
-    module: Module, machine: Machine, vectors: int, keys: int, step: int, store
+    module: Module, machine: Machine, vectors: int, keys: int, step: int, store, has_extra: bool
 ) -> str:
     """out[lane] = factor[lane] * sum over keys of s[key][lane] * row[key], for a block's lanes.
 
@@ -52,10 +52,8 @@ def weighted_sum(
     """
     lanes, width = weighted_block(machine).lanes, machine.width(module.real)
     name = f"weighted_{vectors}_{step}_{store.name}"
-    b = module.function(
-        name,
-        f"{_COMMON}, ptr extra_s, ptr extra, i64 extra_count, ptr factor, ptr out, i64 out_step",
-    )
+    extra = ", ptr extra_s, ptr extra, i64 extra_count" if has_extra else ""
+    b = module.function(name, f"{_COMMON}{extra}, ptr factor, ptr out, i64 out_step")
     kind = b.vec(width)
 
     def accumulate(sums, values_at, weights_at, first, last, steps):
@@ -77,7 +75,8 @@ def weighted_sum(
             value = b.at("%extra", b.mul(i, step))
             return accumulate(sums, value, weights, 0, lanes, range(lanes))
 
-        sums = b.fold(0, "%extra_count", [(kind, x) for x in sums], extra)
+        if has_extra:
+            sums = b.fold(0, "%extra_count", [(kind, x) for x in sums], extra)
         for lane in range(lanes):
 
             def write(lane=lane):

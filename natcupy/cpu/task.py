@@ -192,6 +192,8 @@ class Task:
         b = self.b
         for what in ("key", "value"):
             self.locate(what, self.kv_head)
+            if not self.spec.common.extra:
+                continue
             batch, token, head = (
                 self.word(f"extra_{what}_{s}") for s in ("batch", "token", "head")
             )

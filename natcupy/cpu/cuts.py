@@ -59,8 +59,8 @@ def cut(length: int, count: int, multiple: int) -> list[tuple[int, int]]:
 def phases(parts, windows):
     """Give each part of the queries a phase, so that parts of one phase share no key.
 
-    Yields (phase, first, end, earlier); `earlier(key)` is True if a part of an earlier phase has
-    already summed into that key.
+    Yields (phase, first, end, before), where `before` holds the spans of keys, as (first, end), that
+    parts of earlier phases have summed into.
     """
     spans = [(windows[a][0], windows[b - 1][1]) for a, b in parts]
     found: list[int] = []
@@ -69,5 +69,9 @@ def phases(parts, windows):
         found.append(min(set(range(len(parts))) - taken))
 
     for i, (a, b) in enumerate(parts):
-        before = [spans[j] for j in range(len(parts)) if found[j] < found[i]]
-        yield found[i], a, b, lambda key, before=before: any(x <= key < y for x, y in before)
+        yield found[i], a, b, [spans[j] for j in range(len(parts)) if found[j] < found[i]]
+
+
+def is_in(spans: list[tuple[int, int]], key: int) -> bool:
+    """Whether a key lies in one of the spans."""
+    return any(first <= key < end for first, end in spans)

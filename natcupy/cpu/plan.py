@@ -16,12 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import pairwise, product
 from typing import NamedTuple
 
 import torch
 
-from natcupy.cpu.cuts import cover, cut, end_of, lane_cases, phases
+from natcupy.cpu.cuts import cover, cut, end_of, is_in, lane_cases, phases
 from natcupy.cpu.rows import steps
 from natcupy.neighborhood import Neighborhood, window
 
@@ -152,7 +152,8 @@ def make(shape: Shape, tuning: Tuning, backward: bool, item_bytes: int, wanted: 
     pass has its own fixed number, because gradients of keys are summed stripe by stripe.
     """
     maker = _Maker(shape, tuning, backward)
-    maker.add_extra_classes()
+    if shape.extra:
+        maker.add_extra_classes()
     groups = [range(min(d, n)) for d, n in zip(shape.dilation, shape.lengths, strict=True)]
     for group in product(*groups):
         members = [
@@ -173,6 +174,7 @@ class _Maker:
         self.classes: dict = {}
         self.ring = self.key_columns = self.query_columns = self.rows = self.span = 0
         self.sides = 1
+        self.extra_classes_at = self.extra_taps = 0
         self.reach, self.bias, self.mirror = _Reach(), _Reach(), _Reach()
         last = 2 * shape.kernel_size[2] - 1
         self.bias.show(0, last)
@@ -218,11 +220,11 @@ class _Maker:
         rows = list(phases(self._rows(members, across, wanted), windows[1]))
         row_phases = 1 + max(phase for phase, *_ in rows)
         stripes, ring = [], 0
-        for plane_phase, a, b, plane_earlier in planes:
-            for row_phase, c, d, row_earlier in rows:
+        for plane_phase, a, b, planes_before in planes:
+            for row_phase, c, d, rows_before in rows:
 
-                def earlier(x, y, by_plane=plane_earlier, by_row=row_earlier):
-                    return by_plane(x) or by_row(y)
+                def earlier(x, y, in_planes=planes_before, in_rows=rows_before):
+                    return is_in(in_planes, x) or is_in(in_rows, y)
 
                 stripe = range(a, b), range(c, d)
                 found = steps(tuple(windows[:2]), self.shape.kernel_size[:2], stripe, earlier)
@@ -234,8 +236,8 @@ class _Maker:
         width = self._columns(members[2], ring * item_bytes)
         parts = cut(members[2], -(-members[2] // width), LANES)
         tiles = [
-            (phase, self._tile(windows[2], a, b, earlier))
-            for phase, a, b, earlier in phases(parts, windows[2])
+            (phase, self._tile(windows[2], a, b, before))
+            for phase, a, b, before in phases(parts, windows[2])
         ]
         return stripes, tiles
 
@@ -275,7 +277,7 @@ class _Maker:
 
     # -- columns ----------------------------------------------------------------------------------
 
-    def _tile(self, windows, first: int, end: int, earlier) -> list[int]:
+    def _tile(self, windows, first: int, end: int, before) -> list[int]:
         """Words of an item from `blocks_at` on, for query columns first .. end - 1."""
         key, key_end = windows[first][0], windows[end - 1][1]
         blocks = []
@@ -287,22 +289,20 @@ class _Maker:
             self.reach.show(column + origin - key, column + origin + span + LANES - key)
             blocks += [at, column - first]
         count = len(blocks) // 2
-        segments = self._segments(key, key_end, earlier) if self.backward else []
+        segments = self._segments(key, key_end, before) if self.backward else []
         self.key_columns = max(self.key_columns, key_end - key)
         self.query_columns = max(self.query_columns, count * LANES)
         place = [first, end - first, key, key_end - key]
         return [self.put(blocks), count, *place, self.put(segments), len(segments) // 3]
 
     @staticmethod
-    def _segments(key: int, key_end: int, earlier) -> list[int]:
+    def _segments(key: int, key_end: int, before) -> list[int]:
         """Runs of keys that an earlier tile has summed into or not: (first, count, again)."""
-        segments, column = [], key
-        while column < key_end:
-            stop, again = column, earlier(column)
-            while stop < key_end and earlier(stop) == again:
-                stop += 1
-            segments += [column - key, stop - column, int(again)]
-            column = stop
+        bounds = {key, key_end, *(bound for span in before for bound in span)}
+        bounds = sorted(bound for bound in bounds if key <= bound <= key_end)
+        segments: list[int] = []
+        for start, end in pairwise(bounds):
+            segments += [start - key, end - start, int(is_in(before, start))]
         return segments
 
     def _class(self, windows: tuple[tuple[int, int], ...]) -> tuple[int, int, int]:

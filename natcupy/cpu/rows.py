@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 
 from natcupy.neighborhood import rpb_index
 
 # Words of a step's header; lists of packs, entries, rows of a, rows of b, retired rows follow.
 STEP = ("a0", "a1", "b0", "b1", "packs", "entries", "a_rows", "b_rows", "retired")
 PACK_WORDS, ENTRY_WORDS, ROW_WORDS, RETIRE_WORDS = 3, 5, 2, 4
+
+NONE = -1, 0  # place and bias row of a key row that is not seen
 
 Row = tuple[int, int]  # indices on the two outer axes
 Windows = list[tuple[int, int]]
@@ -47,10 +50,8 @@ def steps(
     for x in stripe[0]:
         for y in stripe[1][::2]:
             pairs.append(((x, y), (x, y + 1) if y + 1 in stripe[1] else None))
-    seen = [
-        tuple({} if row is None else _keys_of(row, windows, kernel_size) for row in pair)
-        for pair in pairs
-    ]
+    keys_of = _keys_by_row(windows, kernel_size, stripe)
+    seen = [tuple({} if row is None else keys_of[row] for row in pair) for pair in pairs]
     last = {key: number for number, keys in enumerate(seen) for side in keys for key in side}
     slots: dict[Row, int] = {}
     free: list[int] = []
@@ -68,13 +69,12 @@ def steps(
         words += [len(new), len(union), len(a_keys), len(b_keys), len(done)]
         for key in new:
             words += [slots[key], *key]
-        a_place, b_place = ({key: i for i, key in enumerate(keys)} for keys in (a_keys, b_keys))
         for key in union:
-            words += [slots[key], a_place.get(key, -1), b_place.get(key, -1)]
-            words += [a_keys.get(key, 0), b_keys.get(key, 0)]
+            (a_place, a_bias), (b_place, b_bias) = a_keys.get(key, NONE), b_keys.get(key, NONE)
+            words += (slots[key], a_place, b_place, a_bias, b_bias)
         for keys in (a_keys, b_keys):
-            for key, bias in keys.items():
-                words += [slots[key], bias]
+            for key, (_, bias) in keys.items():
+                words += (slots[key], bias)
         for key in done:
             words += [slots[key], *key, int(earlier(*key))]
             free.append(slots.pop(key))
@@ -83,11 +83,25 @@ def steps(
     return Steps(words, len(pairs), ring, most, sides)
 
 
-def _keys_of(row: Row, windows, kernel_size) -> dict[Row, int]:
-    """Key rows that a query row sees, in ascending order, with the row of the bias table."""
+def _keys_by_row(windows, kernel_size, stripe) -> dict[Row, dict[Row, tuple[int, int]]]:
+    """For each query row the key rows that it sees, in ascending order.
+
+    With each its place among them and the row of the bias table.
+    """
+    outer, inner = (
+        {
+            query: [(key, rpb_index(key, query, size)) for key in range(*bounds[query])]
+            for query in queries
+        }
+        for bounds, size, queries in zip(windows, kernel_size, stripe, strict=True)
+    )
+    bias_rows = 2 * kernel_size[1] - 1
     found = {}
-    for x in range(*windows[0][row[0]]):
-        upper = rpb_index(x, row[0], kernel_size[0]) * (2 * kernel_size[1] - 1)
-        for y in range(*windows[1][row[1]]):
-            found[x, y] = upper + rpb_index(y, row[1], kernel_size[1])
+    for x, y in product(*stripe):
+        keys = [
+            ((key_x, key_y), upper * bias_rows + lower)
+            for key_x, upper in outer[x]
+            for key_y, lower in inner[y]
+        ]
+        found[x, y] = {key: (place, bias) for place, (key, bias) in enumerate(keys)}
     return found

@@ -15,6 +15,7 @@ from natcupy.cpu.emit import Builder, Machine, Module
 from natcupy.cpu.plan import BY_RUNS, GROUP, LANES, SAME, SHIFTED, group_kinds
 from natcupy.cpu.rows import ROW_WORDS
 
+
 @dataclass(frozen=True)
 class Block:
     """What is in registers while keys pass by: so many vectors of channels of so many queries."""

@@ -59,7 +59,7 @@ def cut(length: int, count: int, multiple: int) -> list[tuple[int, int]]:
 def phases(parts, windows):
     """Give each part of the queries a phase, so that parts of one phase share no key.
 
-    Yields (phase, first, end, before), where `before` holds the spans of keys, as (first, end), that
+    Yields (phase, first, end, before); `before` holds the spans of keys, each (first, end), that
     parts of earlier phases have summed into.
     """
     spans = [(windows[a][0], windows[b - 1][1]) for a, b in parts]

@@ -189,8 +189,12 @@ def _constants(shape: Shape, p: Plan, pitches, backward: bool) -> tuple[dict[str
 
 
 def _row_pitch(columns: int) -> int:
-    """Columns of a packed row: whole cache lines, and no multiple of 512 bytes, which would put all
-    channels of a column into the same few cache sets.
+    """Columns of a packed row: whole vectors, whole cache lines where that adds little.
+
+    And no multiple of 512 bytes, which would put all channels of a column into the same few cache
+    sets.
     """
-    columns = -(-columns // 16) * 16
-    return columns + 16 if columns % 128 == 0 else columns
+    vectors = -(-columns // LANES)
+    if vectors % 2 and vectors > LANES:
+        vectors += 1
+    return LANES * (vectors + 1 if vectors % 16 == 0 else vectors)

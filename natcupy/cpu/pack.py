@@ -139,7 +139,7 @@ def _read_up_to_8(b: Builder, storage: str, pointer: str, count: int) -> str:
 def _across_from_halves(b: Builder, storage: str, places: list[str]) -> list[str]:
     """8 channels of 8 columns, transposed: what is read are halves of 4 channels, joined in pairs.
 
-    So no element has to cross the middle of a register later, which is slower than to load it there.
+    So no element has to cross the middle of a register later: slower than to load it there.
     """
     kind, half, channels = STORAGE[storage][0], LANES // 2, []
     for first in (0, half):

@@ -74,7 +74,7 @@ def weighted_sum(
         def extra(i, sums):
             weights = b.at("%extra_s", b.add(b.mul(i, LANES), first))
             value = b.at("%extra", b.mul(i, step))
-            return accumulate(sums, value, weights, 0, lanes, range(lanes))
+            return accumulate(sums, value, weights, 0, lanes, _in_use(b, lanes, words))
 
         if has_extra:
             sums = b.fold(0, "%extra_count", [(kind, x) for x in sums], extra)
@@ -101,7 +101,7 @@ def spread(module: Module, machine: Machine, vectors: int, keys: int, step: int)
 
     def group(first, words):
         source = []
-        for lane in range(lanes):
+        for lane in _in_use(b, lanes, words):
             at = b.at("%from", b.mul("%from_step", b.add(first, lane)))
             source.append([b.vload(b.at(at, v * width), width) for v in range(vectors)])
 
@@ -138,6 +138,12 @@ def _for_groups(b: Builder, body) -> None:
         body(group["lane"], group)
 
     b.loop(b.table("%groups", 0), one)
+
+
+def _in_use(b: Builder, lanes: int, group) -> list:
+    """Numbers of lanes to read: behind the last of the group, the last once more."""
+    last = b.sub(group["lanes"], 1)
+    return [b.least(lane, last) for lane in range(lanes)]
 
 
 def _see_keys(b: Builder, lanes: int, keys, step, group, carried, accumulate) -> list:

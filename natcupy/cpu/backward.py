@@ -10,7 +10,7 @@ from __future__ import annotations
 from natcupy.cpu import micro, pack, sums
 from natcupy.cpu.block import Block
 from natcupy.cpu.plan import LANES, SPREADS_AT
-from natcupy.cpu.rows import RETIRE_WORDS
+from natcupy.cpu.rows import RETIRE_WORDS, SIDES
 from natcupy.cpu.task import Side
 
 
@@ -71,7 +71,7 @@ class Backward(Block):
             self.head = b.add(b.mul(head, group), i)
             self.query_head()
 
-        self.zero("grad_lse_rows", b.mul(2, self.word("query_pitch")))  # in case there is none
+        self.zero("grad_lse_rows", b.mul(SIDES, self.word("query_pitch")))  # in case there is none
         b.loop(group, one)
         if self.spec.common.extra:
             self._write_extra_gradients()
@@ -123,11 +123,11 @@ class Backward(Block):
 
         b.when(b.op(f"icmp ne ptr {pointer}, null"), copy)
 
-    # -- one of the two query rows of a block -----------------------------------------------------
+    # -- one of the query rows of a block -----------------------------------------------------
 
     def _finish_side(self, side: Side, s: str) -> None:
         b = self.b
-        grads = self.buffer_of("grads", side)
+        grads = self.logits_of("grads", side)
         self._gradients_of_logits(side, s, grads)
         scale = b.splat(self.as_real(self.scale()), LANES)
         b.vstore(scale, self.buffer("factor"), LANES)

@@ -1,4 +1,4 @@
-"""One block of a step: 8 columns of two query rows against all key rows that they see.
+"""One block of a step: 8 columns of its query rows against all key rows that they see.
 
 In: a step's rows, packed. Out: logits, softmax, weighted sums; `forward.py` and `backward.py` say
 what becomes of them.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from natcupy.cpu.emit import Value
 from natcupy.cpu.plan import ACTIVE, BROADCAST, GROUPS_AT, LANES, MASK_AT, ORIGIN, SPAN
-from natcupy.cpu.rows import ENTRY_WORDS
+from natcupy.cpu.rows import ENTRY_WORDS, SIDES
 from natcupy.cpu.task import Side, Task
 
 
@@ -22,8 +22,9 @@ class _Job:
     keys: str  # address of tap 0 in the ring's first row
     slot_size: Value
     head: list  # first arguments of the logit functions
-    queries: list[tuple[str, str]]  # arguments, for each of the two query rows
-    results: list[str]  # addresses, likewise
+    queries: str  # address of the first query row's columns
+    query_size: Value  # elements from one query row to the next
+    results: str  # address of the first query row's logits
     bias: tuple[str, Value]  # address for the first row of the bias table, elements to the next
 
 
@@ -34,7 +35,7 @@ class Block(Task):
     logit_jobs: tuple[tuple[str, str, str, str], ...]
 
     def _finish_side(self, side: Side, s: str) -> None:
-        """After the softmax of one of the two query rows; its weights are at `s`."""
+        """After the softmax of one of the query rows; its weights are at `s`."""
         raise NotImplementedError
 
     def _block(self, record: str) -> None:
@@ -54,7 +55,7 @@ class Block(Task):
         jobs = [self._job(*job) for job in self.logit_jobs]
 
         def entry(i):
-            b.when(self.has_following, lambda: self.prefetch_row(i))
+            b.when(self.has_following, lambda: self.prefetch_rows(i, self.entry_count))
             self._entry(b.at(self.entries, b.mul(i, ENTRY_WORDS), "i32"), jobs)
 
         b.loop(self.entry_count, entry)
@@ -71,46 +72,35 @@ class Block(Task):
             keys=first,
             slot_size=b.mul(width, channels),
             head=self._logit_args(self.cls, width, what, self.mask),
-            queries=[self._query_args(queries, channels, side) for side in (0, 1)],
-            results=[self.buffer(f"{results}_{letter}") for letter in "ab"],
+            queries=b.at(self.buffer(queries), self.column),
+            query_size=b.mul(self.word("query_pitch"), channels),
+            results=self.buffer(results),
             bias=self._bias() if what == "key" else (self._no_bias(), 0),
         )
 
     def _entry(self, record: str, jobs: list[_Job]) -> None:
-        """Logits of one key row with whichever of the two query rows see it."""
+        """Logits of one key row with the query rows that see it."""
         b = self.b
-        slot, a_place, b_place, a_bias, b_bias = (b.table(record, i) for i in range(ENTRY_WORDS))
-        has = [b.op(f"icmp sge i64 {place}, 0") for place in (a_place, b_place)]
+        slot, first, count = (b.table(record, i) for i in range(3))
         row_size = b.mul(self.span, LANES)
-        places = [b.mul(place, row_size) for place in (a_place, b_place)]
-        for job in jobs:
-            head = [*job.head, ("ptr", b.at(job.keys, b.mul(slot, job.slot_size)))]
-            bias, step = job.bias
-            sides = [
-                [
-                    job.queries[side],
-                    ("ptr", b.at(job.results[side], places[side])),
-                    ("ptr", b.at(bias, b.mul(row, step))),
-                ]
-                for side, row in enumerate((a_bias, b_bias))
-            ]
-            self._call_logits(has, head, sides)
 
-    def _call_logits(self, has: list[str], head: list, sides: list[list]) -> None:
-        b = self.b
+        def several(rows):
+            for job in jobs:
+                args = [*job.head, ("ptr", b.at(job.keys, b.mul(slot, job.slot_size)))]
+                bias, step = job.bias
+                for i in range(rows):
+                    side = b.add(first, i)
+                    place, bias_row = (b.table(record, 3 + 2 * i + n) for n in (0, 1))
+                    result = b.sum(b.mul(side, self.word("logits_step")), b.mul(place, row_size))
+                    args += [
+                        ("ptr", b.at(job.queries, b.mul(side, job.query_size))),
+                        ("ptr", b.at(job.results, result)),
+                        ("ptr", b.at(bias, b.mul(bias_row, step))),
+                    ]
+                b.call(f"logits{rows}", *args)
 
-        if not self.spec.common.pairs:
-            b.call("logits1", *head, *sides[0])
-            return
-
-        def with_a():
-            b.when(
-                has[1],
-                lambda: b.call("logits2", *head, *sides[0], *sides[1]),
-                lambda: b.call("logits1", *head, *sides[0]),
-            )
-
-        b.when(has[0], with_a, lambda: b.call("logits1", *head, *sides[1]))
+        most = SIDES if self.spec.common.shared else 1
+        b.switch(b.sub(count, 1), most, [], lambda i: several(i + 1))
 
     def _logit_args(self, cls, width, what: str, mask) -> list:
         """The arguments for any keys; unseen ones weigh nothing and get no gradient."""
@@ -118,10 +108,6 @@ class Block(Task):
         args = [("ptr", cls), ("ptr", self.table), ("i64", self.word("query_pitch"))]
         args += [("i64", width), ("i64", self.channels[what])]
         return [*args, ("ptr", mask), (self.real, blank)]
-
-    def _query_args(self, queries: str, channels: int, side: Value) -> tuple[str, str]:
-        size = self.b.mul(self.word("query_pitch"), channels)
-        return "ptr", self.b.at(self.side_buffer(queries, side, size), self.column)
 
     def _bias(self) -> tuple[str, str]:
         """Address of the bias of tap 0, in a mirrored row for a broadcast class, and row's step."""
@@ -135,19 +121,15 @@ class Block(Task):
         has = self.is_set("has_rpb")
         return b.choose(has, first, self._no_bias(), "ptr"), b.choose(has, step, 0)
 
-    def bias_middle(self) -> str:
-        """Index of the bias of a query's own column: kernel_size - 1."""
-        return self.b.op(f"ashr i64 {self.b.sub(self.word('bias_length'), 1)}, 1")
-
     def _no_bias(self) -> str:
         """The middle of a buffer of zeros."""
         return self.b.at(self.buffer("zeros"), self.b.op(f"ashr i64 {self.word('zeros')}, 1"))
 
-    # -- one of the two query rows ----------------------------------------------------------------
+    # -- one of the query rows ----------------------------------------------------------------
 
     def _side(self, side: Side) -> None:
         b = self.b
-        s = self.buffer_of("logits", side)
+        s = self.logits_of("logits", side)
         self.vectors = b.mul(side.row_count, self.span)
         total = self.vectors
         if self.spec.common.extra:
@@ -162,12 +144,18 @@ class Block(Task):
         b = self.b
         for what, _, queries, results in self.logit_jobs:
             channels = self.channels[what]
-            s = b.at(self.buffer_of(results, side), b.mul(self.vectors, LANES))
+            s = b.at(self.logits_of(results, side), b.mul(self.vectors, LANES))
             mask = self.entry(b.table(self.extra_class, MASK_AT))
             keys, width = self.buffer(f"extra_{what}s_across"), self.word("extra_pitch")
             args = [*self._logit_args(self.extra_class, width, what, mask), ("ptr", keys)]
-            args.append(self._query_args(queries, channels, side.number))
+            size = b.mul(self.word("query_pitch"), channels)
+            at = b.at(self.side_buffer(queries, side.number, size), self.column)
+            args.append(("ptr", at))
             b.call("logits1", *args, ("ptr", s), ("ptr", self._no_bias()))
+
+    def logits_of(self, name: str, side: Side) -> str:
+        """Address of a query row's logits or of their gradients."""
+        return self.side_buffer(name, side.number, self.word("logits_step"))
 
     def behind(self, s: str) -> str:
         """Where the weights of the additional keys begin."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from natcupy.cpu import micro, pack, sums
 from natcupy.cpu.emit import STORAGE, Machine, Module
+from natcupy.cpu.rows import SIDES
 from natcupy.cpu.spec import Common, pitch
 
 
@@ -20,9 +21,10 @@ class CommonFunctions:
         self.channels = {"key": common.head_dim, "value": common.value_dim}
         self.pitches = {w: pitch(c, machine, common.real) for w, c in self.channels.items()}
         micro.logits(self.module, 1, common.singles)
-        if common.pairs:
-            micro.logits(self.module, 2, common.pairs)
+        for rows in range(2, SIDES + 1) if common.shared else ():
+            micro.logits(self.module, rows, common.shared)
         micro.softmax(self.module)
+        pack.wrap_ends(self.module)
         packed = sorted({*self.channels.values()})
         storage = common.storage
         self.across = {c: pack.pack_across(self.module, storage, c) for c in packed}

@@ -160,7 +160,7 @@ def _keep_text(part: Spec | Common, text: str) -> None:
         return
     common = part if isinstance(part, Common) else part.common
     what = "common" if part is common else "backward" if part.backward else "forward"
-    sizes = ["-".join(map(str, sizes)) for sizes in (common.pairs, common.singles)]
+    sizes = ["-".join(map(str, sizes)) for sizes in (common.shared, common.singles)]
     name = f"{what}-{common.storage}-{common.head_dim}-{common.value_dim}-{'+'.join(sizes)}.ll"
     place = Path(folder).parent / "ir"
     place.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ import torch
 from natcupy.cpu import host, plan, sums
 from natcupy.cpu.emit import REAL_BYTES
 from natcupy.cpu.plan import LANES, Plan, Shape, Tuning
+from natcupy.cpu.rows import SIDES
 from natcupy.cpu.spec import BUFFERS, WORDS, Common, Spec, pitch
 from natcupy.neighborhood import Neighborhood
 
@@ -72,17 +73,18 @@ def share(taps: int, most: int) -> int:
 
 
 def logit_sizes(shape: Shape, registers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Numbers of taps to keep in registers, for two query rows and for one.
+    """Numbers of taps to keep in registers, for several query rows and for one.
 
-    Shares of an inner window, and of one at a border where most of the work is. The smallest one is
-    common to both, so that any number of taps ends at the same place in both.
+    For several, a size and the next smaller one, which together make up any larger number of taps.
+    The smallest one is common to both, so that any number ends at the same place in both.
     """
     inner = shape.kernel_size[2]
     border = inner + inner // 2
     if shape.lengths[0] * shape.lengths[1] == 1:
         return (), tuple(sorted({share(inner, registers), share(border, registers)}))
-    pairs = sorted({share(inner, registers // 2), share(border, registers // 2)})
-    return tuple(pairs), tuple(sorted({pairs[0], share(inner, registers)}))
+    size = share(inner, registers // SIDES)
+    shared = (size - 1, size) if size > 1 else (size,)
+    return shared, tuple(sorted({shared[0], share(inner, registers)}))
 
 
 @functools.lru_cache(maxsize=512)
@@ -102,15 +104,15 @@ def kernel(
     real = "double" if storage == "double" else "float"
     spare = 6 if machine.registers >= 32 else 4
     registers = (machine.registers - spare) // machine.registers_of(LANES, real)
-    pairs, singles = logit_sizes(shape, registers)
+    shared, singles = logit_sizes(shape, registers)
     keys = shape.kernel_size[2] if shape.kernel_size[2] <= UNROLLED else 0
-    spec = Spec(backward, Common(storage, head_dim, value_dim, pairs, singles, keys, extra > 0))
+    spec = Spec(backward, Common(storage, head_dim, value_dim, shared, singles, keys, extra > 0))
     pitches = {
         what: pitch(channels, machine, real)
         for what, channels in (("key", head_dim), ("value", value_dim))
     }
     blocks = sums.weighted_block(machine), sums.spread_block(machine)
-    tuning = Tuning(pairs, singles, keys, *(block.lanes for block in blocks))
+    tuning = Tuning(shared, singles, keys, *(block.lanes for block in blocks))
     kept = head_dim + pitches["value"]
     if backward:  # keys along, and the sums of both gradients
         kept += value_dim + 2 * pitches["key"]
@@ -122,8 +124,11 @@ def kernel(
 
 def _constants(shape: Shape, p: Plan, pitches, backward: bool) -> tuple[dict[str, int], int]:
     """Words that only depend on the plan, and the number of scratch elements of a thread."""
+    ends = [-(-columns // LANES) * LANES for columns in p.ends]
     lead = -p.reach[0]
-    key_pitch = _row_pitch(lead + max(p.reach[1], -(-p.key_columns // LANES) * LANES))
+    lead += -(-max(0, ends[0] - lead) // LANES) * LANES  # taps of a block stay where they are
+    padded = max(-(-p.key_columns // LANES) * LANES, p.key_columns + ends[1])
+    key_pitch = _row_pitch(lead + max(p.reach[1], padded))
     extra_pitch = -(-max(p.extra_taps, shape.extra) // LANES) * LANES
     bias_pitch = p.bias_reach[1] - p.bias_reach[0]
     mirror_pitch = p.mirror_reach[1] - p.mirror_reach[0]
@@ -134,8 +139,7 @@ def _constants(shape: Shape, p: Plan, pitches, backward: bool) -> tuple[dict[str
         "zeros": 2 * (p.span + 2 * LANES),
         "keys_across": p.ring * d * key_pitch,
         "query_across": p.sides * d * query_pitch,
-        "logits_a": logits,
-        "logits_b": logits * (p.sides - 1),
+        "logits": p.sides * logits,
         "bias": shape.bias_rows * bias_pitch,
         "mirror": shape.bias_rows * mirror_pitch,
         "extra_keys_across": d * extra_pitch,
@@ -151,9 +155,8 @@ def _constants(shape: Shape, p: Plan, pitches, backward: bool) -> tuple[dict[str
             "query_along": p.sides * query_pitch * pitches["key"],
             "grad_across": p.sides * dv * query_pitch,
             "grad_along": p.sides * query_pitch * pitches["value"],
-            "grads_a": logits,
-            "grads_b": logits * (p.sides - 1),
-            "grad_lse_rows": 2 * query_pitch,
+            "grads": p.sides * logits,
+            "grad_lse_rows": SIDES * query_pitch,
             "bias_sums": shape.bias_rows * bias_pitch * LANES,
             "mirror_sums": shape.bias_rows * mirror_pitch,
             "extra_values_across": dv * extra_pitch,
@@ -176,8 +179,11 @@ def _constants(shape: Shape, p: Plan, pitches, backward: bool) -> tuple[dict[str
         "extra_pitch": extra_pitch,
         "key_pitch": key_pitch,
         "key_lead": lead,
+        "end_before": ends[0],
+        "end_behind": ends[1],
         "key_columns": p.key_columns,
         "query_pitch": query_pitch,
+        "logits_step": logits,
         "bias_rows": shape.bias_rows,
         "bias_length": 2 * shape.kernel_size[2] - 1,
         "bias_pitch": bias_pitch,

@@ -12,7 +12,15 @@ from __future__ import annotations
 import math
 
 from natcupy.cpu.emit import Builder, Module
-from natcupy.cpu.plan import BROADCAST, LANES, PAIRS, PAIRS_AT, SINGLES, SINGLES_AT
+from natcupy.cpu.plan import (
+    BROADCAST,
+    LANES,
+    PARTNERS_AT,
+    SHARED,
+    SHARED_AT,
+    SINGLES,
+    SINGLES_AT,
+)
 from natcupy.cpu.rows import ROW_WORDS
 
 # 2**x on [-0.5, 0.5] with p(0) = 1, least largest relative error: 1.1e-7
@@ -82,7 +90,9 @@ def logits(module: Module, rows: int, sizes: tuple[int, ...]) -> None:
 
     A tap's bias is one number at bias + tap; in a broadcast class the lanes have one each, from
     bias - tap on (a mirrored row). `mask` holds a number per tap and lane, negative in lanes that
-    see it, or is null; lanes that do not see a tap get `blank` there.
+    see it, or is null; lanes that do not see a tap get `blank` there. What is computed for a tap
+    belongs, in lanes that do not see it, to its partner: in a wrapped class the tap one period
+    away, else the tap itself.
     """
     outs = ", ".join(f"ptr at{r}, ptr s{r}, ptr bias{r}" for r in range(rows))
     b = module.function(
@@ -91,7 +101,7 @@ def logits(module: Module, rows: int, sizes: tuple[int, ...]) -> None:
         f"{module.real} blank, ptr keys, {outs}",
     )
     broadcast = b.table("%class", BROADCAST)
-    chunks_at, count = (PAIRS_AT, PAIRS) if rows == 2 else (SINGLES_AT, SINGLES)
+    chunks_at, count = (SINGLES_AT, SINGLES) if rows == 1 else (SHARED_AT, SHARED)
     chunks = b.at("%table", b.table("%class", chunks_at), "i32")
     first_case = b.mul(broadcast, len(sizes))
 
@@ -111,15 +121,32 @@ def logits(module: Module, rows: int, sizes: tuple[int, ...]) -> None:
 
 def _chunk(b: Builder, rows: int, broadcast: bool, size: int, first: str) -> None:
     """`size` taps from `first` on in registers for all channels."""
-    kind, start = b.vec(LANES), []
-    for r in range(rows):
-        bias = b.at(f"%bias{r}", b.sub(0, first) if broadcast else first)
+    kind, sides = b.vec(LANES), range(rows)
+    masks = b.at("%mask", b.mul(first, LANES), "i32")
+    partners = b.at("%table", b.add(b.table("%class", PARTNERS_AT), first), "i32")
+    masked = b.op("icmp ne ptr %mask, null")
+    biases = [b.at(f"%bias{r}", b.sub(0, first) if broadcast else first) for r in sides]
+
+    def bias_by_lane():
+        start = [""] * rows * size
         for tap in range(size):
-            if broadcast:
-                start.append(b.vload(b.at(bias, -tap), LANES))
-            else:
-                start.append(b.splat_load(b.at(bias, tap), LANES))
-    pointers = [("ptr", b.at("%keys", first)), *(("ptr", f"%at{r}") for r in range(rows))]
+            seen = b.lanes_seen(b.at(masks, tap * LANES, "i32"), LANES)
+            partner = b.add(tap, b.table(partners, tap))
+            for r, bias in enumerate(biases):
+                own, other = (b.splat_load(b.at(bias, t), LANES) for t in (tap, partner))
+                start[r * size + tap] = b.choose_lanes(seen, own, other, LANES)
+        return start
+
+    def bias_of_all():
+        return [b.splat_load(b.at(bias, tap), LANES) for bias in biases for tap in range(size)]
+
+    if broadcast:
+        start = [b.vload(b.at(bias, -tap), LANES) for bias in biases for tap in range(size)]
+    else:
+        ways = bias_of_all, bias_by_lane
+        number = b.op(f"zext i1 {masked} to i64")
+        start = b.switch(number, 2, [kind] * rows * size, lambda way: ways[way]())
+    pointers = [("ptr", b.at("%keys", first)), *(("ptr", f"%at{r}") for r in sides)]
 
     def channel(_, values):
         keys, ats, sums = values[0], values[1 : rows + 1], list(values[rows + 1 :])
@@ -127,27 +154,30 @@ def _chunk(b: Builder, rows: int, broadcast: bool, size: int, first: str) -> Non
         for tap in range(size):
             place = b.at(keys, tap)
             key = b.splat_load(place, LANES) if broadcast else b.vload(place, LANES)
-            for r in range(rows):
+            for r in sides:
                 sums[r * size + tap] = b.fma(queries[r], key, sums[r * size + tap], LANES)
         return [b.at(keys, "%key_step"), *(b.at(at, "%at_step") for at in ats), *sums]
 
     sums = b.fold_some("%channels", [*pointers, *((kind, x) for x in start)], channel)[rows + 1 :]
-    outs = [b.at(f"%s{r}", b.mul(first, LANES)) for r in range(rows)]
+    outs = [b.at(f"%s{r}", b.mul(first, LANES)) for r in sides]
 
     def plain():
         for r, out in enumerate(outs):
             for tap in range(size):
                 b.vstore(sums[r * size + tap], b.at(out, tap * LANES), LANES)
 
-    def masked():
-        blank, mask = b.splat("%blank", LANES), b.at("%mask", b.mul(first, LANES), "i32")
+    def by_lane():
+        blank = b.splat("%blank", LANES)
         for tap in range(size):
-            seen = b.lanes_seen(b.at(mask, tap * LANES, "i32"), LANES)
-            for r, out in enumerate(outs):
-                x = b.choose_lanes(seen, sums[r * size + tap], blank, LANES)
-                b.vstore(x, b.at(out, tap * LANES), LANES)
+            places = [tap] if broadcast else [b.add(tap, b.table(partners, tap)), tap]
+            for place in places:
+                at = b.mul(place, LANES)
+                seen = b.lanes_seen(b.at(masks, at, "i32"), LANES)
+                for r, out in enumerate(outs):
+                    x = b.choose_lanes(seen, sums[r * size + tap], blank, LANES)
+                    b.vstore(x, b.at(out, at), LANES)
 
-    b.when(b.op("icmp eq ptr %mask, null"), plain, masked)
+    b.when(masked, by_lane, plain)
 
 
 def softmax(module: Module) -> None:

@@ -123,6 +123,37 @@ def pack_across(module: Module, storage: str, channels: int) -> str:
     return name
 
 
+def wrap_ends(module: Module) -> None:
+    """`wrap_ends`: go on before a packed row with what lies `period` further, and behind it back.
+
+    `before` and `behind` are the columns to fill, multiples of 8. Those more than a period away
+    from the row hold nothing of use.
+    """
+    b = module.function(
+        "wrap_ends",
+        "ptr row, i64 pitch, i64 channels, i64 count, i64 period, i64 before, i64 behind",
+    )
+
+    def channel(i):
+        first = b.at("%row", b.mul(i, "%pitch"))
+
+        def copy(start, distance, column):
+            to = b.at(first, b.add(start, column))
+            b.vstore(b.vload(b.at(to, distance), LANES), to, LANES)
+
+        def before(column):
+            copy(b.sub(0, "%before"), "%period", column)
+
+        def behind(column):
+            copy("%count", b.sub(0, "%period"), column)
+
+        b.loop("%before", before, LANES)
+        b.loop("%behind", behind, LANES)
+
+    b.loop("%channels", channel)
+    module.finish(b)
+
+
 def _read_up_to_8(b: Builder, storage: str, pointer: str, count: int) -> str:
     """The first `count` elements, the other lanes zero."""
     row = "zeroinitializer"

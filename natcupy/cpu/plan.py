@@ -6,10 +6,15 @@ carry out what the table says, so a wrong address can only come from a wrong tab
 
 A map has three axes here (leading ones of length 1 are added). Rows lie along the last axis. Each
 dilation group is an undilated map of its own, cut into *items*: a stripe of query rows times a tile
-of query columns. The work on an item is a list of *steps*, one per pair of neighboring query rows:
+of query columns. The work on an item is a list of *steps*, one per few neighboring query rows:
 pack the key rows that are new to the ring of packed rows, compute, hand back the rows that no later
 step needs. Columns are worked on in *blocks* of 8 queries; blocks whose windows look alike share a
 *class*, which says how far from the block's first query its keys begin and which lanes see which.
+
+At the ends of a row windows are shifted inward, and queries see keys at more distances than inside.
+There a class is *wrapped*: the packed row goes on before its start with what lies one window
+further, and past its end with what lies one window back, so that as many taps as inside meet every
+key of every lane once, some of them one period away from their own place.
 """
 
 from __future__ import annotations
@@ -32,8 +37,9 @@ RING_BYTES = 768 << 10  # most for the packed rows of an item, as far as its win
 
 # Words of a class record.
 SPAN, MASK_AT, ACTIVE, ORIGIN, BROADCAST, GROUPS_AT = range(6)
-PAIRS_AT, PAIRS, SINGLES_AT, SINGLES = range(6, 10)  # chunks of taps, for two query rows and one
+SHARED_AT, SHARED, SINGLES_AT, SINGLES = range(6, 10)  # chunks of taps, for several rows and one
 SPREADS_AT = 10  # like GROUPS_AT, for sums of keys
+PARTNERS_AT = 11  # for each tap the distance to its partner, where there is a mask
 # Words of the record of a group of lanes. Its windows are any, equal ones, or each one key further
 # than the one before.
 GROUP = ("kind", "column", "place", "keys", "runs_at", "runs", "lane", "lanes")
@@ -43,6 +49,9 @@ ITEM = (
     *("group0", "group1", "group2", "steps_at", "steps", "blocks_at", "blocks"),
     *("query", "query_columns", "key", "key_columns", "segments_at", "segments", "number"),
 )
+
+
+Windows = tuple[tuple[int, int], ...]  # first key and end of each lane's
 
 
 class GroupKind(NamedTuple):
@@ -106,7 +115,7 @@ class Shape:
 class Tuning:
     """Choices compiled into a kernel that its table must agree with."""
 
-    pairs: tuple[int, ...]  # numbers of taps that one pass keeps in registers, for two query rows
+    shared: tuple[int, ...]  # numbers of taps that one pass keeps in registers, for several rows
     singles: tuple[int, ...]  # for one query row
     keys: int  # that every query of a group sees in a row, unless by runs; 0 for any number
     lane_group: int  # queries whose outputs are in registers together
@@ -129,6 +138,7 @@ class Plan:
     extra_taps: int
     sides: int  # query rows of a step
     reach: tuple[int, int]  # columns that are read left and right of an item's first key
+    ends: tuple[int, int]  # columns before and behind an item's keys that wrapped classes read
     bias_reach: tuple[int, int]  # of [0, 2 * kernel_size - 2], same
     mirror_reach: tuple[int, int]  # of the mirrored bias row
 
@@ -176,6 +186,7 @@ class _Maker:
         self.sides = 1
         self.extra_classes_at = self.extra_taps = 0
         self.reach, self.bias, self.mirror = _Reach(), _Reach(), _Reach()
+        self.ends = _Reach()
         last = 2 * shape.kernel_size[2] - 1
         self.bias.show(0, last)
         self.mirror.show(0, last)
@@ -196,7 +207,17 @@ class _Maker:
         addresses = [0]
         for active in range(1, LANES + 1):
             groups, spreads = self._groups(((0, count),) * active, 0)
-            record = [self.extra_taps, mask_at, active, 0, 1, groups, *self._chunks(count), spreads]
+            record = [
+                self.extra_taps,
+                mask_at,
+                active,
+                0,
+                1,
+                groups,
+                *self._chunks(count),
+                spreads,
+                0,
+            ]
             addresses.append(self.put(record))
         self.extra_classes_at = self.put(addresses)
 
@@ -273,7 +294,7 @@ class _Maker:
             count = max(length // (4 * around), min(2, length // (2 * around)))
         else:
             count = min(wanted, length // max(kernel_size, 4))
-        return cut(length, max(1, count), 2)
+        return cut(length, max(1, count), 1)
 
     # -- columns ----------------------------------------------------------------------------------
 
@@ -284,7 +305,7 @@ class _Maker:
         for column in range(first, end, LANES):
             lanes = windows[column : min(column + LANES, end)]
             relative = tuple([(a - column, b - column) for a, b in lanes])
-            at, origin, span = self._class(relative)
+            at, origin, span = self._class(relative, key - column, key_end - column)
             # a vector of 8 columns is read at each tap, a single column when broadcasting
             self.reach.show(column + origin - key, column + origin + span + LANES - key)
             blocks += [at, column - first]
@@ -305,38 +326,80 @@ class _Maker:
             segments += [start - key, end - start, int(is_in(before, start))]
         return segments
 
-    def _class(self, windows: tuple[tuple[int, int], ...]) -> tuple[int, int, int]:
-        """Address, origin and span of the class for windows relative to a block's first query."""
-        if windows in self.classes:
-            return self.classes[windows]
+    def _class(self, windows: Windows, left: int, right: int) -> tuple[int, int, int]:
+        """Address, origin and span of the class for windows relative to a block's first query.
+
+        The item's keys are left .. right - 1, relative to that query too.
+        """
         kernel = self.shape.kernel_size[2]
         tap = min(a - i for i, (a, _) in enumerate(windows))
         taps = max(b - i for i, (_, b) in enumerate(windows)) - tap
+        wrap = self._wrap(windows, left, right, tap, taps)
+        known = windows, wrap
+        if known in self.classes:
+            return self.classes[known]
         column = windows[0][0]
         columns = windows[-1][1] - column
-        sizes = self.tuning.pairs or self.tuning.singles
-        by_tap, by_column = cover(taps, sizes), cover(columns, sizes)
+        count, skipped = (taps, 0) if wrap is None else (kernel, wrap - tap)
+        sizes = self.tuning.shared or self.tuning.singles
+        by_tap, by_column = cover(count, sizes), cover(columns, sizes)
         work = [sum(sizes[size] for _, size in chunks) for chunks in (by_tap, by_column)]
-        broadcast = work[1] < work[0]
-        origin, count = (column, columns) if broadcast else (tap, taps)
-        span = end_of(by_column if broadcast else by_tap, sizes)
-        assert span == end_of(cover(count, self.tuning.singles), self.tuning.singles)
+        broadcast = work[1] < work[0] or (work[1] == work[0] and wrap is not None)
+        if broadcast:
+            origin, count, skipped, wrap = column, columns, 0, None
+            span = end_of(by_column, sizes)
+        else:
+            origin = tap
+            span = max(taps, skipped + end_of(by_tap, sizes))
         mask = []
         for s in range(span):
             keys = [origin + s + (0 if broadcast else i) for i in range(len(windows))]
             seen = [-(a <= key < b) for key, (a, b) in zip(keys, windows, strict=True)]
             mask += seen + [0] * (LANES - len(windows))
-        mask_at = self.put(mask) if 0 in mask else 0
+        masked = 0 in mask
+        mask_at = self.put(mask) if masked else 0
         if broadcast:  # lane i of key s has mirrored bias kernel - 1 - origin - s + i
             self.mirror.show(kernel - origin - span, kernel - 1 - origin + LANES)
         else:
             self.bias.show(kernel - 1 + origin, kernel - 1 + origin + span)
+        if wrap is not None:
+            self.ends.show(wrap - left, wrap + len(windows) - 1 + kernel - right)
         record = [span, mask_at, len(windows), origin, int(broadcast)]
         groups, spreads = self._groups(windows, origin)
-        record += [groups, *self._chunks(count), spreads]
+        record += [groups, *self._chunks(count, skipped), spreads]
+        record += [self._partners(span, kernel, wrap is not None) if masked else 0]
         self.span = max(self.span, span)
-        self.classes[windows] = self.put(record), origin, span
-        return self.classes[windows]
+        self.classes[known] = self.put(record), origin, span
+        return self.classes[known]
+
+    def _wrap(self, windows: Windows, left: int, right: int, tap: int, taps: int) -> int | None:
+        """The first of `kernel_size` taps that show each lane its keys, each once, or None.
+
+        A column before `left` holds the one a period further, one from `right` on the one a period
+        back.
+        """
+        period = self.shape.kernel_size[2]
+        if taps <= period or any(b - a != period for a, b in windows):
+            return None
+
+        def sees_its_keys(first: int, a: int, b: int) -> bool:
+            end = first + period
+            parts = [(max(first, left), min(end, right))]
+            parts.append((first + period, min(end, left) + period))
+            parts.append((max(first, right) - period, end - period))
+            return all(a <= low and high <= b for low, high in parts if low < high)
+
+        for first in range(tap, tap + taps - period + 1):
+            if all(sees_its_keys(first + i, *window) for i, window in enumerate(windows)):
+                return first
+        return None
+
+    def _partners(self, span: int, period: int, wrapped: bool) -> int:
+        """Address of the distance from each tap of a class to its partner."""
+        if not wrapped:
+            return self.put([0] * span)
+        distances = [period if s + period < span else 0 for s in range(period)]
+        return self.put([*distances, *[-period] * (span - period)])
 
     def _groups(self, windows, origin: int) -> tuple[int, int]:
         """Addresses of the records of the groups of lanes that are active, to sum and to spread."""
@@ -392,12 +455,13 @@ class _Maker:
                 runs.append([key, key - origin, 1, case])
         return [word for run in runs for word in run]
 
-    def _chunks(self, count: int) -> list[int]:
-        """Address and number of the chunks of so many taps, for two query rows and for one."""
+    def _chunks(self, count: int, first: int = 0) -> list[int]:
+        """Address and number of the chunks of `count` taps, for several query rows and for one."""
         words = []
-        for sizes in (self.tuning.pairs, self.tuning.singles):
+        for sizes in (self.tuning.shared, self.tuning.singles):
             chunks = cover(count, sizes) if sizes else []
-            words += [self.put([word for chunk in chunks for word in chunk]), len(chunks)]
+            flat = [word for at, size in chunks for word in (first + at, size)]
+            words += [self.put(flat), len(chunks)]
         return words
 
     # -- the end ----------------------------------------------------------------------------------
@@ -431,6 +495,7 @@ class _Maker:
             extra_taps=self.extra_taps,
             sides=self.sides,
             reach=(self.reach.low, self.reach.high),
+            ends=(-self.ends.low, self.ends.high),
             bias_reach=(self.bias.low, self.bias.high),
             mirror_reach=(self.mirror.low, self.mirror.high),
         )

@@ -1,10 +1,10 @@
-"""The work on one stripe of query rows, as a list of steps with two query rows each.
+"""The work on one stripe of query rows, as a list of steps with a few query rows each.
 
 In: the sizes of a dilation group, the stripe. Out: words of the plan's table.
 
-The two rows of a step are neighbors and see almost the same key rows, so each packed key row is
-loaded once for both. Packed key rows live in a ring of slots: a step packs what is new to it, and
-hands back the slots of the rows that no later step needs.
+The rows of a step, its *sides*, are neighbors and see almost the same key rows, so each packed key
+row is loaded once for all of them. Packed key rows live in a ring of slots: a step packs what is
+new to it, and hands back the slots of the rows that no later step needs.
 """
 
 from __future__ import annotations
@@ -15,11 +15,15 @@ from itertools import product
 
 from natcupy.neighborhood import rpb_index
 
-# Words of a step's header; lists of packs, entries, rows of a, rows of b, retired rows follow.
-STEP = ("a0", "a1", "b0", "b1", "packs", "entries", "a_rows", "b_rows", "retired")
-PACK_WORDS, ENTRY_WORDS, ROW_WORDS, RETIRE_WORDS = 3, 5, 2, 4
-
-NONE = -1, 0  # place and bias row of a key row that is not seen
+SIDES = 3  # most query rows of a step
+# Words of a step's header; lists of sides, packs, entries, retired rows and rows of sides follow.
+STEP = ("size", "sides", "packs", "entries", "retired")
+# A query row, and the key rows that it sees: where they are listed, in words from the step's start.
+SIDE = ("x", "y", "rows_at", "rows")
+# A key row with the sides that see it: its slot, the first of them and their number, then for each
+# its place among the key rows that the side sees, and the row of the bias table.
+ENTRY_WORDS = 3 + 2 * SIDES
+PACK_WORDS, ROW_WORDS, RETIRE_WORDS = 3, 2, 4
 
 Row = tuple[int, int]  # indices on the two outer axes
 Windows = list[tuple[int, int]]
@@ -33,7 +37,7 @@ class Steps:
     count: int
     ring: int  # slots in use at once
     most: int  # most key rows that one query row sees
-    sides: int  # 2 if any step has two query rows, else 1
+    sides: int  # most query rows of a step
 
 
 def steps(
@@ -46,18 +50,15 @@ def steps(
 
     `earlier(x, y)` says whether a stripe of an earlier phase has summed into that key row.
     """
-    pairs: list[tuple[Row, Row | None]] = []
-    for x in stripe[0]:
-        for y in stripe[1][::2]:
-            pairs.append(((x, y), (x, y + 1) if y + 1 in stripe[1] else None))
+    together = [[(x, y) for y in ys] for x in stripe[0] for ys in _even_parts(stripe[1])]
     keys_of = _keys_by_row(windows, kernel_size, stripe)
-    seen = [tuple({} if row is None else keys_of[row] for row in pair) for pair in pairs]
-    last = {key: number for number, keys in enumerate(seen) for side in keys for key in side}
+    last = {key: number for number, rows in enumerate(together) for r in rows for key in keys_of[r]}
     slots: dict[Row, int] = {}
     free: list[int] = []
     ring, words = 0, []
-    for number, (pair, (a_keys, b_keys)) in enumerate(zip(pairs, seen, strict=True)):
-        union = sorted({*a_keys, *b_keys})
+    for number, rows in enumerate(together):
+        seen = [keys_of[row] for row in rows]
+        union = sorted(set().union(*seen))
         new = [key for key in union if key not in slots]
         for key in new:
             if not free:
@@ -65,22 +66,36 @@ def steps(
                 ring += 1
             slots[key] = free.pop()
         done = sorted(key for key in slots if last[key] == number)
-        words += [*pair[0], *(pair[1] or (-1, -1))]
-        words += [len(new), len(union), len(a_keys), len(b_keys), len(done)]
-        for key in new:
-            words += [slots[key], *key]
+        lists = [word for key in new for word in (slots[key], *key)]
         for key in union:
-            (a_place, a_bias), (b_place, b_bias) = a_keys.get(key, NONE), b_keys.get(key, NONE)
-            words += (slots[key], a_place, b_place, a_bias, b_bias)
-        for keys in (a_keys, b_keys):
-            for key, (_, bias) in keys.items():
-                words += (slots[key], bias)
+            lists += _entry(slots[key], [keys.get(key) for keys in seen])
         for key in done:
-            words += [slots[key], *key, int(earlier(*key))]
+            lists += [slots[key], *key, int(earlier(*key))]
+        at, sides, tail = len(STEP) + len(rows) * len(SIDE) + len(lists), [], []
+        for row, keys in zip(rows, seen, strict=True):
+            sides += [*row, at + len(tail), len(keys)]
+            tail += [word for key, (_, bias) in keys.items() for word in (slots[key], bias)]
+        words += [at + len(tail), len(rows), len(new), len(union), len(done)]
+        words += [*sides, *lists, *tail]
+        for key in done:
             free.append(slots.pop(key))
-    most = max(len(keys) for pair in seen for keys in pair)
-    sides = 1 if all(b is None for _, b in pairs) else 2
-    return Steps(words, len(pairs), ring, most, sides)
+    most = max(map(len, keys_of.values()))
+    return Steps(words, len(together), ring, most, max(map(len, together)))
+
+
+def _even_parts(rows: range) -> list[range]:
+    """Neighboring rows, as few parts as possible, of nearly equal sizes."""
+    count = -(-len(rows) // SIDES)
+    return [rows[i * len(rows) // count : (i + 1) * len(rows) // count] for i in range(count)]
+
+
+def _entry(slot: int, seen: list[tuple[int, int] | None]) -> list[int]:
+    """The words for a key row, which sides next to each other see."""
+    by_side = [found for found in seen if found is not None]
+    first = next(i for i, found in enumerate(seen) if found is not None)
+    assert seen[first : first + len(by_side)] == by_side
+    words = [slot, first, len(by_side), *(word for found in by_side for word in found)]
+    return words + [0] * (ENTRY_WORDS - len(words))
 
 
 def _keys_by_row(windows, kernel_size, stripe) -> dict[Row, dict[Row, tuple[int, int]]]:

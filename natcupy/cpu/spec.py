@@ -17,11 +17,11 @@ def _names(text: str) -> tuple[str, ...]:
 
 TENSORS = _names("query key value out grad_out grad_query grad_key grad_value")
 STRIDES = _names("batch head axis0 axis1 axis2")
-# Scratch memory of one thread. `_a` and `_b` belong to the two query rows of a step. "across" means
-# channel by channel with columns as neighbors, "along" column by column with channels as neighbors.
+# Scratch memory of one thread. "across" means channel by channel with columns as neighbors, "along"
+# column by column with channels as neighbors.
 BUFFERS = _names("""
     zeros keys_across values_across keys_along values_along key_sums value_sums
-    query_across query_along grad_across grad_along logits_a logits_b grads_a grads_b
+    query_across query_along grad_across grad_along logits grads
     max sum grad_lse_rows factor lse bias mirror bias_sums mirror_sums
     extra_keys_across extra_values_across extra_keys_along extra_values_along
     extra_key_sums extra_value_sums
@@ -36,7 +36,7 @@ WORDS = (
         extra extra_taps extra_classes_at extra_pitch
         extra_key_batch extra_key_token extra_key_head
         extra_value_batch extra_value_token extra_value_head
-        key_pitch key_lead key_columns query_pitch zeros
+        key_pitch key_lead end_before end_behind key_columns query_pitch logits_step zeros
         bias_rows bias_length bias_pitch bias_lead mirror_pitch mirror_lead
         has_rpb want_query want_key_value want_rpb
     """),
@@ -52,7 +52,7 @@ class Common:
     storage: str  # type of the tensors: "float", "double", "half" or "bfloat"
     head_dim: int
     value_dim: int
-    pairs: tuple[int, ...]  # taps of the logit kernels for two query rows; none, no such rows
+    shared: tuple[int, ...]  # taps of the logit kernels for several query rows; none, no such rows
     singles: tuple[int, ...]  # and for one
     keys: int  # that a query sees in a row, where their loop is unrolled; else 0
     extra: bool  # whether there are additional keys

@@ -17,16 +17,15 @@ from dataclasses import dataclass
 from natcupy.cpu.common import CommonFunctions
 from natcupy.cpu.emit import REAL_BYTES, Machine, Module, Value
 from natcupy.cpu.plan import ITEM
-from natcupy.cpu.rows import ENTRY_WORDS, PACK_WORDS, RETIRE_WORDS, ROW_WORDS, STEP
+from natcupy.cpu.rows import ENTRY_WORDS, PACK_WORDS, SIDE, STEP
 from natcupy.cpu.spec import STRIDES, WORDS, Spec
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two query rows of a step, which one is known at run time."""
+    """One of the query rows of a step, which one is known at run time."""
 
-    number: Value
-    is_b: str
+    number: str
     x: str  # indices on the two outer axes
     y: str
     rows: str  # address of the key rows that it sees
@@ -113,14 +112,9 @@ class Task:
         """A buffer of this thread."""
         return self.b.at(self.mine, self.word(f"at_{name}"))
 
-    def side_buffer(self, name: str, side: Value, size: Value) -> str:
-        """The part of a buffer that belongs to one of the two query rows."""
+    def side_buffer(self, name: str, side: str, size: Value) -> str:
+        """The part of a buffer that belongs to one of a step's query rows."""
         return self.b.at(self.buffer(name), self.b.mul(side, size))
-
-    def buffer_of(self, name: str, side: Side) -> str:
-        """The one of two buffers, `name`_a and `name`_b, that belongs to a query row."""
-        a, b = (self.word(f"at_{name}_{letter}") for letter in "ab")
-        return self.b.at(self.mine, self.b.choose(side.is_b, b, a))
 
     def entry(self, address: Value) -> str:
         """Address of a place in the table."""
@@ -132,6 +126,10 @@ class Task:
         offsets = [self.b.mul(i, step) for i, step in zip(indices, steps, strict=True)]
         kind = self.real if tensor in self.wide else self.kind
         return self.b.at(base, self.b.sum(*offsets), kind)
+
+    def bias_middle(self) -> str:
+        """Index of the bias of a query's own column: kernel_size - 1."""
+        return self.b.op(f"ashr i64 {self.b.sub(self.word('bias_length'), 1)}, 1")
 
     def lse_row(self, pointer: str, x: Value, y: Value) -> tuple[str, Value]:
         """Address of the item's first query of a row in a tensor of log-sum-exps, and its step."""
@@ -270,22 +268,17 @@ class Task:
         """Carry out the step at this address; the address of the next one."""
         b = self.b
         step = {name: b.table(at, i) for i, name in enumerate(STEP)}
-        packs = b.at(at, len(STEP), "i32")
+        self.side_count = step["sides"]
+        self.side_records = b.at(at, len(STEP), "i32")
+        packs = b.at(self.side_records, b.mul(step["sides"], len(SIDE)), "i32")
         entries = b.at(packs, b.mul(step["packs"], PACK_WORDS), "i32")
-        a_rows = b.at(entries, b.mul(step["entries"], ENTRY_WORDS), "i32")
-        b_rows = b.at(a_rows, b.mul(step["a_rows"], ROW_WORDS), "i32")
-        retired = b.at(b_rows, b.mul(step["b_rows"], ROW_WORDS), "i32")
-        self.entries, self.entry_count = entries, step["entries"]
-        self._of_sides = (
-            (step["a0"], step["a1"], a_rows, step["a_rows"]),
-            (step["b0"], step["b1"], b_rows, step["b_rows"]),
-        )
-        self.has_b = b.op(f"icmp sge i64 {step['b1']}, 0")
+        retired = b.at(entries, b.mul(step["entries"], ENTRY_WORDS), "i32")
+        self.at, self.entries, self.entry_count = at, entries, step["entries"]
         b.loop(
             step["packs"], lambda i: self._pack_key_row(b.at(packs, b.mul(i, PACK_WORDS), "i32"))
         )
         self.for_sides(self._pack_query_row)
-        following = b.at(retired, b.mul(step["retired"], RETIRE_WORDS), "i32")
+        following = b.at(at, step["size"], "i32")
         self.following = following
         self.has_following = b.less(b.add(number, 1), self.item["steps"])
         blocks = self.entry(self.item["blocks_at"])
@@ -304,51 +297,50 @@ class Task:
         b = self.b
 
         def one(number):
-            is_b = b.op(f"icmp ne i64 {number}, 0")
-            kinds = "i64", "i64", "ptr", "i64"
-            words = [
-                b.choose(is_b, of_b, of_a, kind)
-                for kind, of_a, of_b in zip(kinds, *self._of_sides, strict=True)
-            ]
-            body(Side(number, is_b, *words))
+            record = b.at(self.side_records, b.mul(number, len(SIDE)), "i32")
+            x, y, rows_at, row_count = (b.table(record, i) for i in range(len(SIDE)))
+            body(Side(number, x, y, b.at(self.at, rows_at, "i32"), row_count))
 
-        b.loop(b.choose(self.has_b, 2, 1), one)
+        b.loop(self.side_count, one)
 
-    def prefetch_row(self, number: str) -> None:
-        """Ask for the block's columns of one of the rows that the next step will pack.
+    def prefetch_rows(self, number: str, step: str) -> None:
+        """Ask for the block's columns of rows that the next step will pack, each `step`th row.
 
         Rows are numbered: keys and values of each key row that is new to it, then its query rows.
         One row at a time, between two key rows of a block: more would wait for each other.
         """
         b, at = self.b, self.following
-        key_rows = b.mul(b.table(at, STEP.index("packs")), 2)
+        sides, packs = (b.table(at, STEP.index(name)) for name in ("sides", "packs"))
+        side_records = b.at(at, len(STEP), "i32")
+        pack_records = b.at(side_records, b.mul(sides, len(SIDE)), "i32")
+        key_rows, tensors = b.mul(packs, 2), len(self.packed_queries)
 
         def columns(tensor, what, x, y, first):
             source = self.element(tensor, x, y, b.add(self.item[first], self.column))
             stride = self.tensors[tensor][1][2]
             b.call(self.common.ahead[self.channels[what]], ("ptr", source), ("i64", stride))
 
-        def key_row():
-            place = b.mul(b.op(f"lshr i64 {number}, 1"), PACK_WORDS)
-            record = b.at(at, b.add(len(STEP), place), "i32")
+        def key_row(row):
+            place = b.mul(b.op(f"lshr i64 {row}, 1"), PACK_WORDS)
+            record = b.at(pack_records, place, "i32")
             x, y = b.table(record, 1), b.table(record, 2)
-            what = b.op(f"and i64 {number}, 1")
             whats = ("key", "value")
-            b.switch(what, 2, [], lambda i: columns(whats[i], whats[i], x, y, "key"))
+            odd = b.op(f"and i64 {row}, 1")
+            b.switch(odd, 2, [], lambda i: columns(whats[i], whats[i], x, y, "key"))
 
-        rows = [(*names, side) for names in self.packed_queries for side in "ab"]
+        def query_row(row):
+            row = b.sub(row, key_rows)
+            side = b.op(f"udiv i64 {row}, {tensors}")
+            record = b.at(side_records, b.mul(side, len(SIDE)), "i32")
+            x, y = b.table(record, 0), b.table(record, 1)
+            which = b.sub(row, b.mul(side, tensors))
+            b.switch(which, tensors, [], lambda i: columns(*self.packed_queries[i], x, y, "query"))
 
-        def query_row(i):
-            if i < len(rows):
-                tensor, what, side = rows[i]
-                x, y = (b.table(at, STEP.index(f"{side}{axis}")) for axis in "01")
-                columns(tensor, what, x, y, "query")
+        def ask(row, _):
+            b.when(b.less(row, key_rows), lambda: key_row(row), lambda: query_row(row))
+            return []
 
-        def later():
-            row = b.least(b.sub(number, key_rows), len(rows))
-            b.switch(row, len(rows) + 1, [], query_row)
-
-        b.when(b.less(number, key_rows), key_row, later)
+        b.fold(number, b.add(key_rows, b.mul(sides, tensors)), [], ask, step)
 
     def _pack_key_row(self, record: str) -> None:
         b = self.b
@@ -358,7 +350,18 @@ class Task:
             args = [("ptr", source), ("i64", self.tensors[what][1][2])]
             args.append(("i64", self.item["key_columns"]))
             self.pack(what, f"{what}s", args, self.word("key_pitch"), slot, self.word("key_lead"))
+            if self._packed(what)[0]:
+                self._wrap_ends(what, slot)
         self._key_row_packed(slot)
+
+    def _wrap_ends(self, what: str, slot: str) -> None:
+        """What wrapped classes read before and behind a packed row."""
+        b, channels, width = self.b, self.channels[what], self.word("key_pitch")
+        first = b.add(b.mul(slot, b.mul(width, channels)), self.word("key_lead"))
+        args = [("ptr", b.at(self.buffer(f"{what}s_across"), first)), ("i64", width)]
+        args += [("i64", channels), ("i64", self.item["key_columns"])]
+        args += [("i64", b.add(self.bias_middle(), 1)), ("i64", self.word("end_before"))]
+        b.call("wrap_ends", *args, ("i64", self.word("end_behind")))
 
     def _pack_query_row(self, side: Side) -> None:
         b = self.b

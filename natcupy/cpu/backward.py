@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from natcupy.cpu import micro, pack, sums
 from natcupy.cpu.block import Block
-from natcupy.cpu.plan import LANES, SPREADS_AT
+from natcupy.cpu.classes import LANES, SPREADS_AT
 from natcupy.cpu.rows import RETIRE_WORDS, SIDES
 from natcupy.cpu.task import Side
 

@@ -9,7 +9,7 @@ import math
 
 from natcupy.cpu import micro
 from natcupy.cpu.block import Block
-from natcupy.cpu.plan import LANES
+from natcupy.cpu.classes import LANES
 from natcupy.cpu.task import Side
 
 

@@ -13,8 +13,9 @@ from math import prod
 import torch
 
 from natcupy.cpu import host, plan, sums
+from natcupy.cpu.classes import LANES, Tuning
 from natcupy.cpu.emit import REAL_BYTES
-from natcupy.cpu.plan import LANES, Plan, Shape, Tuning
+from natcupy.cpu.plan import Plan, Shape
 from natcupy.cpu.rows import SIDES
 from natcupy.cpu.spec import BUFFERS, WORDS, Common, Spec, pitch
 from natcupy.neighborhood import Neighborhood

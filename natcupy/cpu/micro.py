@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import math
 
-from natcupy.cpu.emit import Builder, Module
-from natcupy.cpu.plan import (
+from natcupy.cpu.classes import (
     BROADCAST,
     LANES,
     PARTNERS_AT,
@@ -21,6 +20,7 @@ from natcupy.cpu.plan import (
     SINGLES,
     SINGLES_AT,
 )
+from natcupy.cpu.emit import Builder, Module
 from natcupy.cpu.rows import ROW_WORDS
 
 # 2**x on [-0.5, 0.5] with p(0) = 1, least largest relative error: 1.1e-7

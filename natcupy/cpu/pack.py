@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from natcupy.cpu.classes import LANES
 from natcupy.cpu.emit import STORAGE, Builder, Machine, Module, pieces
-from natcupy.cpu.plan import LANES
 
 AHEAD = 16  # columns between the one that is read and the one that is prefetched
 

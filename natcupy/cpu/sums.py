@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from natcupy.cpu.classes import BY_RUNS, GROUP, LANES, SAME, SHIFTED, group_kinds
 from natcupy.cpu.cuts import lane_cases
 from natcupy.cpu.emit import Builder, Machine, Module
-from natcupy.cpu.plan import BY_RUNS, GROUP, LANES, SAME, SHIFTED, group_kinds
 from natcupy.cpu.rows import ROW_WORDS
 
 

@@ -5,10 +5,18 @@ In: a `Common`. Out: its module, and the names of what is in it.
 
 from __future__ import annotations
 
+import functools
+
 from natcupy.cpu import micro, pack, sums
 from natcupy.cpu.emit import STORAGE, Machine, Module
 from natcupy.cpu.rows import SIDES
 from natcupy.cpu.spec import Common, pitch
+
+
+@functools.lru_cache(maxsize=16)
+def common_functions(common: Common, machine: Machine) -> CommonFunctions:
+    """The functions for a `Common`; its own module and those that call it ask for the same."""
+    return CommonFunctions(common, machine)
 
 
 class CommonFunctions:

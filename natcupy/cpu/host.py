@@ -18,7 +18,7 @@ from pathlib import Path
 
 from natcupy import cache
 from natcupy.cpu.backward import Backward
-from natcupy.cpu.common import CommonFunctions
+from natcupy.cpu.common import common_functions
 from natcupy.cpu.emit import Machine
 from natcupy.cpu.forward import Forward
 from natcupy.cpu.spec import Common, Spec
@@ -102,7 +102,7 @@ def is_cached(spec: Spec) -> bool:
 def module_text(part: Spec | Common) -> str:
     """The LLVM assembly of a part of a kernel for this host."""
     if isinstance(part, Common):
-        return CommonFunctions(part, machine()).text()
+        return common_functions(part, machine()).text()
     return (Backward if part.backward else Forward)(part, machine()).text()
 
 

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from natcupy.cpu.common import CommonFunctions
+from natcupy.cpu.common import common_functions
 from natcupy.cpu.emit import REAL_BYTES, Machine, Module, Value
 from natcupy.cpu.plan import ITEM
 from natcupy.cpu.rows import ENTRY_WORDS, PACK_WORDS, SIDE, STEP
@@ -40,7 +40,7 @@ class Task:
     wide: frozenset[str] = frozenset()  # tensors in the compute type
 
     def __init__(self, spec: Spec, machine: Machine):
-        self.spec, self.machine, self.common = spec, machine, CommonFunctions(spec.common, machine)
+        self.spec, self.machine, self.common = spec, machine, common_functions(spec.common, machine)
         self.real = spec.common.real
         self.module = Module(self.real, uses=self.common.module)
         self.kind, self.real_bytes = self.common.kind, REAL_BYTES[self.real]

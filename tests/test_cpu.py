@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 PLAIN = Problem((6, 7), (3, 3), (1, 1), (2, 1), (False, False), rpb=True, extra=2, groups=2)
 NAT = Problem((14, 14), (7, 7), (1, 1), (1, 1), (False, False), rpb=True, head_dim=32, value_dim=32)
-STRIPES = NAT.but(shape=(57, 19), kv_heads=2, groups=2, extra=1, batch=2)
+STRIPES = NAT.but(shape=(113, 9), kv_heads=2, groups=2, extra=1, batch=2)
 # 256 channels fill the ring of packed rows, so that planes are cut as well as rows
 VIDEO = Problem(
     (8, 20, 9), (3, 3, 3), (1, 2, 1), (1, 1, 1), (False, True, False), head_dim=256, value_dim=256
@@ -106,12 +106,12 @@ def test_larger_maps_equal_the_oracle(p):
 
 
 def test_narrow_and_wide_machines(monkeypatch):
-    """Code for 16 registers of 32 bytes and 32 of 16 bytes, which every host can run."""
-    for machine in (host.Machine(16, 32), host.Machine(32, 16)):
+    """Code for 16 registers of 32 bytes, 32 of 16 and 32 of 64 bytes, which every host can run."""
+    for machine in (host.Machine(16, 32), host.Machine(32, 16), host.Machine(32, 64)):
         monkeypatch.setattr(host, "machine", lambda machine=machine: machine)
         monkeypatch.setattr(host, "_functions", {})
         kernels.kernel.cache_clear()
-        for p in (NAT, PLAIN):
+        for p in (NAT, PLAIN, PROBLEMS["long causal"]):
             compare(p, torch.float32)
         compare(PLAIN, torch.float64)
     kernels.kernel.cache_clear()

@@ -157,7 +157,8 @@ class Backward(Block):
         kind = b.choose(self.is_set("want_rpb"), b.add(self.broadcast, 1), 0)
         grad_lse = self.side_buffer("grad_lse_rows", side.number, self.word("query_pitch"))
         grad_lse = b.at(grad_lse, self.column)
-        args = [("ptr", s), ("ptr", grads), ("ptr", side.rows), ("i64", side.row_count)]
+        args = [("ptr", self.table), ("ptr", s), ("ptr", grads)]
+        args += [("ptr", side.rows), ("i64", side.row_count)]
         extra = self.word("extra_taps") if self.spec.common.extra else 0
         args += [("i64", self.span), ("i64", extra)]
         args += [("ptr", self.buffer("sum")), ("ptr", grad_lse), ("ptr", self.mask), ("ptr", bias)]

@@ -22,6 +22,7 @@ from typing import NamedTuple
 from natcupy.cpu.cuts import cover, end_of, lane_cases
 
 LANES = 8
+FULL_MASK_AT = 8  # address of the mask of a tap that all lanes see
 
 # Words of a class record.
 SPAN, MASK_AT, ACTIVE, ORIGIN, BROADCAST, GROUPS_AT = range(6)
@@ -44,9 +45,9 @@ class GroupKind(NamedTuple):
 
 
 def group_kinds(size: int) -> list[GroupKind]:
-    """The kinds of groups of up to `size` lanes, by number; all but the first in order of choice.
+    """The kinds of groups of up to `size` lanes, by number.
 
-    Windows that are not alike enough for half a group are taken as they come, so many at once.
+    Number 0 takes windows as they come, where no other kind fits; the others are tried in order.
     """
     halves = [size, size // 2] if size > 2 else [size]
     alike = [GroupKind(way, lanes) for lanes in halves for way in (SAME, SHIFTED)]
@@ -90,6 +91,8 @@ class Classes:
         self.put, self.kernel_size = put, kernel_size
         self.tuning, self.backward = tuning, backward
         self.known: dict = {}
+        self.masks: dict[tuple[int, ...], int] = {(-1,) * LANES: FULL_MASK_AT}
+        self.zeros = 0, 0  # address and number of some
         self.span = 0  # most taps
         self.ends, self.bias, self.mirror = Reach(), Reach(), Reach()  # see `Plan`
         self.bias.show(0, 2 * kernel_size - 1)
@@ -102,7 +105,7 @@ class Classes:
         """
         sizes = self.tuning.singles
         taps = end_of(cover(count, sizes), sizes)
-        mask_at = self.put([-1] * LANES * count + [0] * LANES * (taps - count))
+        mask_at = self._masks([[-1] * LANES] * count + [[0] * LANES] * (taps - count))
         addresses = [0]
         for active in range(1, LANES + 1):
             groups, spreads = self._groups(((0, count),) * active, 0)
@@ -135,13 +138,13 @@ class Classes:
         else:
             origin = tap
             span = max(taps, skipped + end_of(by_tap, sizes))
-        mask = []
+        seen = []
         for s in range(span):
             keys = [origin + s + (0 if broadcast else i) for i in range(len(windows))]
-            seen = [-(a <= key < b) for key, (a, b) in zip(keys, windows, strict=True)]
-            mask += seen + [0] * (LANES - len(windows))
-        masked = 0 in mask
-        mask_at = self.put(mask) if masked else 0
+            seen.append([-(a <= key < b) for key, (a, b) in zip(keys, windows, strict=True)])
+            seen[-1] += [0] * (LANES - len(windows))
+        masked = any(0 in lanes for lanes in seen)
+        mask_at = self._masks(seen) if masked else 0
         if broadcast:  # lane i of key s has mirrored bias kernel - 1 - origin - s + i
             self.mirror.show(kernel - origin - span, kernel - 1 - origin + LANES)
         else:
@@ -178,10 +181,21 @@ class Classes:
                 return first
         return None
 
+    def _masks(self, taps: list[list[int]]) -> int:
+        """Address of the addresses of masks, one for each tap: -1 in lanes that see it, else 0."""
+        addresses = []
+        for lanes in map(tuple, taps):
+            if lanes not in self.masks:
+                self.masks[lanes] = self.put(lanes)
+            addresses.append(self.masks[lanes])
+        return self.put(addresses)
+
     def _partners(self, span: int, period: int, wrapped: bool) -> int:
         """Address of the distance from each tap of a class to its partner."""
         if not wrapped:
-            return self.put([0] * span)
+            if span > self.zeros[1]:
+                self.zeros = self.put([0] * span), span
+            return self.zeros[0]
         distances = [period if s + period < span else 0 for s in range(period)]
         return self.put([*distances, *[-period] * (span - period)])
 

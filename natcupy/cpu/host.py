@@ -161,7 +161,8 @@ def _keep_text(part: Spec | Common, text: str) -> None:
     common = part if isinstance(part, Common) else part.common
     what = "common" if part is common else "backward" if part.backward else "forward"
     sizes = ["-".join(map(str, sizes)) for sizes in (common.shared, common.singles)]
-    name = f"{what}-{common.storage}-{common.head_dim}-{common.value_dim}-{'+'.join(sizes)}.ll"
+    name = f"{what}-{common.storage}-{common.head_dim}-{common.value_dim}-{'+'.join(sizes)}"
+    name += f"-{common.keys}{'-extra' if common.extra else ''}.ll"
     place = Path(folder).parent / "ir"
     place.mkdir(parents=True, exist_ok=True)
     (place / name).write_text(text)

@@ -27,6 +27,7 @@ STORAGE = {
     torch.bfloat16: "bfloat",
 }
 UNROLLED = 13  # most keys of a row whose loop is unrolled
+LONG_ROW = 8  # vectors, from which on one more adds little
 ALIGNMENT = 64  # bytes, of each thread's scratch memory
 PLACE = {name: i for i, name in enumerate(WORDS)}
 # Two counters follow the words, each with a cache line to itself.
@@ -44,6 +45,7 @@ class Kernel:
         #: multiply-adds of one head, times 2
         self.work = shape.head_dim * prod(shape.lengths) * prod(shape.kernel_size)
         self._table = array.array("i", found.words)
+        found.words.clear()  # long windows have long tables
         self._block = Block()
         for name, value in words.items():
             self._block[PLACE[name]] = value
@@ -196,12 +198,11 @@ def _constants(shape: Shape, p: Plan, pitches, backward: bool) -> tuple[dict[str
 
 
 def _row_pitch(columns: int) -> int:
-    """Columns of a packed row: whole vectors, whole cache lines where that adds little.
+    """Columns of a packed row: whole vectors, of floats whole cache lines where that adds little.
 
-    And no multiple of 512 bytes, which would put all channels of a column into the same few cache
-    sets.
+    And no multiple of 16 vectors, which would put all channels of a column into few cache sets.
     """
     vectors = -(-columns // LANES)
-    if vectors % 2 and vectors > LANES:
+    if vectors % 2 and vectors > LONG_ROW:
         vectors += 1
     return LANES * (vectors + 1 if vectors % 16 == 0 else vectors)

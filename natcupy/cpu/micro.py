@@ -1,7 +1,7 @@
 """The inner kernels whose lanes are 8 neighboring queries: logits, softmax, their gradients.
 
 In: a `Module` and compile-time numbers. Out: functions added to it. They work on scratch memory in
-the compute type, laid out by `launch.py`.
+the compute type, laid out by `kernels.py`.
 
 A tap is a distance from the query, so one unaligned load of 8 packed key columns serves all lanes;
 in a broadcast class a tap is one key column for all of them. Tap s of a key row lies at 8 * s.
@@ -13,6 +13,7 @@ import math
 
 from natcupy.cpu.classes import (
     BROADCAST,
+    FULL_MASK_AT,
     LANES,
     PARTNERS_AT,
     SHARED,
@@ -89,8 +90,8 @@ def logits(module: Module, rows: int, sizes: tuple[int, ...]) -> None:
     s[tap][lane] = bias + sum over channels of at[channel][lane] * keys[channel][tap (+ lane)]
 
     A tap's bias is one number at bias + tap; in a broadcast class the lanes have one each, from
-    bias - tap on (a mirrored row). `mask` holds a number per tap and lane, negative in lanes that
-    see it, or is null; lanes that do not see a tap get `blank` there. What is computed for a tap
+    bias - tap on (a mirrored row). `mask` holds for each tap the address of a mask of
+    lanes, or is null; lanes that do not see a tap get `blank` there. What is computed for a tap
     belongs, in lanes that do not see it, to its partner: in a wrapped class the tap one period
     away, else the tap itself.
     """
@@ -122,7 +123,7 @@ def logits(module: Module, rows: int, sizes: tuple[int, ...]) -> None:
 def _chunk(b: Builder, rows: int, broadcast: bool, size: int, first: str) -> None:
     """`size` taps from `first` on in registers for all channels."""
     kind, sides = b.vec(LANES), range(rows)
-    masks = b.at("%mask", b.mul(first, LANES), "i32")
+    masks = b.at("%mask", first, "i32")
     partners = b.at("%table", b.add(b.table("%class", PARTNERS_AT), first), "i32")
     masked = b.op("icmp ne ptr %mask, null")
     biases = [b.at(f"%bias{r}", b.sub(0, first) if broadcast else first) for r in sides]
@@ -130,7 +131,7 @@ def _chunk(b: Builder, rows: int, broadcast: bool, size: int, first: str) -> Non
     def bias_by_lane():
         start = [""] * rows * size
         for tap in range(size):
-            seen = b.lanes_seen(b.at(masks, tap * LANES, "i32"), LANES)
+            seen = _seen(b, masks, tap)
             partner = b.add(tap, b.table(partners, tap))
             for r, bias in enumerate(biases):
                 own, other = (b.splat_load(b.at(bias, t), LANES) for t in (tap, partner))
@@ -171,13 +172,17 @@ def _chunk(b: Builder, rows: int, broadcast: bool, size: int, first: str) -> Non
         for tap in range(size):
             places = [tap] if broadcast else [b.add(tap, b.table(partners, tap)), tap]
             for place in places:
-                at = b.mul(place, LANES)
-                seen = b.lanes_seen(b.at(masks, at, "i32"), LANES)
+                seen = _seen(b, masks, place)
                 for r, out in enumerate(outs):
                     x = b.choose_lanes(seen, sums[r * size + tap], blank, LANES)
-                    b.vstore(x, b.at(out, at), LANES)
+                    b.vstore(x, b.at(out, b.mul(place, LANES)), LANES)
 
     b.when(masked, by_lane, plain)
+
+
+def _seen(b: Builder, masks: str, tap) -> str:
+    """True in the lanes that see a tap."""
+    return b.lanes_seen(b.at("%table", b.table(masks, tap), "i32"), LANES)
 
 
 def softmax(module: Module) -> None:
@@ -230,16 +235,16 @@ def logit_gradients(module: Module) -> None:
     """
     b = module.function(
         "logit_gradients",
-        "ptr s, ptr d, ptr rows, i64 row_count, i64 span, i64 extra, ptr sum, ptr grad_lse, "
-        "ptr mask, ptr bias, i64 bias_step, i64 bias_kind",
+        "ptr table, ptr s, ptr d, ptr rows, i64 row_count, i64 span, i64 extra, ptr sum, "
+        "ptr grad_lse, ptr mask, ptr bias, i64 bias_step, i64 bias_kind",
     )
     vectors = b.mul("%row_count", "%span")
     scale = b.arith("fdiv", b.fill(1.0, LANES), b.vload("%sum", LANES), LANES)
     delta = b.arith("fmul", _dot(b, b.add(vectors, "%extra")), scale, LANES)
     delta = b.arith("fsub", delta, b.vload("%grad_lse", LANES), LANES)
     masked = b.op("icmp ne ptr %mask, null")
-    full = b.op(f"alloca <{LANES} x i32>")
-    b.do(f"store <{LANES} x i32> splat (i32 -1), ptr {full}")
+    full = b.op("alloca i32")
+    b.do(f"store i32 {FULL_MASK_AT}, ptr {full}")
 
     def gradient(place):
         s_at, d_at = b.at("%s", b.mul(place, LANES)), b.at("%d", b.mul(place, LANES))
@@ -252,8 +257,8 @@ def logit_gradients(module: Module) -> None:
 
     def add_to(pointer, row, tap):
         change = gradient(b.add(b.mul(row, "%span"), tap))
-        mask = b.choose(masked, b.at("%mask", b.mul(tap, LANES), "i32"), full, "ptr")
-        change = b.choose_lanes(b.lanes_seen(mask, LANES), change, "zeroinitializer", LANES)
+        mask = b.choose(masked, b.at("%mask", tap, "i32"), full, "ptr")
+        change = b.choose_lanes(_seen(b, mask, 0), change, "zeroinitializer", LANES)
         b.vstore(b.arith("fadd", b.vload(pointer, LANES), change, LANES), pointer, LANES)
 
     def bias_row(row):

@@ -106,7 +106,7 @@ def pack_across(module: Module, storage: str, channels: int) -> str:
             if count == LANES:
                 rows = _across_from_halves(b, storage, places)
             else:
-                rows = _transpose(b, [_read_up_to_8(b, storage, p, count) for p in places])
+                rows = _transpose(b, [_read_below_8(b, storage, p, count) for p in places])
             place = b.at(target, b.mul(channel, "%pitch"))
             for i, row in enumerate(rows[:count]):
                 row = b.arith("fmul", row, factor, LANES)
@@ -154,13 +154,11 @@ def wrap_ends(module: Module) -> None:
     module.finish(b)
 
 
-def _read_up_to_8(b: Builder, storage: str, pointer: str, count: int) -> str:
+def _read_below_8(b: Builder, storage: str, pointer: str, count: int) -> str:
     """The first `count` elements, the other lanes zero."""
     row = "zeroinitializer"
     for at, size in pieces(count, LANES):
         piece = read(b, storage, b.at(pointer, at, STORAGE[storage][0]), size)
-        if size == LANES:
-            return piece
         wide = b.shuffle(piece, "poison", size, [i if i < size else 0 for i in range(LANES)])
         picks = [LANES + i - at if at <= i < at + size else i for i in range(LANES)]
         row = b.shuffle(row, wide, LANES, picks)

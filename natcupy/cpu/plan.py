@@ -20,7 +20,7 @@ from itertools import pairwise, product
 
 import torch
 
-from natcupy.cpu.classes import LANES, Classes, Reach, Tuning
+from natcupy.cpu.classes import FULL_MASK_AT, LANES, Classes, Reach, Tuning
 from natcupy.cpu.cuts import cut, is_in, phases
 from natcupy.cpu.rows import steps
 from natcupy.neighborhood import Neighborhood, window
@@ -121,7 +121,8 @@ class _Maker:
 
     def __init__(self, shape: Shape, tuning: Tuning, backward: bool):
         self.shape, self.backward = shape, backward
-        self.words: list[int] = [0] * 16  # address 0 means "none"
+        # address 0 means "none"; some words stay 0
+        self.words: list[int] = [0] * FULL_MASK_AT + [-1] * LANES
         self.items: list[tuple[int, list[int]]] = []  # (phase, record)
         self.pieces: dict = {}
         self.classes = Classes(self.put, shape.kernel_size[2], tuning, backward)
@@ -204,9 +205,9 @@ class _Maker:
             fit = RING_BYTES // (row_bytes * min(members[0], self.shape.kernel_size[0]))
             count = -(-length // max(fit - kernel_size, kernel_size, 8))
         elif self.backward:
-            # rows between two stripes are packed twice: many stripes are for large maps only
-            around = max(kernel_size - 1, 7)
-            count = max(length // (4 * around), min(2, length // (2 * around)))
+            # rows between two stripes are packed twice, and neighbors are never worked on at once
+            count = length // (4 * max(kernel_size - 1, 7))
+            count = count if count > 2 else 1
         else:
             count = min(wanted, length // max(kernel_size, 4))
         return cut(length, max(1, count), 1)

@@ -1,9 +1,9 @@
 """The inner kernels whose lanes are channels: weighted sums of rows, and their mirror image.
 
-In: a `Module` and compile-time numbers. Out: functions added to it. The packed row of a key is
-loaded once for a group of queries that see it, and each one's weight is broadcast. Which queries
-see a key is written in the plan's groups, so that no value is ever multiplied by the weight of a
-query that must not see it.
+In: a `Module` and compile-time numbers. Out: functions added to it. The packed row of a key, or the
+sums that belong to it, is loaded once for a group of queries that see it, and each one's weight is
+broadcast. Which queries see a key is written in the plan's groups, so that no value is ever
+multiplied by the weight of a query that must not see it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def weighted_sum(
 
     `vectors` registers of channels per query, packed `step` apart; `store(b, pointer, vector
     number, vector)` writes into the tensor. The weights of one key lie `lane_step` apart; every
-    lane sees all additional keys, whose weights are neighbors. `keys` is `Spec.keys`.
+    lane sees all additional keys, whose weights are neighbors. `keys` is `Common.keys`.
     """
     lanes, width = weighted_block(machine).lanes, machine.width(module.real)
     name = f"weighted_{vectors}_{step}_{store.name}"

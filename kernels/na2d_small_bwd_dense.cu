@@ -244,7 +244,7 @@ na2d_small_bwd_dense(const __grid_constant__ Params p) {
     }
     const float scale = (float)p.scale * (float)LOG2_E;
     // As in na2d_small_bwd_dq: lse is not subtracted from each score.
-    const float unscale = -1 / (float)p.scale;
+    const float unscale = -inverse((float)p.scale);
 
     for (int n = slot; n < p.items; n += p.slots) {
         SmallItem item;

@@ -50,25 +50,59 @@ struct Seen {
     }
 };
 
+// Where a warp is, worked out from the numbers of its block and of its thread alone.
+struct Place {
+    Role role;
+    SmallItem item;
+    bool exists, active;
+    int first_head, head;
+    int height, width, last;             // the group's, and the tile's last row of keys
+    int top, rows, left;                 // staged rows and columns of queries
+    int own;                             // first row of keys
+    int c, column, near;                 // of keys; `near` is a token in place of those past the map
+    int from, to;                        // query columns that see the warp's keys
+
+    __device__ __forceinline__ Place(const SmallGeometry& g, unsigned thread, int block)
+        : role(g, thread) {
+        first_head = remainder(block, g.by_teams) * g.heads_here;
+        head = first_head + role.head;
+        exists = item.set(g, block);
+        height = item.extent[0];
+        width = item.extent[1];
+        last = least(item.begin[0] + g.rows, height) - 1;
+        top = inverse_window(item.begin[0], height, KH).begin;
+        rows = inverse_window(last, height, KH).end - top;
+        left = first_staged(g, inverse_window(item.begin[1], width, KW).begin, width);
+        own = item.begin[0] + 2 * role.split;
+        const int column0 = item.begin[1] + role.column;
+        active = column0 < width;
+        c = role.lane % 4;
+        column = column0 + role.lane / 4;
+        near = least(column, width - 1);
+        from = inverse_window(least(column0, width - 1), width, KW).begin;
+        from -= (from - left) % 2;
+        to = inverse_window(least(column0 + 7, width - 1), width, KW).end;
+    }
+};
+
 // At most 8 warps; of short rows of halves a multiprocessor's registers hold 12.
 extern "C" __global__ void __launch_bounds__(D == 32 && !FLOATS && KW <= 9 ? 384 : 256, 1)
 na2d_small_bwd_dkv(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) unsigned char shared[];
     const SmallGeometry& g = p.geometry;
-    const Role role(g);
-    const int teams = g.heads / g.heads_here;
-    const int first_head = blockIdx.x % teams * g.heads_here, head = first_head + role.head;
-    SmallItem item;
-    if (!item.set(g, blockIdx.x / teams)) return;
-
-    const int row0 = item.begin[0], height = item.extent[0], width = item.extent[1];
-    const int last = least(row0 + g.rows, height) - 1;
-    const int top = inverse_window(row0, height, KH).begin;
-    const int rows = inverse_window(last, height, KH).end - top;
-    const int left = first_staged(g, inverse_window(item.begin[1], width, KW).begin, width);
-    const unsigned staged = shared_address(shared), line = g.pitch * ROW;
+    unsigned thread = threadIdx.x, block = blockIdx.x;
+    const Place once(g, thread, block);
+    if (!once.exists) return;
+    // Sums of long rows leave no registers to remember it in.
+    const auto here = [&] {
+        if (!LONG) return once;
+        anew(thread);
+        anew(block);
+        return Place(g, thread, block);
+    };
     const int even = g.pitch + g.pitch % 2;
     const int tokens = g.staged * even, queries = g.heads * g.queries_per_kv;
+    const unsigned staged = shared_address(shared), line = g.pitch * ROW;
     // Columns are read from an even one on, so one past the last may be read and weigh nothing.
     float* past_staged = (float*)(shared + 2 * g.heads_here * tensor_bytes(g));
     for (int n = threadIdx.x; n < ROW / 4; n += blockDim.x) past_staged[n] = 0;
@@ -77,45 +111,43 @@ na2d_small_bwd_dkv(const __grid_constant__ Params p) {
     // A row past the last table is read but never used.
     float* known = tables + g.heads_here * BIASES + BIAS_PITCH;
     if (threadIdx.x < BIAS_PITCH) known[(int)threadIdx.x - BIAS_PITCH] = 0;
-
-    // This warp's key columns and the query columns that see them.
-    const int column0 = item.begin[1] + role.column;
-    const bool active = column0 < width;
-    const int c = role.lane % 4, column = column0 + role.lane / 4, near = least(column, width - 1);
-    int from = inverse_window(least(column0, width - 1), width, KW).begin;
-    from -= (from - left) % 2;
-    const int to = inverse_window(least(column0 + 7, width - 1), width, KW).end;
     const float scale = (float)p.scale * (float)LOG2_E;
     // As in na2d_small_bwd_dq: lse is not subtracted from each score.
-    const float unscale = -1 / (float)p.scale;
+    const float unscale = -inverse((float)p.scale);
     const float never = p.scale > 0 ? minus_infinity() : -minus_infinity();
-    const unsigned table = shared_address(tables) + role.head * BIASES * 4;
-    const unsigned lse_here = shared_address(known) + role.head * 2 * tokens * 4;
-    const unsigned here = staged + 2 * role.head * tensor_bytes(g);
+    const auto seen_from = [&](const Place& at, int begin) {
+        return Seen(g, at.left, begin, at.near, at.width, at.c,
+                    shared_address(tables) + at.role.head * BIASES * 4);
+    };
+    const auto lines = [&](const View& v, const Place& at) {
+        return Lines(v, g, at.item, at.head, at.own, at.near);
+    };
+    // For the first columns of queries: mostly there are no others.
+    Seen seen = seen_from(once, once.from);
+    // Floats make them anew for every pair of rows.
+    const Lines keys = lines(p.key, once), values = lines(p.value, once);
+    const Lines d_keys = lines(p.d_key, once), d_values = lines(p.d_value, once);
 
     // NOTE: the sums of a pair of rows run over all query heads of a group, so heads are staged anew
     // for every pair; the plan gives a warp one pair where heads are grouped, if it can.
-    const int own = row0 + 2 * role.split;
-    const Lines keys(p.key, g, item, head, own, near), values(p.value, g, item, head, own, near);
-    const Lines d_keys(p.d_key, g, item, head, own, near);
-    const Lines d_values(p.d_value, g, item, head, own, near);
-    // The first columns of queries: mostly there are no others.
-    Seen seen(g, left, from, near, width, c, table);
-    for (int pass = 0; pass * 2 * g.splits < g.rows; ++pass) {
-        const int below = 2 * pass * g.splits, row = own + below;
-        const bool mine = active && row <= last, two = row + 1 < height;
+    for (int below = 0; below < g.rows; below += 2 * g.splits) {
         Left key, value;
         float d_key[D / 8][4], d_value[D / 8][4];
-        if (mine) {
-            Chunk k[2][PIECES], v[2][PIECES];
+        {
+            const Place at = here();
+            if (at.active && at.own + below <= at.last) {
+                const Lines from_keys = FLOATS ? lines(p.key, at) : keys;
+                const Lines from_values = FLOATS ? lines(p.value, at) : values;
+                Chunk k[2][PIECES], v[2][PIECES];
 #pragma unroll
-            for (int side = 0; side < 2; ++side) {
-                const bool there = side == 0 || two;
-                read_row(keys.at(below + side), c, there, k[side]);
-                read_row(values.at(below + side), c, there, v[side]);
+                for (int side = 0; side < 2; ++side) {
+                    const bool there = side == 0 || at.own + below + 1 < at.height;
+                    read_row(from_keys.at(below + side), at.c, there, k[side]);
+                    read_row(from_values.at(below + side), at.c, there, v[side]);
+                }
+                key.set(k[0], k[1], g.zero);
+                value.set(v[0], v[1], g.zero);
             }
-            key.set(k[0], k[1], g.zero);
-            value.set(v[0], v[1], g.zero);
         }
 #pragma unroll
         for (int j = 0; j < D / 8; ++j)
@@ -123,61 +155,69 @@ na2d_small_bwd_dkv(const __grid_constant__ Params p) {
             for (int e = 0; e < 4; ++e) d_key[j][e] = d_value[j][e] = 0;
 
         for (int member = 0; member < g.queries_per_kv; ++member) {
-            if (pass == 0 || g.queries_per_kv > 1) {
+            if (below == 0 || g.queries_per_kv > 1) {
+                const Place at = here();
                 __syncthreads();  // what was staged before has been read
-                stage(g, item, role, staged, first_head, p.query, p.d_out, g.queries_per_kv, member,
-                      1, top, left, rows);
-                stage_biases(g, tables, p.rpb, first_head, g.queries_per_kv, member, (float)LOG2_E);
-                for (int n = role.warp; n < g.heads_here * rows; n += role.warps) {
-                    const int down = n % rows, h = n / rows;
-                    const int query_head = (first_head + h) * g.queries_per_kv + member;
+                stage(g, at.item, at.role, staged, at.first_head, p.query, p.d_out,
+                      g.queries_per_kv, member, 1, at.top, at.left, at.rows);
+                stage_biases(
+                    g, tables, p.rpb, at.first_head, g.queries_per_kv, member, (float)LOG2_E);
+                for (int n = at.role.warp; n < g.heads_here * at.rows; n += at.role.warps) {
+                    const int down = n % at.rows, h = n / at.rows;
+                    const int query_head = (at.first_head + h) * g.queries_per_kv + member;
                     const long long image =
-                        (item.batch * queries + query_head) * g.length[0] * g.length[1];
-                    for (int x = role.lane; x < even; x += 32) {
-                        const bool real = x < g.pitch && left + x < width;
-                        const long long at = image + item.token(g, top + down, left + x);
+                        (at.item.batch * queries + query_head) * g.length[0] * g.length[1];
+                    for (int x = at.role.lane; x < even; x += 32) {
+                        const bool real = x < g.pitch && at.left + x < at.width;
+                        const long long token =
+                            image + at.item.token(g, at.top + down, at.left + x);
                         float* write = known + 2 * h * tokens + down * even + x;
-                        write[0] = real ? p.lse[at] * unscale : never;
-                        write[tokens] = real ? -p.delta[at] : 0;
+                        write[0] = real ? p.lse[token] * unscale : never;
+                        write[tokens] = real ? -p.delta[token] : 0;
                     }
                 }
                 copies_done();
                 __syncthreads();
             }
-            if (!mine) continue;
-            // Queries from `first` on see the first row of keys, until `past`; from `second` on the
-            // second row, until `end`.
-            const Interval upper = inverse_window(row, height, KH);
-            const Interval lower = inverse_window(row + 1, height, KH);
-            const int first = upper.begin, past = upper.end;
-            int second = two ? lower.begin : past, end = two ? lower.end : past;
-            asm volatile("" : "+r"(second), "+r"(end));  // made once, not in every step
 #pragma unroll 1
-            for (int begin = from; begin < to; begin += COLUMNS) {
-                if (to - from > COLUMNS) seen = Seen(g, left, begin, near, width, c, table);
-                const int at = seen.first;
+            for (int walked = 0;; walked += COLUMNS) {  // mostly once
+                const Place at = here();
+                const int row = at.own + below, begin = at.from + walked;
+                if (!at.active || row > at.last || begin >= at.to) break;
+                // Queries from `first` on see the first row of keys, until `past`; from `second` on
+                // the second row, until `end`.
+                const bool two = row + 1 < at.height;
+                const Interval upper = inverse_window(row, at.height, KH);
+                const Interval lower = inverse_window(row + 1, at.height, KH);
+                const int first = upper.begin, past = upper.end;
+                int second = two ? lower.begin : past, end = two ? lower.end : past;
+                asm volatile("" : "+r"(second), "+r"(end));  // made once, not in every step
+                if (LONG || at.to - at.from > COLUMNS) seen = seen_from(at, begin);
                 unsigned biases[OWN];
 #pragma unroll
                 for (int x = 0; x < OWN; ++x)
                     biases[x] = seen.biases[x] + (row - first + KH) * (BIAS_PITCH * 4);
-                unsigned skip = (first - top) * line;
-                unsigned scalars = lse_here + ((first - top) * even + at - left + c * 2) * 4;
-                const unsigned rows_at = here + row_offset(at - left, role.lane);
-                const Across across = Across(at - left, role.lane, block_bytes(g)) + here;
+                const unsigned queries_at = staged + 2 * at.role.head * tensor_bytes(g);
+                unsigned skip = (first - at.top) * line;
+                unsigned scalars = shared_address(known) + at.role.head * 2 * tokens * 4 +
+                                   ((first - at.top) * even + seen.first - at.left + at.c * 2) * 4;
+                const unsigned rows_at = queries_at + row_offset(seen.first - at.left, at.role.lane);
+                const Across across =
+                    Across(seen.first - at.left, at.role.lane, block_bytes(g)) + queries_at;
 #pragma unroll 1
                 for (int i = first; i < end; i += EACH) {
-                    const int blocks = step_blocks(i, end);
+                    const int blocks = step_blocks(g, i, end);
                     const unsigned next = blocks < STEP ? 0 : block_bytes(g);
                     float t[STEP][4], d[STEP][4];
                     float t0[STEP][4], d0[STEP][4];
 #pragma unroll
                     for (int h = 0; h < STEP; ++h) {
                         const int rest = h < blocks ? h * (PAIRED ? even : 8) : 0;
-                        const unsigned at = scalars + rest * 4;
+                        const unsigned pair = scalars + rest * 4;
                         const int query = PAIRED ? i + h : i;
                         float start[2];
-                        read_pair(at, start[0], start[1]);
-                        read_pair(at + tokens * 4, d0[h][0], d0[h][1]);
+                        read_pair(pair, start[0], start[1]);
+                        read_pair(pair + tokens * 4, d0[h][0], d0[h][1]);
 #pragma unroll
                         for (int side = 0; side < 2; ++side) {
                             const bool sees = side ? query >= second : query < past;
@@ -223,12 +263,16 @@ na2d_small_bwd_dkv(const __grid_constant__ Params p) {
                 }
             }
         }
-        if (!mine) continue;
+        const Place at = here();
+        if (!at.active || at.own + below > at.last) continue;
+        const Lines to_keys = FLOATS ? lines(p.d_key, at) : d_keys;
+        const Lines to_values = FLOATS ? lines(p.d_value, at) : d_values;
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
-            const bool write = column < width && (side == 0 || two);
-            store_row(d_keys.at(below + side), d_key, side, (float)p.scale, c, write);
-            store_row(d_values.at(below + side), d_value, side, 1, c, write);
+            const bool write =
+                at.column < at.width && (side == 0 || at.own + below + 1 < at.height);
+            store_row(to_keys.at(below + side), d_key, side, (float)p.scale, at.c, write);
+            store_row(to_values.at(below + side), d_value, side, 1, at.c, write);
         }
     }
 }

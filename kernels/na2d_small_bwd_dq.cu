@@ -157,7 +157,7 @@ __device__ __forceinline__ void attend(
 #pragma unroll STRAIGHT
     for (int i = 0; i < SEEN; i += EACH) {
         if (i == KH && !staggered) break;
-        const int blocks = step_blocks(i, SEEN);
+        const int blocks = step_blocks(g, i, SEEN);
         float t[STEP][4], d[STEP][4];
         scores(t, t0, query, keys, blocks < STEP ? 0 : block_bytes(g));
         scores(d, d0, d_out, values, blocks < STEP ? 0 : block_bytes(g));
@@ -211,8 +211,9 @@ na2d_small_bwd_dq(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) unsigned char shared[];
     const SmallGeometry& g = p.geometry;
     const Role role(g);
-    const int teams = g.heads / g.heads_here;
-    const int first_head = blockIdx.x % teams * g.heads_here, head = first_head + role.head;
+    int worker = blockIdx.x;  // of those of a team
+    const int first_head = remainder(worker, g.by_teams) * g.heads_here;
+    const int head = first_head + role.head, workers = divide(gridDim.x, g.by_teams);
     const unsigned staged = shared_address(shared), line = g.pitch * ROW;
     float* tables = (float*)(shared + 2 * g.heads_here * tensor_bytes(g));
     float* own = tables + (g.heads_here + role.warp) * BIASES;
@@ -230,10 +231,10 @@ na2d_small_bwd_dq(const __grid_constant__ Params p) {
     sums.shift = 0;
     // Scores start from minus lse over the scale, so that lse is not subtracted from each; rows that
     // are not there from what weighs nothing.
-    const float unscale = -1 / (float)p.scale;
+    const float unscale = -inverse((float)p.scale);
     const float never = p.scale > 0 ? minus_infinity() : -minus_infinity();
 
-    for (int n = blockIdx.x / teams; n < p.items; n += gridDim.x / teams) {
+    for (int n = worker; n < p.items; n += workers) {
         SmallItem item;
         if (!item.set(g, n)) continue;
         const int row0 = item.begin[0], height = item.extent[0], width = item.extent[1];
@@ -268,22 +269,28 @@ na2d_small_bwd_dq(const __grid_constant__ Params p) {
         if (!active) continue;
 
         const int first = row0 + 2 * role.split;
-        const Lines queries(p.query, g, item, head, first, near);
-        const Lines outs(p.out, g, item, head, first, near);
-        const Lines d_outs(p.d_out, g, item, head, first, near);
-        const Lines d_queries(p.d_query, g, item, head, first, near);
+        const auto lines = [&](const View& v, int column) {
+            return Lines(v, g, item, head, first, column);
+        };
+        const Lines queries = lines(p.query, near), outs = lines(p.out, near);
+        const Lines d_outs = lines(p.d_out, near), d_queries = lines(p.d_query, near);
+        unsigned again = near;  // long rows leave no registers to remember lines in
         const int shift = begin - column0;
 #pragma unroll 1
         for (int row = first; row <= last; row += 2 * g.splits) {
             const int from = window(row, height, KH).begin, distance = from - row;
             const bool two = row + 1 < height;
+            if (LONG) anew(again);
+            const Lines from_queries = LONG ? lines(p.query, again) : queries;
+            const Lines from_outs = LONG ? lines(p.out, again) : outs;
+            const Lines from_d_outs = LONG ? lines(p.d_out, again) : d_outs;
             Chunk q[2][PIECES], d[2][PIECES], o[2][PIECES];
 #pragma unroll
             for (int side = 0; side < 2; ++side) {
                 const bool there = side == 0 || two;
-                read_row(queries.at(row - first + side), c, there, q[side]);
-                read_row(d_outs.at(row - first + side), c, there, d[side]);
-                read_row(outs.at(row - first + side), c, there, o[side]);
+                read_row(from_queries.at(row - first + side), c, there, q[side]);
+                read_row(from_d_outs.at(row - first + side), c, there, d[side]);
+                read_row(from_outs.at(row - first + side), c, there, o[side]);
             }
             Left query, d_out;
             query.set(q[0], q[1], g.zero);
@@ -312,9 +319,11 @@ na2d_small_bwd_dq(const __grid_constant__ Params p) {
             const bool staggered = !DENSE && two && window(row + 1, height, KH).begin != from;
             attend(g, query, d_out, keys + skip, keys + tensor_bytes(g) + skip, across + skip,
                    biases, scale, start, delta, staggered, out, sums);
+            if (LONG) anew(again);
+            const Lines to = LONG ? lines(p.d_query, again) : d_queries;
 #pragma unroll
             for (int side = 0; side < 2; ++side)
-                store_row(d_queries.at(row - first + side), out, side, (float)p.scale, c,
+                store_row(to.at(row - first + side), out, side, (float)p.scale, c,
                           column < width && (side == 0 || two));
         }
     }
@@ -325,7 +334,7 @@ na2d_small_bwd_dq(const __grid_constant__ Params p) {
         // Padded rows are added up whole, which meets no bank twice.
         constexpr int ROWS = 2 * KH - 1, WIDTH = 2 * KW - 1;
         const int warps = g.blocks * g.splits;
-        float* to = p.partial + ((long long)(blockIdx.x / teams) * g.heads + first_head) * ROWS * WIDTH;
+        float* to = p.partial + ((long long)worker * g.heads + first_head) * ROWS * WIDTH;
         for (int n = threadIdx.x; n < g.heads_here * ROWS * BIAS_PITCH; n += blockDim.x) {
             const int here = n / (ROWS * BIAS_PITCH), at = n % (ROWS * BIAS_PITCH);
             float sum = 0;

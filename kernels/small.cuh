@@ -64,7 +64,8 @@ enum {
     BIAS_PITCH = (2 * KW + 3) / 4 * 4,  // numbers of a bias row: 2 KW - 1, then minus infinity
     BIAS_ROWS = 2 * KH,                 // one before the first is read for rows past the map
     BIASES = BIAS_ROWS * BIAS_PITCH,
-    NO_BIAS = BIAS_PITCH - 1            // the column of pairs that do not see each other
+    NO_BIAS = BIAS_PITCH - 1,           // the column of pairs that do not see each other
+    LONG = FLOATS && D == 64            // rows that leave gradients' kernels few registers
 };
 
 static_assert(KH >= 1 && KW >= 1 && KH <= 13 && KW <= 13, "8 windows span at most 24 columns");
@@ -86,6 +87,12 @@ __device__ __forceinline__ unsigned block_bytes(const SmallGeometry& g) {
 // Blocks of the step of rows i, ...: the last of an odd number of rows is alone.
 __device__ __forceinline__ int step_blocks(int i, int rows) {
     return PAIRED && i + 1 == rows ? 1 : STEP;
+}
+
+// The same where gradients are summed. Of long rows a number the compiler does not know: it cuts the
+// code of a step into pieces, of which ptxas would otherwise mix more products than registers hold.
+__device__ __forceinline__ int step_blocks(const SmallGeometry& g, int i, int rows) {
+    return step_blocks(i, rows) + (LONG ? g.zero : 0);
 }
 
 // ---- the walk --------------------------------------------------------------------------------
@@ -155,9 +162,9 @@ __device__ __forceinline__ Interval inverse_window(int position, int length, int
 struct Role {  // what a warp does
     int lane, warp, warps, head, split, column;  // head and column within the block's
 
-    __device__ __forceinline__ Role(const SmallGeometry& g) {
-        lane = threadIdx.x % 32;
-        warp = threadIdx.x / 32;
+    __device__ __forceinline__ Role(const SmallGeometry& g, unsigned thread = threadIdx.x) {
+        lane = thread % 32;
+        warp = thread / 32;
         warps = blockDim.x / 32;
         int rest = warp;
         column = PAIRED ? 0 : remainder(rest, g.by_blocks) * 8;

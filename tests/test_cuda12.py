@@ -97,6 +97,11 @@ def test_models_do_not_spill(measured):
     assert not spilling
 
 
+def test_no_spill_in_the_table():
+    table = json.loads(TABLE.read_text())["kernels"]
+    assert not {name: row for name, row in table.items() if any(row[1:])}
+
+
 def test_resources_are_those_of_the_table(measured):
     """Exact for the compiler that made the table; a row it lacks is for freshness to tell."""
     table = json.loads(TABLE.read_text())

@@ -48,7 +48,7 @@ def jobs():
             archs = ("90a", "75") if dtype == "F16" and dim == 32 else ("90a",)
             found |= dict.fromkeys(product(specs(dim, dtype, rpb, shape), archs))
         found |= dict.fromkeys(product(specs(32, "F32", True, shape), ("80", "90a", "120a")))
-        found |= dict.fromkeys(product(specs(64, "F32", True, shape), ("90a",)))
+        found |= dict.fromkeys(product(specs(64, "F32", True, shape), ("80", "90a", "120a")))
     for dtype, n in (("BF16", 56), ("BF16", 11), ("F32", 56)):
         found |= dict.fromkeys(product(specs(32, dtype, True, (n, n), k=11), ("90a",)))
     found |= dict.fromkeys(product(specs(64, "BF16", True, (56, 56), k=13), ("90a",)))
@@ -89,18 +89,14 @@ def test_no_warning(measured):
     assert not {name: warnings for name, _, warnings in measured if warnings}
 
 
-def spills(spec):
-    """Some backward kernels of floats do, by a few registers: with long rows or wide windows."""
-    constants = dict(spec.constants)
-    large = constants["HEAD_DIM"] == 64 or constants["KERNEL_WIDTH"] > 9
-    return constants["SCALAR"] == "F32" and large and "bwd" in spec.entry
-
-
 def test_no_spill(measured):
-    known = {f"{spec} sm_{arch}" for spec, arch in jobs() if spills(spec)}
-    spilling = {name: row for name, row, _ in measured if any(row[1:])}
-    assert not set(spilling) - known, spilling
-    assert all(max(row[1:]) <= 100 for row in spilling.values()), spilling
+    assert not {name: row for name, row, _ in measured if any(row[1:])}
+
+
+def test_no_spill_in_the_table():
+    """Of every architecture, where CI compiles for one in turn."""
+    table = json.loads(TABLE.read_text())["kernels"]
+    assert not {name: row for name, row in table.items() if any(row[1:])}
 
 
 def test_resources_are_those_of_the_table(measured):

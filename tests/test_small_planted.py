@@ -62,11 +62,11 @@ MISTAKES = {
     "no gradient of the log-sum-exp": (
         "na2d_small_bwd_dq.cu", "if (p.d_lse && real)", "if (false)"),
     "second query block forgotten": (
-        "na2d_small_bwd_dkv.cu", "begin < to; begin += COLUMNS", "begin < to; begin += 64"),
+        "na2d_small_bwd_dkv.cu", "walked += COLUMNS", "walked += 64"),
     "query columns counted twice": ("na2d_small_bwd_dkv.cu", "query >= begin && ", ""),
     "heads of a group not staged": (
-        "na2d_small_bwd_dkv.cu", "if (pass == 0 || g.queries_per_kv > 1)",
-        "if (pass == 0 && member == 0)"),
+        "na2d_small_bwd_dkv.cu", "if (below == 0 || g.queries_per_kv > 1)",
+        "if (below == 0 && member == 0)"),
     "rows of keys not masked": (
         "na2d_small_bwd_dkv.cu",
         "side ? query >= second : query < past;", "true;"),

@@ -1,7 +1,8 @@
 """`python -m benchmarks.compiling`: seconds to compile the kernels of NAT-Tiny, from nothing.
 
-In: architectures. Out: a record with the time of each kernel alone, one after another, and of all
-of them at once, forward and backward, as a first training step or `natcupy.warmup` compiles them.
+In: architectures. Out: a record with the time of each kernel alone (the median of rounds in which
+all are compiled one after another) and of all of them at once, forward and backward, as a first
+training step or `natcupy.warmup` compiles them.
 No GPU is needed: the compiler is NVRTC, the time is the CPU's. Beside the seconds that pass are
 those of the CPU, which others on the machine stretch less.
 """
@@ -14,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 from unittest import mock
 
@@ -24,6 +26,7 @@ from natcupy import cache
 from natcupy.cuda import jit, plan
 from natcupy.neighborhood import Neighborhood
 
+ROUNDS = 5
 LEVELS = ((56, 2), (28, 4), (14, 8), (7, 16))  # side of the map, heads; head_dim 32, 7 x 7 windows
 
 
@@ -49,11 +52,16 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 def measure(arch: str, dtype: str, workers: int) -> dict[str, Any]:
     """Seconds of every kernel for `arch` alone, and of all with `workers` compilers at once."""
-    specs, alone = specs_of(int(arch.rstrip("af")), dtype), {}
-    for spec in specs:
+    specs = specs_of(int(arch.rstrip("af")), dtype)
+    rounds: dict[str, list[dict[str, float]]] = {str(spec): [] for spec in specs}
+    for spec in specs * ROUNDS:
         begun = _now()
         jit.compile_spec(spec, arch)
-        alone[str(spec)] = _since(begun)
+        rounds[str(spec)].append(_since(begun))
+    alone = {
+        name: {kind: median(one[kind] for one in times) for kind in times[0]}
+        for name, times in rounds.items()
+    }
     with tempfile.TemporaryDirectory() as folder:
         store = cache.Store(Path(folder) / "binaries")
         with mock.patch.object(jit, "default_store", lambda: store):

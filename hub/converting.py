@@ -84,7 +84,11 @@ def convert_checkpoint(
     with TemporaryDirectory(prefix="natcupy-convert-") as place:
         safe, source_hash = _safe_copy(found, Path(place) / WEIGHTS_FILE)
         original = {} if safe.shards else read_tensors(safe.weights).tensors
-        model = load(safe, architecture=architecture)
+        try:
+            model = load(safe, architecture=architecture)
+        except CheckpointError as error:  # names the copy, which nobody will find
+            named = str(error).replace(str(safe.weights), str(found.weights))
+            raise CheckpointError(named) from error
         converted = Converted(_plain_name(found.weights), source_hash, found.repo)
         package = pack(model, state_facts(model, converted=converted, **stated))
         target = write(package, folder, overwrite_card=True)

@@ -483,6 +483,12 @@ def default_store() -> Store:
 def _store(switch: str, folder: str, size: str) -> Store:
     if switch.lower() in ("off", "0", "no", "false"):
         return Store(None)
+    if switch.lower() not in ("", "on", "1", "yes", "true"):
+        warnings.warn(
+            f"{SWITCH_VARIABLE} must be on or off, got {switch!r}; the cache stays on.",
+            CacheWarning,
+            stacklevel=3,
+        )
     limit = int(size) << 20 if size.isdecimal() else DEFAULT_LIMIT
     where = os.path.abspath(os.path.expanduser(folder)) if folder else _user_folder()
     if where is None:

@@ -410,7 +410,10 @@ def _as_given(x: Tensor):
 
 def _check_tensor(name: str, x, dim: int, layout: str) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}.")
+        raise TypeError(
+            f"{name} must be a torch.Tensor (or an array of NumPy or CuPy, as all others then), "
+            f"got {type(x).__name__}."
+        )
     if x.layout != torch.strided or x.is_nested:
         raise TypeError(f"{name} must be a dense strided tensor, got layout {x.layout}.")
     if x.dtype not in FLOATS:

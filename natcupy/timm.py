@@ -27,6 +27,12 @@ except ImportError as error:
         f"natcupy.timm registers natcupy's models in timm, which is not to be had here ({error}). "
         "Install it with: pip install 'natcupy[timm]'."
     ) from error
+except RuntimeError as error:  # a torchvision that was built for another torch
+    raise ImportError(
+        f"timm is installed but cannot be imported ({error}). torch and torchvision must be of one "
+        "build, both for the CPU or both for the same CUDA, and of releases that belong together: "
+        "install them again together."
+    ) from error
 
 import torch
 

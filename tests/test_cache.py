@@ -461,6 +461,13 @@ def test_switched_off_nothing_is_written_or_warned(environment, tmp_path, recwar
     assert len(recwarn) == 0
 
 
+def test_a_switch_that_is_neither_on_nor_off_is_told(environment, tmp_path):
+    environment.setenv("HOME", str(tmp_path))
+    environment.setenv("NATCUPY_CACHE", "none")
+    with pytest.warns(CacheWarning, match=r"NATCUPY_CACHE must be on or off, got 'none'"):
+        assert cache.default_store().describe()["state"] == "disk"
+
+
 def test_without_a_home_it_works_in_memory_and_warns_once(environment):
     environment.setattr(cache.os.path, "expanduser", lambda path: path)
     build = Builder(b"x")

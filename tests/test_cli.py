@@ -442,3 +442,12 @@ def test_the_parser_names_rooms_that_exist():
         needed |= {name: ["x", "--model=y"] for name in ("segment", "detect")}
         room = build_parser().parse_args([command, *needed.get(command, [])]).room
         assert (ROOT / "natcupy" / "cli" / f"{room}.py").is_file()
+
+
+def test_stopping_a_command_while_it_is_imported(capsys, monkeypatch):
+    def stopped(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("natcupy.cli.import_module", stopped)
+    assert main(["models"]) == 130
+    assert capsys.readouterr().err == "natcupy: stopped\n"

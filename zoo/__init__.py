@@ -191,6 +191,8 @@ def _resolve(name: str) -> str:
     if architecture not in MODELS:
         near = difflib.get_close_matches(architecture, MODELS, n=3, cutoff=0.4)
         hint = f"the nearest are {', '.join(near)}" if near else "see natcupy.list_models()"
+        if architecture == "nat_digits":
+            hint = 'it is a trained model: natcupy.from_pretrained("nat-digits")'
         raise ValueError(f"there is no model {name!r}; {hint}.")
     if tag and tag != PUBLISHED[architecture].tag:
         raise ValueError(

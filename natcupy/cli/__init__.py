@@ -25,8 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = build_parser().parse_args(argv)
     except SystemExit as stop:  # argparse has printed help, version or the usage error
         return stop.code if isinstance(stop.code, int) else 2
-    room = import_module(f"natcupy.cli.{arguments.room}")
     try:
+        room = import_module(f"natcupy.cli.{arguments.room}")
         status = room.run(arguments)
         sys.stdout.flush()
         return status

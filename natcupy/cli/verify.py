@@ -10,7 +10,7 @@ import sys
 
 from natcupy.cli import console
 from natcupy.hub.client import Access
-from natcupy.hub.verify import verify
+from natcupy.hub.verify import UNKNOWN, Report, verify
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -29,7 +29,15 @@ def run(arguments: argparse.Namespace) -> int:
         print(console.table(("file", "bytes", "SHA-256", "status"), rows))
         print()
         where = f"{report.name}@{report.commit}" if report.commit else report.name
-        print(f"{where}: {'ok' if report.ok else 'not ok'}")
+        print(f"{where}: {_verdict(report)}")
     if report.problem:
         print(f"natcupy: error: {report.problem}", file=sys.stderr)
     return 0 if report.ok else 1
+
+
+def _verdict(report: Report) -> str:
+    if not report.ok:
+        return "not ok"
+    if all(file.status == UNKNOWN for file in report.files):
+        return "loads, but was compared with nothing (--against REPO names what it should equal)"
+    return "ok"

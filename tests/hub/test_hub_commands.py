@@ -103,6 +103,13 @@ def checkpoint(path, model, layout="natcupy"):
     return path
 
 
+def test_a_checkpoint_that_fits_nothing_is_named_as_the_user_names_it(tmp_path, capsys):
+    source = checkpoint(tmp_path / "mine.pth", invented("nat"))
+    status, _, error = run(capsys, "convert", source, tmp_path / "out")
+    assert status == 1 and f"{source} has the shapes of no model" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_convert_a_checkpoint(tmp_path, capsys, no_sockets):
     torch.manual_seed(0)
     model = natcupy.create_model("nat-mini", num_classes=3)
@@ -229,7 +236,11 @@ def test_verify_a_folder(hub, tmp_path, capsys):
     assert (
         status == 0 and report["ok"] and {f["status"] for f in report["files"]} == {verify.UNKNOWN}
     )
+    assert main(["verify", str(folder)]) == 0
+    assert "compared with nothing (--against REPO" in capsys.readouterr().out
     (folder / "README.md").write_bytes(hub.tree("me/mine")["README.md"])
+    assert main(["verify", str(folder), "--against", "me/mine"]) == 0
+    assert capsys.readouterr().out.endswith(": ok\n")
     status, report, _ = run(capsys, "verify", folder, "--against", "me/mine")
     assert status == 0 and {f["status"] for f in report["files"]} == {verify.OK}
     data = bytearray((folder / "model.safetensors").read_bytes())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import functools
 import importlib
+import importlib.util
 import os
 import re
 import shutil
@@ -95,7 +96,8 @@ def _import_first() -> None:
     wanted = os.environ.get("CUPY_CACHE_DIR") or os.path.expanduser("~/.cupy/kernel_cache")
     before = os.environ.get("CUPY_CACHE_DIR")
     try:
-        os.makedirs(wanted, exist_ok=True)
+        if importlib.util.find_spec("cupy"):  # else nothing is left behind
+            os.makedirs(wanted, exist_ok=True)
     except OSError:
         spare = tempfile.mkdtemp(prefix="natcupy-cupy-")
         atexit.register(shutil.rmtree, spare, ignore_errors=True)

@@ -96,7 +96,7 @@ def _import_first() -> None:
     wanted = os.environ.get("CUPY_CACHE_DIR") or os.path.expanduser("~/.cupy/kernel_cache")
     before = os.environ.get("CUPY_CACHE_DIR")
     try:
-        if importlib.util.find_spec("cupy"):  # else nothing is left behind
+        if _is_installed():  # else nothing is left behind
             os.makedirs(wanted, exist_ok=True)
     except OSError:
         spare = tempfile.mkdtemp(prefix="natcupy-cupy-")
@@ -117,6 +117,13 @@ def _import_first() -> None:
             os.environ.pop("CUPY_CACHE_DIR", None)
         else:
             os.environ["CUPY_CACHE_DIR"] = before
+
+
+def _is_installed() -> bool:
+    try:
+        return importlib.util.find_spec("cupy") is not None
+    except ImportError:
+        return False
 
 
 def _broken(error: Exception) -> ImportError:

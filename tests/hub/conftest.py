@@ -1,5 +1,6 @@
 """Tests of the hub: a local server instead of the Hub, started before the client is imported."""
 
+import importlib
 import os
 import socket
 import sys
@@ -14,6 +15,9 @@ HUB = LocalHub()
 _HOME = tempfile.TemporaryDirectory(prefix="natcupy-hub-")
 os.environ.update(HUB.environment(_HOME.name))
 os.environ.pop("HF_TOKEN", None)
+importlib.import_module(
+    "huggingface_hub.constants"
+)  # before a test of another room switches it off
 
 
 def pytest_sessionfinish():

@@ -15,9 +15,8 @@ HUB = LocalHub()
 _HOME = tempfile.TemporaryDirectory(prefix="natcupy-hub-")
 os.environ.update(HUB.environment(_HOME.name))
 os.environ.pop("HF_TOKEN", None)
-importlib.import_module(
-    "huggingface_hub.constants"
-)  # before a test of another room switches it off
+# before a test of another room switches it off
+importlib.import_module("huggingface_hub.constants")
 
 
 def pytest_sessionfinish():

@@ -197,6 +197,12 @@ na2d_small_bwd_dkv(const __grid_constant__ Params p) {
 #pragma unroll
                 for (int x = 0; x < OWN; ++x)
                     biases[x] = seen.biases[x] + (row - first + KH) * (BIAS_PITCH * 4);
+                // Of the second row of keys: what the first one had a row of queries before.
+                float lower_bias[OWN];
+                if (!PAIRED)
+#pragma unroll
+                    for (int x = 0; x < OWN; ++x)
+                        lower_bias[x] = read_float<BIAS_PITCH * 4>(biases[x]);
                 const unsigned queries_at = staged + 2 * at.role.head * tensor_bytes(g);
                 unsigned skip = (first - at.top) * line;
                 unsigned scalars = shared_address(known) + at.role.head * 2 * tokens * 4 +
@@ -238,23 +244,31 @@ na2d_small_bwd_dkv(const __grid_constant__ Params p) {
                         weights.clear(h);
                         ds.clear(h);
                         if (h >= blocks) continue;
+                        float upper_bias[2];
+                        if (!PAIRED)
+#pragma unroll
+                            for (int e = 0; e < 2; ++e)
+                                upper_bias[e] = read_float(biases[2 * h + e]);
 #pragma unroll
                         for (int side = 0; side < 2; ++side) {
                             const int down = (side - (PAIRED ? h : 0)) * (BIAS_PITCH * 4);
                             float x[2], y[2];
 #pragma unroll
                             for (int e = 0; e < 2; ++e) {
-                                const float bias =
-                                    read_float(biases[PAIRED ? e : 2 * h + e] + down);
+                                const float bias = PAIRED ? read_float(biases[e] + down)
+                                                   : side ? lower_bias[2 * h + e] : upper_bias[e];
                                 x[e] = exp_2(t[h][2 * side + e] * scale + bias);
                                 y[e] = x[e] * d[h][2 * side + e];
                             }
                             weights.set(h, side, x[0], x[1]);
                             ds.set(h, side, y[0], y[1]);
                         }
+                        if (!PAIRED)
+#pragma unroll
+                            for (int e = 0; e < 2; ++e) lower_bias[2 * h + e] = upper_bias[e];
                     }
-                    accumulate(scalar_t(), d_value, weights, across + (tensor_bytes(g) + skip), block_bytes(g),
-                               blocks);
+                    accumulate(scalar_t(), d_value, weights, across + (tensor_bytes(g) + skip),
+                               block_bytes(g), blocks);
                     accumulate(scalar_t(), d_key, ds, across + skip, block_bytes(g), blocks);
                     skip += EACH * line;
                     scalars += EACH * even * 4;

@@ -2,10 +2,11 @@
 
 In: checked tensors and a `Neighborhood`. Out: attention outputs and log-sum-exp, with history.
 
-`plan` turns sizes into a table. `micro`, `pack` and `sums` write the inner functions with `emit`,
-gathered in `common`; `task`, `block`, `forward` and `backward` what calls them. `host` compiles
-both, `threads` runs them, `launch` is one call, `ops` its face towards torch. Importing this
-package loads none of them; llvmlite is needed only when a kernel runs.
+`plan` turns sizes into a table, with `classes`, `rows` and `cuts`. `micro`, `pack` and `sums`
+write the inner functions with `emit`, gathered in `common`; `task`, `block`, `forward` and
+`backward` what calls them. `host` compiles both, `threads` runs them, `launch` is one call, `ops`
+its face towards torch. Importing this package loads none of them; llvmlite is needed only when a
+kernel runs.
 """
 
 from __future__ import annotations

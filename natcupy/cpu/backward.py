@@ -126,19 +126,31 @@ class Backward(Block):
     # -- one of the query rows of a block -----------------------------------------------------
 
     def _finish_side(self, side: Side, s: str) -> None:
+        self._gradients_of_logits(side, s, self.logits_of("grads", side))
+
+    def _finish_sides(self) -> None:
+        """One kind of sums after the other: those of all query rows stay close to the core."""
         b = self.b
-        grads = self.logits_of("grads", side)
-        self._gradients_of_logits(side, s, grads)
         scale = b.splat(self.as_real(self.scale()), LANES)
         b.vstore(scale, self.buffer("factor"), LANES)
-        b.when(
-            self.is_set("want_query"),
-            lambda: self.weighted("key", grads, "grad_query", side),
-        )
+
+        def queries(side):
+            self.vectors = b.mul(side.row_count, self.span)
+            self.weighted("key", self.logits_of("grads", side), "grad_query", side)
+
+        def keys(side):
+            self.vectors = b.mul(side.row_count, self.span)
+            self._spread("key", side, self.logits_of("grads", side), "query_along")
+
+        def values(side):
+            self.vectors = b.mul(side.row_count, self.span)
+            self._spread("value", side, self.logits_of("logits", side), "grad_along")
+
+        b.when(self.is_set("want_query"), lambda: self.for_sides(queries))
 
         def keys_and_values():
-            self._spread("key", side, grads, "query_along")
-            self._spread("value", side, s, "grad_along")
+            self.for_sides(keys)
+            self.for_sides(values)
 
         b.when(self.is_set("want_key_value"), keys_and_values)
 

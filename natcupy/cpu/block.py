@@ -38,6 +38,9 @@ class Block(Task):
         """After the softmax of one of the query rows; its weights are at `s`."""
         raise NotImplementedError
 
+    def _finish_sides(self) -> None:
+        """After all query rows of the block."""
+
     def _block(self, record: str) -> None:
         b = self.b
         self.cls = self.entry(b.table(record, 0))
@@ -60,6 +63,7 @@ class Block(Task):
 
         b.loop(self.entry_count, entry)
         self.for_sides(self._side)
+        self._finish_sides()
 
     # -- logits -----------------------------------------------------------------------------------
 

@@ -90,7 +90,8 @@ class Classes:
         """`put` appends words to the table and returns their address."""
         self.put, self.kernel_size = put, kernel_size
         self.tuning, self.backward = tuning, backward
-        self.known: dict = {}
+        self.near: dict = {}  # by the windows, and the ends of the item's keys where they are near
+        self.known: dict = {}  # by the windows, and how they are wrapped
         self.masks: dict[tuple[int, ...], int] = {(-1,) * LANES: FULL_MASK_AT}
         self.zeros = 0, 0  # address and number of some
         self.span = 0  # most taps
@@ -113,11 +114,20 @@ class Classes:
             addresses.append(self.put(record))
         return self.put(addresses), taps
 
-    def of(self, windows: Windows, left: int, right: int) -> tuple[int, int, int]:
-        """Address, origin and span of the class for windows relative to a block's first query.
+    def of(self, offsets: Windows, left: int, right: int) -> tuple[int, int, int]:
+        """Address, origin and span of the class for the windows of a block, each by its distances.
 
-        The item's keys are left .. right - 1, relative to that query too.
+        The item's keys are left .. right - 1, relative to the block's first query.
         """
+        far = self.kernel_size + LANES  # no window of the block, wrapped or not, comes so far
+        place = offsets, max(left, offsets[0][0] - far), min(right, offsets[-1][1] + far)
+        if place not in self.near:
+            windows = tuple((a + i, b + i) for i, (a, b) in enumerate(offsets))
+            self.near[place] = self._of(windows, *place[1:])
+        return self.near[place]
+
+    def _of(self, windows: Windows, left: int, right: int) -> tuple[int, int, int]:
+        """`of`, for windows relative to the block's first query."""
         kernel = self.kernel_size
         tap = min(a - i for i, (a, _) in enumerate(windows))
         taps = max(b - i for i, (_, b) in enumerate(windows)) - tap

@@ -217,11 +217,11 @@ class _Maker:
     def _tile(self, windows, first: int, end: int, before) -> list[int]:
         """Words of an item from `blocks_at` on, for query columns first .. end - 1."""
         key, key_end = windows[first][0], windows[end - 1][1]
+        offsets = [(a - i, b - i) for i, (a, b) in enumerate(windows[first:end], first)]
         blocks = []
         for column in range(first, end, LANES):
-            lanes = windows[column : min(column + LANES, end)]
-            relative = tuple([(a - column, b - column) for a, b in lanes])
-            at, origin, span = self.classes.of(relative, key - column, key_end - column)
+            lanes = tuple(offsets[column - first : column - first + LANES])
+            at, origin, span = self.classes.of(lanes, key - column, key_end - column)
             # a vector of 8 columns is read at each tap, a single column when broadcasting
             self.reach.show(column + origin - key, column + origin + span + LANES - key)
             blocks += [at, column - first]

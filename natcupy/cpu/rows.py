@@ -50,73 +50,83 @@ def steps(
 
     `earlier(x, y)` says whether a stripe of an earlier phase has summed into that key row.
     """
-    together = [[(x, y) for y in ys] for x in stripe[0] for ys in _even_parts(stripe[1])]
-    keys_of = _keys_by_row(windows, kernel_size, stripe)
-    last = {key: number for number, rows in enumerate(together) for r in rows for key in keys_of[r]}
+    planes, parts = stripe[0], _even_parts(stripe[1])
+    outer = [_window(windows[0], x, kernel_size[0]) for x in planes]
+    inner = [_Part(windows[1], part, kernel_size[1]) for part in parts]
+    last_plane = {x: number for number, keys in enumerate(outer) for x, _ in keys}
+    last_part = {y: number for number, part in enumerate(inner) for y in part.keys}
+    bias_rows = 2 * kernel_size[1] - 1
     slots: dict[Row, int] = {}
     free: list[int] = []
     ring, words = 0, []
-    for number, rows in enumerate(together):
-        seen = [keys_of[row] for row in rows]
-        union = sorted(set().union(*seen))
-        new = [key for key in union if key not in slots]
-        for key in new:
+    for (plane, x), (number, part) in product(enumerate(planes), enumerate(inner)):
+        rows = [(key, y) for key, _ in outer[plane] for y in part.keys]
+        new = [row for row in rows if row not in slots]
+        for row in new:
             if not free:
                 free.append(ring)
                 ring += 1
-            slots[key] = free.pop()
-        done = sorted(key for key in slots if last[key] == number)
-        lists = [word for key in new for word in (slots[key], *key)]
-        for key in union:
-            lists += _entry(slots[key], [keys.get(key) for keys in seen])
-        for key in done:
-            lists += [slots[key], *key, int(earlier(*key))]
-        at, sides, tail = len(STEP) + len(rows) * len(SIDE) + len(lists), [], []
-        for row, keys in zip(rows, seen, strict=True):
-            sides += [*row, at + len(tail), len(keys)]
-            tail += [word for key, (_, bias) in keys.items() for word in (slots[key], bias)]
-        words += [at + len(tail), len(rows), len(new), len(union), len(done)]
+            slots[row] = free.pop()
+        done = [r for r in rows if last_plane[r[0]] == plane and last_part[r[1]] == number]
+        lists = [word for row in new for word in (slots[row], *row)]
+        slots_by_plane = [[slots[key, y] for y in part.keys] for key, _ in outer[plane]]
+        for place, ((_, bias), found) in enumerate(zip(outer[plane], slots_by_plane, strict=True)):
+            for slot, entry in zip(found, part.entries(place, bias * bias_rows), strict=True):
+                lists.append(slot)
+                lists += entry
+        for row in done:
+            lists += [slots[row], *row, int(earlier(*row))]
+        at, sides, tail = len(STEP) + len(part.sides) * len(SIDE) + len(lists), [], []
+        for y, keys in part.sides:
+            sides += [x, y, at + len(tail), len(outer[plane]) * len(keys)]
+            first = keys[0][0] - part.keys[0]
+            for (_, bias), found in zip(outer[plane], slots_by_plane, strict=True):
+                for slot, (_, lower) in zip(found[first:], keys, strict=False):
+                    tail += slot, bias * bias_rows + lower
+        words += [at + len(tail), len(part.sides), len(new), len(rows), len(done)]
         words += [*sides, *lists, *tail]
-        for key in done:
-            free.append(slots.pop(key))
-    most = max(map(len, keys_of.values()))
-    return Steps(words, len(together), ring, most, max(map(len, together)))
+        for row in done:
+            free.append(slots.pop(row))
+    most = max(map(len, outer)) * max(len(keys) for part in inner for _, keys in part.sides)
+    return Steps(words, len(planes) * len(parts), ring, most, max(map(len, parts)))
+
+
+def _window(windows: Windows, query: int, kernel_size: int) -> list[tuple[int, int]]:
+    """The keys that a query sees on one axis, with the places of their biases."""
+    return [(key, rpb_index(key, query, kernel_size)) for key in range(*windows[query])]
+
+
+class _Part:
+    """Neighboring query rows on the inner axis, and the key rows that they see there."""
+
+    def __init__(self, windows: Windows, rows: range, kernel_size: int):
+        self.sides = [(y, _window(windows, y, kernel_size)) for y in rows]
+        self.keys = range(self.sides[0][1][0][0], self.sides[-1][1][-1][0] + 1)
+        self._known: dict[tuple[int, int], list[list[int]]] = {}
+
+    def entries(self, place: int, bias: int) -> list[list[int]]:
+        """For each key row the words of its entry behind the slot.
+
+        `place` counts the windows of the outer axis before this one; `bias` is the first row of the
+        bias table for the key's index there.
+        """
+        if (place, bias) not in self._known:
+            self._known[place, bias] = [self._entry(key, place, bias) for key in self.keys]
+        return self._known[place, bias]
+
+    def _entry(self, key: int, place: int, bias: int) -> list[int]:
+        sides, words = [], []
+        for number, (_, keys) in enumerate(self.sides):
+            if keys[0][0] <= key <= keys[-1][0]:
+                at = key - keys[0][0]
+                sides.append(number)
+                words += [place * len(keys) + at, bias + keys[at][1]]
+        assert sides == list(range(sides[0], sides[-1] + 1))
+        words = [sides[0], len(sides), *words]
+        return words + [0] * (ENTRY_WORDS - 1 - len(words))
 
 
 def _even_parts(rows: range) -> list[range]:
     """Neighboring rows, as few parts as possible, of nearly equal sizes."""
     count = -(-len(rows) // SIDES)
     return [rows[i * len(rows) // count : (i + 1) * len(rows) // count] for i in range(count)]
-
-
-def _entry(slot: int, seen: list[tuple[int, int] | None]) -> list[int]:
-    """The words for a key row, which sides next to each other see."""
-    by_side = [found for found in seen if found is not None]
-    first = next(i for i, found in enumerate(seen) if found is not None)
-    assert seen[first : first + len(by_side)] == by_side
-    words = [slot, first, len(by_side), *(word for found in by_side for word in found)]
-    return words + [0] * (ENTRY_WORDS - len(words))
-
-
-def _keys_by_row(windows, kernel_size, stripe) -> dict[Row, dict[Row, tuple[int, int]]]:
-    """For each query row the key rows that it sees, in ascending order.
-
-    With each its place among them and the row of the bias table.
-    """
-    outer, inner = (
-        {
-            query: [(key, rpb_index(key, query, size)) for key in range(*bounds[query])]
-            for query in queries
-        }
-        for bounds, size, queries in zip(windows, kernel_size, stripe, strict=True)
-    )
-    bias_rows = 2 * kernel_size[1] - 1
-    found = {}
-    for x, y in product(*stripe):
-        keys = [
-            ((key_x, key_y), upper * bias_rows + lower)
-            for key_x, upper in outer[x]
-            for key_y, lower in inner[y]
-        ]
-        found[x, y] = {key: (place, bias) for place, (key, bias) in enumerate(keys)}
-    return found

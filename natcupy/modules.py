@@ -6,6 +6,12 @@ NAT and DiNAT checkpoints: `qkv`, `proj`, `rpb`.
 
 from __future__ import annotations
 
+import difflib
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
@@ -13,12 +19,51 @@ from torch.autograd.forward_ad import unpack_dual
 from natcupy import functional as F
 from natcupy.layouts import joined
 
+# What the argument is called in NATTEN, timm and elsewhere.
+_MEANT = {
+    "dim": "embed_dim",
+    "channels": "embed_dim",
+    "heads": "num_heads",
+    "window_size": "kernel_size",
+    "causal": "is_causal",
+    "bias": "rel_pos_bias",
+    "rpb": "rel_pos_bias",
+    "scale": "qk_scale",
+    "dropout": "attn_drop",
+}
+
+
+def _in_the_layers_name(init: Callable[..., None]) -> Callable[..., None]:
+    """Arguments that the constructor does not take are told in the public class's name."""
+    signature = inspect.signature(init)
+    known = [*signature.parameters][1:]
+
+    @functools.wraps(init)
+    def wrapper(self, *args: Any, **kwargs: Any) -> None:
+        name = f"NeighborhoodAttention{self.rank}D"
+        for given in kwargs:
+            if given not in known:
+                near = _MEANT.get(given) or "".join(difflib.get_close_matches(given, known, n=1))
+                hint = f"did you mean {near!r}?" if near else f"known: {', '.join(known)}."
+                raise TypeError(
+                    f"{name} has no argument {given!r}; {hint} (natcupy.natten.{name} takes the "
+                    "arguments of NATTEN's layers.)"
+                )
+        try:
+            signature.bind(self, *args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{name} takes {', '.join(known)}: {error}.") from None
+        init(self, *args, **kwargs)
+
+    return wrapper
+
 
 class _NeighborhoodAttention(nn.Module):
     """Shared body of the three public classes."""
 
     rank: int
 
+    @_in_the_layers_name
     def __init__(
         self,
         embed_dim: int,

@@ -91,6 +91,24 @@ def test_bad_arguments(args, error, word):
         NeighborhoodAttention2D(*args)
 
 
+@pytest.mark.parametrize(
+    ("args", "kwargs", "words"),
+    [
+        ((), {"dim": 8, "num_heads": 2, "kernel_size": 3}, "no argument 'dim'.*'embed_dim'"),
+        ((8, 2, 3), {"bias": True}, "no argument 'bias'.*'rel_pos_bias'.*natcupy.natten"),
+        ((8, 2), {"window_size": 3}, "no argument 'window_size'.*'kernel_size'"),
+        ((8, 2), {"kernelsize": 3}, "no argument 'kernelsize'.*'kernel_size'"),
+        ((8, 2, 3), {"zzz": 1}, "no argument 'zzz'; known: embed_dim, .*small_maps"),
+        ((8,), {}, "takes embed_dim, .*'num_heads'"),
+        ((8, 2, 3), {"embed_dim": 8}, "takes embed_dim, .*multiple values"),
+        (range(1, 20), {}, "takes embed_dim, .*too many"),
+    ],
+)
+def test_unknown_arguments_are_told_in_the_layers_name(args, kwargs, words):
+    with pytest.raises(TypeError, match=rf"^NeighborhoodAttention2D .*{words}"):
+        NeighborhoodAttention2D(*args, **kwargs)
+
+
 def test_bad_options_and_inputs():
     with pytest.raises(ValueError, match="small_maps"):
         NeighborhoodAttention2D(8, 2, 3, small_maps="maybe")

@@ -13,6 +13,7 @@ current stream, which then waits for the result. No gradient flows through.
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
@@ -36,8 +37,11 @@ def accepts_arrays(function: Callable[P, R]) -> Callable[P, R]:
 
     It then returns that library's arrays (in a tuple where it returned a tuple of tensors). Calls
     with tensors go straight through. Raises TypeError when arrays of two libraries, or arrays and
-    tensors, meet in one call, and ValueError for an array that torch cannot take.
+    tensors, meet in one call, or an array is not of floats, and ValueError for an array that torch
+    cannot take.
     """
+
+    names = tuple(inspect.signature(function).parameters)
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -45,6 +49,7 @@ def accepts_arrays(function: Callable[P, R]) -> Callable[P, R]:
         if not arrays:
             return function(*args, **kwargs)
         _check_one_library(function.__name__, (*args, *kwargs.values()))
+        _check_floats((*zip(names, args, strict=False), *kwargs.items()))
         leave = _exporter(arrays[0])
         result = function(
             *(_enter(x) for x in args), **{name: _enter(x) for name, x in kwargs.items()}
@@ -62,6 +67,16 @@ def _check_one_library(name: str, values: Sequence[Any]) -> None:
             f"in one call of {name}; convert some of them, for instance with "
             "torch.from_dlpack(array), which copies nothing."
         )
+
+
+def _check_floats(named: Sequence[tuple[str, Any]]) -> None:
+    """Said here, in the words of the array's own library: a tensor has no `astype`."""
+    for name, x in named:
+        if is_foreign(x) and getattr(getattr(x, "dtype", None), "kind", "f") in "biuc":
+            raise TypeError(
+                f"{name} must be float16, float32 or float64, got {_library(x)}'s {x.dtype}; "
+                'convert it with .astype("float32").'
+            )
 
 
 def _library(x: Any) -> str:

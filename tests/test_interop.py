@@ -144,6 +144,11 @@ def test_what_torch_cannot_take_is_refused():
         na1d(q[:, ::-1], k, v, 3)
     with pytest.raises(ValueError, match=r"torch\.from_dlpack takes"):
         na1d(q.astype(">f4"), k, v, 3)
+    for dtype in (int, bool, complex):
+        with pytest.raises(TypeError, match=rf"value must.*numpy.s {np.dtype(dtype)}.*\.astype"):
+            na1d(q, k, v.astype(dtype), 3)
+        with pytest.raises(TypeError, match=r"rpb must be .*\.astype"):
+            na1d(q, k, v, 3, rpb=np.zeros((2, 5), dtype))
     with pytest.raises(TypeError, match="has none"):  # otherlib is not imported
         na1d(*(Array(torch.from_numpy(x)) for x in (q, k, v)), 3)
 

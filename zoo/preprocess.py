@@ -9,6 +9,7 @@ mode is one more entry in `CROP_MODES`. A band is one channel as a PIL picture,
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import stat
@@ -183,9 +184,9 @@ def open_picture(file: str | os.PathLike[str] | BinaryIO) -> Image.Image:
     if isinstance(file, str | os.PathLike):
         found = os.stat(file)  # before opening: a named pipe would wait for ever
         if not stat.S_ISREG(found.st_mode):
-            raise OSError(f"{os.fspath(file)} must be an ordinary file.")
+            raise OSError(errno.EINVAL, "this is not an ordinary file", os.fspath(file))
         if not found.st_size:
-            raise OSError(f"{os.fspath(file)} is empty (0 bytes).")
+            raise OSError(errno.EINVAL, "this file is empty (0 bytes)", os.fspath(file))
     Image.init()
     formats = [name for name in Image.OPEN if name not in OUTSIDE_FORMATS]
     with Image.open(file, formats=formats) as opened:

@@ -152,4 +152,4 @@ def why(error: BaseException) -> str:
         return "this is not a picture in a format that Pillow knows"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -76,15 +76,20 @@ def problems(draw, ranks=(1, 2, 3), max_length=(26, 11, 6)):
 
 
 def tensors(p, dtype=torch.float64, requires_grad=False, device="cpu"):
-    """Inputs of `na{rank}d` as keyword arguments, without the window parameters."""
-    gen = torch.Generator().manual_seed(p.seed)
+    """Inputs of `na{rank}d` as keyword arguments, without the window parameters.
 
-    def normal(*shape):
-        x = torch.randn(*shape, generator=gen, dtype=torch.float64).to(device, dtype)
+    Queries are smaller where a scale is larger than the default one, so that logits spread alike:
+    where one key takes all, P (dP - delta) cancels, and no backend's gradient is as exact.
+    """
+    gen = torch.Generator().manual_seed(p.seed)
+    steepness = 1.0 if p.scale is None else max(1.0, abs(p.scale) * p.head_dim**0.5)
+
+    def normal(*shape, over=1.0):
+        x = torch.randn(*shape, generator=gen, dtype=torch.float64).div(over).to(device, dtype)
         return x.requires_grad_(requires_grad)
 
     inputs = {
-        "query": normal(p.batch, *p.shape, p.heads, p.head_dim),
+        "query": normal(p.batch, *p.shape, p.heads, p.head_dim, over=steepness),
         "key": normal(p.batch, *p.shape, p.kv_heads, p.head_dim),
         "value": normal(p.batch, *p.shape, p.kv_heads, p.value_dim),
         "scale": p.scale,

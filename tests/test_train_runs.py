@@ -18,6 +18,7 @@ import natcupy
 from natcupy.data import DataError, find
 from natcupy.hub import Corrupt
 from natcupy.train import TrainError, finetune
+from natcupy.train.optimizer import rate
 
 pytest.importorskip("accelerate", reason="training needs accelerate: pip install 'natcupy[train]'")
 
@@ -160,6 +161,40 @@ def test_continued_anywhere(stripes, tmp_path, stop_at, one_thread):
     assert result.scores == expected.scores
     again = finetune(tiny(), stripes, None, config(output, resume=True, **LONG))
     assert again.scores == result.scores  # nothing left to do
+
+
+def test_a_finished_run_is_extended(stripes, tmp_path, stop_at, one_thread):
+    """At a constant rate to the bits of a run that was to be so long, also after a stop."""
+    settings = {**LONG, "schedule": "constant", "warmup_epochs": 0}
+    expected = finetune(tiny(), stripes, None, config(tmp_path / "whole", **settings))
+    output = tmp_path / "run"
+    finetune(tiny(), stripes, None, config(output, **{**settings, "epochs": 2}))
+    settings["resume"] = True
+    stop_at(2)
+    with pytest.raises(StoppedError):
+        finetune(tiny(), stripes, None, config(output, **settings))
+    stop_at(10**9)
+    for epochs in (2, 4):  # to less than planned by now, and to more before it is finished
+        with pytest.raises(TrainError, match=rf"has done 2 of 3 \(epochs was 3, now {epochs}\)"):
+            finetune(tiny(), stripes, None, config(output, **{**settings, "epochs": epochs}))
+    result = finetune(tiny(), stripes, None, config(output, **settings))
+    same(weights(output), weights(tmp_path / "whole"))
+    assert settled(output / "log.csv") == settled(tmp_path / "whole" / "log.csv")
+    assert result.scores == expected.scores
+    assert "2, extended to 3" in (output / "model" / "README.md").read_text()
+
+
+def test_an_extended_run_has_the_rates_of_a_longer_one(done, stripes, tmp_path, capsys):
+    output = tmp_path / "run"
+    shutil.copytree(done.folder, output)
+    longer = config(output, **{**LONG, "epochs": 5}, resume=True)
+    result = finetune(tiny(), stripes, None, longer)
+    assert result.history[:3] == done.history
+    steps = done.history[0]["step"]
+    for row in result.history[3:]:
+        assert row["lr"] == pytest.approx(rate(row["step"] - 1, longer, steps), rel=1e-12)
+    assert result.history[3]["lr"] > done.history[2]["lr"]
+    assert "3 epochs are done; extended to 5" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- refused, nothing lost

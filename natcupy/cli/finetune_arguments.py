@@ -16,7 +16,12 @@ RECIPES = (
 
 # field of TrainConfig: (type of the value or None for a switch, metavar, help)
 FIELDS: dict[str, tuple[type | None, str, str]] = {
-    "epochs": (int, "N", "passes over the pictures (default: 20)"),
+    "epochs": (
+        int,
+        "N",
+        "passes over the pictures (default: 20); with --resume, more than before extend a finished "
+        "run, from there on at the rates of a run of N",
+    ),
     "batch_size": (int, "N", "pictures per process and forward pass (default: 32)"),
     "accumulate": (int, "N", "forward passes per step (default: 1)"),
     "lr": (float, "RATE", "learning rate of AdamW, for a step as it is (default: 5e-4)"),

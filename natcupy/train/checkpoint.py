@@ -40,6 +40,7 @@ class Progress:
     Attributes:
         step: steps done.
         steps_per_epoch, step_size: of the plan; a continuation must have the same.
+        epochs: how many were planned; one number more for every extension.
         sums: of the running epoch: name -> (sum, weight).
         history: one row per finished epoch.
         best: the row of the best epoch; None before the first examination.
@@ -50,6 +51,7 @@ class Progress:
     step: int = 0
     steps_per_epoch: int = 0
     step_size: int = 0
+    epochs: list[int] = field(default_factory=list)
     sums: dict[str, list[float]] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] | None = None

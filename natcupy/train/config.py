@@ -18,7 +18,8 @@ from natcupy.zoo.config import ConfigError
 
 PRECISIONS = ("no", "fp16", "bf16")
 SCHEDULES = ("cosine", "linear", "constant")
-# What may differ between a run and its continuation: nothing that the numbers depend on.
+# What may differ between a run and its continuation: nothing that the numbers depend on. (And
+# `epochs`, of a finished run.)
 FREE = ("output", "resume", "workers", "progress")
 
 
@@ -86,7 +87,9 @@ class TrainConfig:
         output: folder of the run: checkpoint, logs, plots and, at the end, `model`.
         recipe: the name of the recipe these numbers come from, for the log and the card; the
             numbers are set by `TrainConfig.of(recipe, ...)`.
-        epochs: passes over the training pictures, warm-up included, cool-down not.
+        epochs: passes over the training pictures, warm-up included, cool-down not. With `resume`, a
+            finished run may have more than it had: it goes on at the rates that a run of so many
+            has there, which a cosine or linear schedule makes rise once.
         batch_size: pictures per process and forward pass. One step of the optimizer sees
             `batch_size * accumulate * processes` of them.
         accumulate: forward passes per step.

@@ -7,7 +7,7 @@ in one process, under `torchrun` and under `accelerate launch`.
 A run is a function of its first weights, its config and its data: all order and chance come from
 the place in the run (`loaders`, `randomness`). A checkpoint is written before the first step, at
 the end of every epoch and, if wanted, within; a run that ends anywhere is continued from there and
-reaches, on a CPU, the same bits.
+reaches, on a CPU, the same bits. A run that reached its last epoch may be given more of them.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class Trained:
         scores: of these weights on the held-out items; empty without any.
         found: what the task's `examine` gave for them, on every process's share.
         epoch: whose weights they are, counted from 1.
+        planned: how many epochs the run was to have, one number more for every extension.
         step_size: items per step.
         processes: that trained.
         peak_bytes: the most memory a process held.
@@ -57,6 +58,7 @@ class Trained:
     scores: dict[str, float]
     found: list[Any] | None
     epoch: int
+    planned: list[int]
     step_size: int
     processes: int
     peak_bytes: int
@@ -106,6 +108,12 @@ class _Engine:
         self._start(model)
         self.sums: dict[str, Tensor] = {}
         self.bar = run.Bar(config, self.progress.step, self.steps, self.main)
+        if self.extended and self.main:
+            before, after = self.progress.epochs[-2:]
+            self.bar.say(
+                f"{before} epochs are done; extended to {after}: from here on at the rates of a "
+                f"run of {after}"
+            )
 
     def _start(self, model: nn.Module) -> None:
         """Model, optimizer, schedule and average, on their devices, as the checkpoint has them."""
@@ -128,9 +136,11 @@ class _Engine:
         self.average = Average(self.bare, config.ema_decay) if config.ema_decay else None
         self.at = self.folder / run.CHECKPOINT
         found = checkpoint.read(self.at) if config.resume else None
-        self.progress = found or Progress(0, self.plan.steps, self.plan.step_size)
+        start = Progress(0, self.plan.steps, self.plan.step_size, [config.epochs])
+        self.progress = found or start
         self.earlier = self.progress.seconds
         self.begun = time.perf_counter()
+        self.extended = False
         if found is None:
             self._save(best=False)
         else:
@@ -261,6 +271,7 @@ class _Engine:
             scores=scores,
             found=found,
             epoch=progress.best["epoch"] if best else len(progress.history),
+            planned=progress.epochs,
             step_size=self.plan.step_size,
             processes=self.accelerator.num_processes,
             peak_bytes=peak,
@@ -299,17 +310,35 @@ class _Engine:
                 f"an epoch), here it would be {plan[1]} ({plan[0]}). Change the number of "
                 "processes, batch_size or accumulate so that their product is what it was."
             )
+        self.extended = self._extend(progress)
         read = lambda name: checkpoint.tensors(self.at, name, progress.step)  # noqa: E731
         checkpoint.load_weights(self.bare, read(checkpoint.MODEL), self.at)
         checkpoint.load_optimizer(self.bare, self.adamw, read(checkpoint.OPTIMIZER))
         self.schedule.load_state_dict(progress.schedule)
-        for group, lr in zip(self.adamw.param_groups, self.schedule.get_last_lr(), strict=True):
-            group["lr"] = lr
+        factor = self.schedule.lr_lambdas[0](self.schedule.last_epoch)  # of these epochs
+        for group, lr in zip(self.adamw.param_groups, self.schedule.base_lrs, strict=True):
+            group["lr"] = lr * factor
         if progress.scaler and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(progress.scaler)
         if self.average is not None:
             values = read(checkpoint.AVERAGE)
             checkpoint.load_values(self.average.values, self.average.names, values)
+
+    def _extend(self, progress: Progress) -> bool:
+        """Give a finished run more epochs, if wanted."""
+        planned, wanted = progress.epochs[-1], self.config.epochs
+        if wanted == planned:
+            return False
+        done = len(progress.history)
+        if wanted < planned or done < planned + self.config.cooldown_epochs:
+            raise TrainError(
+                f"epochs can only grow, and once a run is finished; {self.folder} has done {done} "
+                f"of {planned + self.config.cooldown_epochs} (epochs was {planned}, now {wanted}). "
+                f"Continue it with {planned} epochs, and then with more if it is to be extended; "
+                "or choose another output."
+            )
+        progress.epochs.append(wanted)
+        return True
 
     def _kept_state(self, best: bool) -> dict[str, Tensor]:
         if best:

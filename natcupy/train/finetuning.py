@@ -157,7 +157,7 @@ def told_of(
     """Data, recipe and versions for the card, as plain text."""
     versions = environment()
     held_out = 0 if task.held_out_items is None else len(task.held_out_items)
-    epochs = f"{config.epochs}"
+    epochs = ", extended to ".join(map(str, trained.planned))
     if config.cooldown_epochs:
         epochs += f" and {config.cooldown_epochs} of cool-down"
     optimizer = f"AdamW, learning rate {config.lr:g}, weight decay {config.weight_decay:g}"

@@ -153,6 +153,7 @@ def _same_run(folder: Path, had: Mapping[str, Any], wanted: Mapping[str, Any]) -
         for before, now in ((had[part], wanted[part]),)
         for name in dict.fromkeys((*before, *now))
         if before.get(name) != now.get(name)
+        and name != "epochs"  # a finished run may be extended: the checkpoint tells
     ]
     if different:
         raise TrainError(

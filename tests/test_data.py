@@ -167,6 +167,7 @@ def test_a_folder_per_class_is_split_by_class(tmp_path):
     assert split.train.counts().tolist() == [3, 1, 18, 27]
     assert not set(keys(split.train)) & set(keys(split.val))
     assert split.name == tmp_path.name and "10 % of every class" in split.notes[0]
+    assert split.notes[1] == "no picture is held out of 1 of the classes: ant"
     for source in (split.train, split.val):
         for index in range(len(source)):
             assert source.key(index).startswith(source.classes[source.label(index)])
@@ -192,6 +193,7 @@ def test_a_folder_with_parts(tmp_path, names):
     split = find(tmp_path)
     assert split.classes == ("cat", "dog")
     assert split.train.counts().tolist() == [3, 2] and split.val.counts().tolist() == [0, 2]
+    assert split.notes[1].endswith("of the classes: cat")
     assert find_split(tmp_path).name == f"{tmp_path.name}, {names[1].lower()}"
     assert len(find_split(tmp_path, names[0]).source) == 5
 
@@ -237,13 +239,23 @@ def test_loose_pictures_are_mentioned(tmp_path):
         (lambda d: noise(1).save(d / "x.png"), "got 1 pictures and no folder"),
         (lambda d: class_folders(d, {"cat": 2}), "at least two classes, got 1 in .*: cat"),
         (lambda d: class_folders(d, {"cat": 2, "dog": 0, "owl": 1}), "got 1 without any in .*dog"),
-        (lambda d: class_folders(d, {"cat": 1, "dog": 1}), "two pictures"),
+        (lambda d: class_folders(d, {"cat": 1, "dog": 1}), "two pictures.*val_fraction to 0"),
     ],
 )
 def test_what_cannot_be_trained_on(tmp_path, make, text):
     make(tmp_path)
     with pytest.raises(DataError, match=text):
         find(tmp_path)
+
+
+@pytest.mark.parametrize(("counts", "text"), [({}, "no folder"), ({"cat": 0}, "any in .*val: cat")])
+def test_an_empty_part_says_what_goes_without_it(tmp_path, counts, text):
+    class_folders(tmp_path / "train", {"cat": 2, "dog": 2})
+    (tmp_path / "val").mkdir()
+    class_folders(tmp_path / "val", counts)
+    with pytest.raises(DataError, match=rf"{text}.*Without val, a share of every") as error:
+        find(tmp_path)
+    assert "`train`" not in str(error.value)
 
 
 def test_a_label_in_val_but_not_in_train(tmp_path):

@@ -170,6 +170,8 @@ def test_plan():
     assert loaders.Plan.of(7, config(batch_size=8, mixup=1.0), 1).batch_size == 6
     with pytest.raises(TrainError, match="an item for each of 4 processes"):
         loaders.Plan.of(3, config(), 4)
+    with pytest.raises(TrainError, match=r"a pair to mix for .* got 1 items.* cutmix to 0"):
+        loaders.Plan.of(1, config(cutmix=1.0), 1)
 
 
 class Numbers:

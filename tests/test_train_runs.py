@@ -102,6 +102,16 @@ def test_memory_switches_do_not_change_the_result(stripes, tmp_path):
         torch.testing.assert_close(other.model.state_dict()[name], tensor, rtol=1e-3, atol=1e-5)
 
 
+def test_few_pictures_are_said_to_make_batches_smaller(tmp_path, capsys):
+    data = draw_stripes(tmp_path / "data")
+    for picture in data.glob("*/*[!01].png"):
+        picture.unlink()
+    result = finetune(tiny(), data, None, config(tmp_path / "run", epochs=1, batch_size=32))
+    said = capsys.readouterr().err.splitlines()
+    assert "9 items are too few for" in said[0] and said[0].endswith("batches are of 9")
+    assert result.history[0]["step"] == 1
+
+
 def test_half_precision(stripes, tmp_path):
     result = finetune(
         tiny(), stripes, None, config(tmp_path / "run", epochs=1, mixed_precision="bf16")

@@ -119,8 +119,13 @@ def find(
         if not len(held_out):
             raise DataError(
                 "a class must have two pictures for one to be held out, got one in every class "
-                f"of {found.name}. Add pictures or name other data as val."
+                f"of {found.name}. Add pictures, name other data as val, or set val_fraction to 0 "
+                "to hold none out."
             )
+    absent = [] if held_out is None else np.flatnonzero(held_out.counts() == 0)
+    if len(absent):
+        some = ", ".join(train.classes[i] for i in absent[:10])
+        notes += (f"no picture is held out of {len(absent)} of the classes: {some}",)
     return Split(train, held_out, train.classes, found.name, (*found.notes, *notes))
 
 
@@ -137,7 +142,10 @@ def _held_out(
     name = next((name for name in HELD_OUT_NAMES if name in found.parts), None)
     if name is None:
         return None, ()
-    return found.parts[name](), (f"examined on {name!r}",)
+    try:
+        return found.parts[name](), (f"examined on {name!r}",)
+    except DataError as error:
+        raise DataError(f"{error} Without {name}, a share of every class is held out.") from None
 
 
 def find_split(data: str | os.PathLike[str], split: str | None = None) -> Part:

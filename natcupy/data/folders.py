@@ -132,7 +132,7 @@ def class_folders(folder: Path, beyond: tuple[Path, ...] = ()) -> FolderSource:
     try:
         folders = subfolders(folder)
         if not folders:
-            raise DataError(_no_classes(folder))
+            raise DataError(_no_classes(folder, part=bool(beyond)))
         listed = [list_pictures(folder / name, beyond=(*beyond, folder)) for name in folders]
     except OSError as error:
         raise DataError(
@@ -161,12 +161,13 @@ def loose_pictures(folder: Path) -> int:
         return sum(is_picture_name(entry.name) and not entry.is_dir() for entry in entries)
 
 
-def _no_classes(folder: Path) -> str:
+def _no_classes(folder: Path, part: bool) -> str:
     loose = loose_pictures(folder)
     got = f"{loose:,} pictures and no folder" if loose else "no folder and no pictures"
+    split = "" if part else " (or `train` and `val` with such folders)"
     return (
-        f"{shown(folder)} must hold one folder per class with the class's pictures in it "
-        f"(or `train` and `val` with such folders), got {got}."
+        f"{shown(folder)} must hold one folder per class with the class's pictures in it{split}, "
+        f"got {got}."
     )
 
 

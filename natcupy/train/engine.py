@@ -108,7 +108,19 @@ class _Engine:
         self._start(model)
         self.sums: dict[str, Tensor] = {}
         self.bar = run.Bar(config, self.progress.step, self.steps, self.main)
-        if self.extended and self.main:
+        if self.main:
+            self._tell_what_differs()
+
+    def _tell_what_differs(self) -> None:
+        """Say, before the first step, what is not as the config has it."""
+        plan, wanted = self.plan, self.config.batch_size
+        if plan.batch_size < wanted:
+            items = len(self.task.training_items)
+            self.bar.say(
+                f"{items:,} items are too few for {plan.processes} processes x {plan.accumulate} "
+                f"passes x batches of {wanted}: batches are of {plan.batch_size}"
+            )
+        if self.extended:
             before, after = self.progress.epochs[-2:]
             self.bar.say(
                 f"{before} epochs are done; extended to {after}: from here on at the rates of a "

@@ -42,13 +42,15 @@ class Plan:
         Raises TrainError where there is not even one item each.
         """
         shares = processes * config.accumulate
+        mixes = bool(config.mixup or config.cutmix)
+        fewest = 2 if mixes else 1  # pictures are mixed in pairs
         batch = min(config.batch_size, count // shares)
-        if (config.mixup or config.cutmix) and batch % 2:
-            batch -= 1  # pictures are mixed in pairs
-        if batch < 1:
+        batch -= batch % fewest
+        if not batch:
             raise TrainError(
-                f"a step must have an item for each of {processes} processes x "
-                f"{config.accumulate} passes, got {count} items. Use fewer processes or passes."
+                f"a step must have {'a pair to mix' if mixes else 'an item'} for each of "
+                f"{processes} processes x {config.accumulate} passes, got {count} items. Add some, "
+                f"use fewer processes or passes{', or set mixup and cutmix to 0' if mixes else ''}."
             )
         return cls(batch, config.accumulate, processes, count // (batch * shares))
 

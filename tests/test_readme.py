@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import readme_table
 
+from natcupy.cli import main
 from natcupy.cli.parser import build_parser
 
 ROOT = Path(__file__).parent.parent
@@ -27,9 +28,15 @@ def test_python_snippets_run(snippet):
     assert done.returncode == 0, done.stderr
 
 
-def test_models_table_is_current():
+def test_models_table_is_what_the_command_prints(capsys):
     between = re.search(r"<!-- models.*?-->\n(.*?)\n<!-- end of models -->", README, re.S)
     assert between.group(1) == readme_table.table()
+    assert main(["models"]) == 0
+    printed, *_ = capsys.readouterr().out.split("\n\n")
+    rows = [re.split(r" \| ", line.strip("| ")) for line in between.group(1).splitlines()]
+    assert [[cell.strip("`-") for cell in row] for row in rows] == [
+        [cell.strip("-") for cell in re.split(r" {2,}", line)] for line in printed.splitlines()
+    ]
 
 
 def test_every_named_file_exists():

@@ -8,11 +8,12 @@ from __future__ import annotations
 import argparse
 import difflib
 import fnmatch
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from natcupy.cli import console, dense_info
 from natcupy.hub import WEIGHTS, Row, embedded_names
-from natcupy.zoo import PUBLISHED, TASKS, list_models
+from natcupy.zoo import MODELS, PUBLISHED, TASKS
 from natcupy.zoo.dense import DENSE_MODELS, dense_name
 
 
@@ -22,39 +23,40 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         console.print_json([record(name) for name in names])
         return 0
-    records = [record(name) for name in names]
-    tasks = {task: [row for row in records if row["task"] == task] for task in TASKS}
-    print("\n\n".join(_table(task, rows) for task, rows in tasks.items() if rows))
+    print("\n\n".join(console.table(*table) for table in tables(names)))
     return 0
 
 
-def _table(task: str, records: list[dict[str, Any]]) -> str:
-    scores = dense_info.SCORES.get(task, ("top-1",))
-    rows = []
-    for row in records:
-        size = row["image_size"]
-        values = row["scores"].values() if "scores" in row else (row["top1"],)
-        rows.append(
-            (
-                row["name"],
-                f"{row['parameters_millions']} M" if row["parameters_millions"] else "-",
-                f"{row['gmacs']} G" if row["gmacs"] else "-",
-                " x ".join(map(str, size)) if isinstance(size, list) else size or "-",
-                *(f"{value} %" if value else "-" for value in values),
-                row["weights"],
-                row["licence"] or "-",
-            )
-        )
-    headings = ("name", "params", "MACs", "pixels", *scores, "weights", "licence")
-    return console.table(headings, rows)
+def tables(names: Sequence[str]) -> Iterator[tuple[tuple[str, ...], list[tuple[object, ...]]]]:
+    """Headings and rows of every task that has models among these; the README shows the first."""
+    records = [record(name) for name in names]
+    for task in TASKS:
+        rows = [_row(line) for line in records if line["task"] == task]
+        scores = dense_info.SCORES.get(task, ("top-1",))
+        if rows:
+            yield ("name", "params", "MACs", "pixels", *scores, "weights", "licence"), rows
+
+
+def _row(line: dict[str, Any]) -> tuple[object, ...]:
+    size = line["image_size"]
+    values = line["scores"].values() if "scores" in line else (line["top1"],)
+    return (
+        line["name"],
+        f"{line['parameters_millions']} M" if line["parameters_millions"] else "-",
+        f"{line['gmacs']} G" if line["gmacs"] else "-",
+        " x ".join(map(str, size)) if isinstance(size, list) else size or "-",
+        *(f"{value} %" if value else "-" for value in values),
+        line["weights"],
+        line["licence"] or "-",
+    )
 
 
 def matching(pattern: str) -> list[str]:
-    """Names that match, bundled ones first. Raises ValueError with the nearest if none does."""
+    """Names that match, as the zoo orders them. Raises ValueError with the nearest if none does."""
     wanted = pattern.replace("_", "-").lower()
     known = [
         *embedded_names(),
-        *(name.replace("_", "-") for name in (*list_models(), *DENSE_MODELS)),
+        *(name.replace("_", "-") for name in (*MODELS, *DENSE_MODELS)),
     ]
     names = [name for name in known if fnmatch.fnmatchcase(name, wanted)]
     if names:

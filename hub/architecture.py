@@ -134,8 +134,8 @@ def _from_shapes(
         return (config.backbone, None) if backbone_only else (config, name)
     if name in DENSE_MODELS:
         raise CheckpointError(
-            f"{found.weights} does not hold the heads of {name}; pass the architecture of a "
-            "classifier or backbone, as nat_tiny."
+            f"{found.weights} does not hold the heads of {_spelled(name)}; pass the "
+            "architecture of a classifier or backbone, as nat-tiny."
         )
     seen = convert.infer_config(convert.to_natcupy(shapes))
     if name is None:
@@ -162,8 +162,8 @@ def _refuse(
 ) -> None:
     if wrong:
         raise CheckpointError(
-            f"{found.weights} does not hold the tensors of {name}: {'; '.join(wrong)}. Pass the "
-            f"right architecture; fitting by shape: {', '.join(candidates()) or 'none'}."
+            f"{found.weights} does not hold the tensors of {_spelled(name)}: {'; '.join(wrong)}. "
+            f"Pass the right architecture; fitting by shape: {_spelled(*candidates()) or 'none'}."
         )
 
 
@@ -177,9 +177,14 @@ def _only_candidate(found: Located, names: list[str], seen: ModelConfig) -> str:
             "with beside it."
         )
     raise CheckpointError(
-        f"{found.weights} fits {', '.join(names)}: they differ in dilations, which have no "
-        f"parameters. Say which one it is, e.g. architecture={names[0]!r}."
+        f"{found.weights} fits {_spelled(*names)}: they differ in dilations, which have no "
+        f"parameters. Say which one it is, e.g. architecture={_spelled(names[0])!r}."
     )
+
+
+def _spelled(*names: str) -> str:
+    """Names for people, as the Hub spells them."""
+    return ", ".join(names).replace("_", "-")
 
 
 def _candidates(seen: ModelConfig) -> list[str]:

@@ -127,8 +127,8 @@ def _released(row: Row, revision: str | None, access: Access) -> Located:
     if row.repo is None:
         file = row.original.rsplit("/", 1)[1]
         raise NotFound(
-            f"{row.tag} was released as a .pth file only, on no Hub repository. Download "
-            f"{ORIGINAL_HOST}{row.original} yourself and pass its path: "
+            f"{row.tag.replace('_', '-')} was released as a .pth file only, on no Hub repository. "
+            f"Download {ORIGINAL_HOST}{row.original} yourself and pass its path: "
             f"from_pretrained('path/to/{file}'). save_pretrained then makes a safetensors folder."
         )
     return _in_repo(row.repo, revision, access)

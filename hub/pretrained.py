@@ -85,7 +85,7 @@ def from_pretrained(
 
     Args:
         name: "nat-digits" (inside the package), a released model ("nat-small",
-            "dinat_large_384.in22k_ft_in1k"), a Hub repository ("org/name", "org/name@revision"), a
+            "dinat-large-384.in22k_ft_in1k"), a Hub repository ("org/name", "org/name@revision"), a
             folder, or a file (.safetensors, .pth, .bin).
         revision: branch, tag or commit of a repository; default `main`.
         num_classes: another number of classes than the file's replaces the head (of a segmentation

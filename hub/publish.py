@@ -55,7 +55,7 @@ def publish(
     """Publish released weights under a namespace, one after the other.
 
     Args:
-        names: "nat-tiny", "dinat_large_384.in22k_ft_in1k" …; all are checked before the first.
+        names: "nat-tiny", "dinat-large-384.in22k_ft_in1k" …; all are checked before the first.
         org: user or organisation.
         dry_run: do everything but the push.
         originals: a folder with the authors' .pth files; used before the Hub where it has one.

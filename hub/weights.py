@@ -156,8 +156,9 @@ def known_names() -> list[str]:
 
 
 def nearest(name: str) -> list[str]:
-    """Known names that look like this one, best first."""
-    return difflib.get_close_matches(_spelling(name)[:80], known_names(), n=3, cutoff=0.6)
+    """Known names that look like this one, best first, as the Hub spells them."""
+    near = difflib.get_close_matches(_spelling(name)[:80], known_names(), n=3, cutoff=0.6)
+    return [found.replace("_", "-") for found in near]
 
 
 def _embedded_folders() -> list[Path]:

@@ -342,7 +342,7 @@ def test_info_of_the_bundled_model(run):
 
 def test_info_of_nothing(run):
     status, _, err = run("info", "dinat-lrge")
-    assert status == 1 and "dinat_large" in one_error_line(err)
+    assert status == 1 and "dinat-large" in one_error_line(err)
 
 
 # -- doctor ---------------------------------------------------------------------------------------

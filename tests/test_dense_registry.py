@@ -252,7 +252,7 @@ def test_backbones_that_do_not_fit():
 def test_names():
     assert dense_name("upernet-nat-tiny") == "upernet_nat_tiny"
     assert dense_name("nat_tiny") is None and dense_name("") is None
-    with pytest.raises(ValueError, match="upernet_nat_tiny"):
+    with pytest.raises(ValueError, match="upernet-nat-tiny"):
         create_dense_model("upernet_nat_tinny")
     with pytest.raises(TypeError, match="did you mean 'num_classes'"):
         create_dense_model("upernet_nat_tiny", num_class=3)
@@ -309,7 +309,7 @@ def test_the_zoo_knows_the_names():
     assert {name for names in tasks.values() for name in names} == set(DENSE_MODELS)
     assert zoo.list_models("mask-rcnn-dinat*", task="detection")[0] == "mask_rcnn_dinat_mini"
     assert zoo.list_models(task="detection", pretrained=True) == []
-    with pytest.raises(ValueError, match="nearest are upernet_nat_tiny"):
+    with pytest.raises(ValueError, match="nearest are upernet-nat-tiny"):
         zoo.create_model("upernet-nat-tny")
     with pytest.raises(ValueError, match="task must be one of"):
         zoo.list_models(task="sewing")

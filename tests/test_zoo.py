@@ -281,9 +281,9 @@ def test_names_in_every_spelling():
 
 
 def test_a_wrong_name_shows_the_nearest():
-    with pytest.raises(ValueError, match=r"no model 'nat-tinny'; the nearest are nat_tiny"):
+    with pytest.raises(ValueError, match=r"no model 'nat-tinny'; the nearest are nat-tiny"):
         create_model("nat-tinny")
-    with pytest.raises(ValueError, match=r"no tag 'in22k' of nat_tiny.*nat_tiny\.in1k"):
+    with pytest.raises(ValueError, match=r"no tag 'in22k' of nat-tiny.*nat-tiny\.in1k"):
         create_model("nat_tiny.in22k")
     with pytest.raises(ValueError, match=r"list_models"):
         create_model("????")
@@ -361,7 +361,7 @@ def test_any_number_of_levels():
 
 
 def test_unknown_overrides_are_named():
-    with pytest.raises(TypeError, match=r"nat_mini has no option 'num_class'; did you mean 'num_c"):
+    with pytest.raises(TypeError, match=r"nat-mini has no option 'num_class'; did you mean 'num_c"):
         create_model("nat_mini", num_class=3)
     with pytest.raises(TypeError, match="no option 'family'"):
         create_model("nat_mini", family="vitrpb")

@@ -108,7 +108,7 @@ def create_model(name: str, pretrained: bool = False, **overrides: Any) -> Image
 
     Args:
         name: a name of `list_models()`, with hyphens or underscores, and perhaps its weights' tag
-            ("nat_tiny.in1k"); or of a segmentation or detection model ("upernet_nat_tiny"), whose
+            ("nat-tiny.in1k"); or of a segmentation or detection model ("upernet-nat-tiny"), whose
             overrides `natcupy.zoo.dense.create_dense_model` explains.
         pretrained: load released weights; then `natcupy.hub.from_pretrained(name, **overrides)`
             does the work and `name` may be anything it knows.
@@ -190,14 +190,16 @@ def _resolve(name: str) -> str:
         _dense().create_dense_model(name)  # raises, with the nearest
     if architecture not in MODELS:
         near = difflib.get_close_matches(architecture, MODELS, n=3, cutoff=0.4)
-        hint = f"the nearest are {', '.join(near)}" if near else "see natcupy.list_models()"
+        near = ", ".join(near).replace("_", "-")
+        hint = f"the nearest are {near}" if near else "see natcupy.list_models()"
         if architecture == "nat_digits":
             hint = 'it is a trained model: natcupy.from_pretrained("nat-digits")'
         raise ValueError(f"there is no model {name!r}; {hint}.")
     if tag and tag != PUBLISHED[architecture].tag:
+        spelled = architecture.replace("_", "-")
         raise ValueError(
-            f"there is no tag {tag!r} of {architecture}, got {name!r}; use "
-            f"{architecture}.{PUBLISHED[architecture].tag} or no tag."
+            f"there is no tag {tag!r} of {spelled}, got {name!r}; use "
+            f"{spelled}.{PUBLISHED[architecture].tag} or no tag."
         )
     return architecture
 

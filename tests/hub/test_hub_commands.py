@@ -330,7 +330,7 @@ def test_publish(hub, login, tiny_release, tmp_path, capsys):
 
 def test_publish_checks_names_first_and_goes_on_after_a_failure(hub, tmp_path, capsys):
     access = Access(ALICE, tmp_path / "cache")
-    with pytest.raises(ValueError, match="nat_tiny"):
+    with pytest.raises(ValueError, match="nat-tiny"):
         list(publish(["nat-mini", "nat-tinny"], "me", access=access))
     with pytest.raises(ValueError, match="owner/name"):
         list(publish(["nat-mini"], "no/such", access=access))

@@ -194,7 +194,7 @@ def test_the_table():
 def test_names_say_where_the_file_is(name):
     with pytest.raises(NotFound, match=r"https://shi-labs\.com/.*\.pth.*from_pretrained\('path/to"):
         natcupy.from_pretrained(name)
-    with pytest.raises(NotFound, match=r"upernet_nat_tiny"):
+    with pytest.raises(NotFound, match=r"upernet-nat-tiny"):
         natcupy.from_pretrained("upernet-nat-tny")
 
 
@@ -266,7 +266,7 @@ def test_the_authors_file_converts_and_loads(released, tmp_path, capsys):
 def test_the_authors_file_itself(released, tmp_path):
     path = tmp_path / "mine.pth"
     mmcv_file(released, path)
-    with pytest.raises(CheckpointError, match="upernet_nat_mini, upernet_dinat_mini"):
+    with pytest.raises(CheckpointError, match="upernet-nat-mini, upernet-dinat-mini"):
         natcupy.from_pretrained(path)
     with pytest.raises(CheckpointError, match="architecture upernet instead"):
         natcupy.from_pretrained(path, architecture="upernet-nat-tiny")

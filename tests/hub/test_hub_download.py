@@ -297,7 +297,7 @@ def test_cut_transfers_resume(hub, load, files):
 def test_not_found(hub, load):
     with pytest.raises(NotFound, match="does not exist on the Hub, or it is private"):
         load("me/absent")
-    with pytest.raises(NotFound, match="nat_tiny"):
+    with pytest.raises(NotFound, match="nat-tiny"):
         load("me/nat-tinny")
     for name in ("me/..", "me/a@..", "me/a@x y", "a/b/c", "https://hub/a/b"):
         with pytest.raises(NotFound):

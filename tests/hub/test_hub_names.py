@@ -18,7 +18,7 @@ def offline(no_sockets):
 
 
 def test_unknown_names_show_the_nearest():
-    with pytest.raises(NotFound, match="nat_small"):
+    with pytest.raises(NotFound, match="nat-small"):
         hub.from_pretrained("nat-smal")
     with pytest.raises(NotFound, match="org/name"):
         hub.from_pretrained("a b c")

@@ -216,7 +216,7 @@ def test_the_file_name_says_which_one(tmp_path):
     assert loaded.source.tag == "dinat_mini.in1k" and loaded.source.license == "mit"
     assert hub.from_pretrained(path, architecture="nat_mini").config.dilations is None
     other = path.rename(tmp_path / "checkpoint.pth")
-    with pytest.raises(CheckpointError, match=r"nat_mini, dinat_mini.*architecture="):
+    with pytest.raises(CheckpointError, match=r"nat-mini, dinat-mini.*architecture="):
         hub.from_pretrained(other)
     with pytest.raises(CheckpointError, match=r"depths .* instead of"):
         hub.from_pretrained(other, architecture="nat_tiny")

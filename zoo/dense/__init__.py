@@ -89,6 +89,7 @@ def create_dense_model(name: str, **overrides: Any) -> DenseModel:
     if key is None:
         near = difflib.get_close_matches(str(name).replace("-", "_"), DENSE_MODELS, n=3, cutoff=0.4)
         hint = f"the nearest are {', '.join(near)}" if near else f"known: {', '.join(DENSE_MODELS)}"
+        hint = hint.replace("_", "-")
         raise ValueError(f"there is no segmentation or detection model {name!r}; {hint}.")
     return DENSE_MODELS[key](**overrides)
 

@@ -98,4 +98,4 @@ def _check_overrides(name: str, overrides: dict[str, Any], known: tuple[str, ...
         if given not in known:
             near = difflib.get_close_matches(given, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}."
-            raise TypeError(f"{name} has no option {given!r}; {hint}")
+            raise TypeError(f"{name.replace('_', '-')} has no option {given!r}; {hint}")

@@ -16,8 +16,11 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("snippet", re.findall(r"```python\n(.*?)```", README, re.S))
-def test_python_snippets_run(snippet):
+@pytest.mark.parametrize(
+    ("snippet", "output"),
+    re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", README, re.S),
+)
+def test_python_snippets_print_what_is_said(snippet, output):
     done = subprocess.run(
         [sys.executable, "-c", snippet],
         cwd=ROOT,
@@ -26,6 +29,15 @@ def test_python_snippets_run(snippet):
         text=True,
     )
     assert done.returncode == 0, done.stderr
+    assert done.stdout == output
+
+
+def test_the_first_screen_installs_and_answers():
+    """What it is, two commands, an example with its output and where to go next: 40 lines."""
+    first = README.splitlines()[:40]
+    commands = [line for line in first if line.startswith(("python3 -m", "pip install"))]
+    assert len(commands) == 2 and "```text" in first
+    assert any(line.startswith("Where to go next") for line in first)
 
 
 def test_models_table_is_what_the_command_prints(capsys):

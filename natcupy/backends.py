@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 
 from natcupy import reference
+from natcupy.neighborhood import Neighborhood
 
 BACKENDS = ("torch", "cpu", "cuda")
 
@@ -41,10 +42,10 @@ def choose(name: str | None, query, key, value, hood, rpb, extra_keys, extra_val
     return backend
 
 
-def plain(backend: ModuleType) -> Callable | None:
-    """A backend's function `(tensors, hood, scale)` for calls that are plain, if it has one."""
-    find = getattr(backend, "plain_attention", None)
-    return None if find is None else find()
+def plain(backend: ModuleType, hood: Neighborhood, scale: float) -> Callable | None:
+    """A backend's function `(tensors, return_lse)` for plain calls like one, if it has one."""
+    make = getattr(backend, "plain_attention", None)
+    return None if make is None else make(hood, scale)
 
 
 def _load(name: str) -> ModuleType:

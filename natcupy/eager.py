@@ -10,15 +10,21 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+OWN = (Tensor, Parameter)
+
 
 def is_plain(tensors: tuple) -> bool:
     """True where the kernels may be called directly; entries that are None do not matter."""
+    return not is_watched() and all(x is None or is_own(x) for x in tensors)
+
+
+def is_watched() -> bool:
+    """Whether something traces, records or transforms whatever is called."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    if torch._C._len_torch_dispatch_stack() or torch.autograd.forward_ad._current_level >= 0:
-        return False
-    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    for x in tensors:
-        if x is not None and (type(x) not in (Tensor, Parameter) or is_wrapped(x)):
-            return False
-    return True
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0 or torch.autograd.forward_ad._current_level >= 0
+
+
+def is_own(x) -> bool:
+    """Whether a tensor is torch's own kind, and not one that stands for others."""
+    return type(x) in OWN and not torch._C._functorch.is_functorch_wrapped_tensor(x)

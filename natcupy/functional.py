@@ -247,10 +247,9 @@ def _na(
     window = (kernel_size, stride, dilation, is_causal)
     tensors = (query, key, value, rpb, additional_keys, additional_values)
     like = known_calls.signature(rank, window, scale, backend, tensors)
-    known = known_calls.find(like)
-    if known is not None:
-        hood, scale, run, _ = known
-        out, lse = run(tensors, hood, scale)
+    run = known_calls.find(like)
+    if run is not None:
+        out, lse = run(tensors, return_lse)
         return (out, lse) if return_lse else out
 
     hood = neighborhood(rank, *window)
@@ -268,7 +267,7 @@ def _na(
     backend = backends.choose(
         backend, query, key, value, hood, rpb, additional_keys, additional_values
     )
-    known_calls.remember(like, hood, scale, backends.plain(backend), window)
+    known_calls.remember(like, backends.plain(backend, hood, scale), window)
     with _as_given(query):
         out, lse = backend.attention(
             query, key, value, hood, scale, rpb, additional_keys, additional_values, return_lse

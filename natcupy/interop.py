@@ -20,10 +20,12 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_USUAL = frozenset((Tensor, Parameter, int, float, bool, tuple, str, type(None)))
 _NOT_ARRAYS = (Tensor, int, float, str, bytes, list, tuple, dict, type(None))
 
 
@@ -45,6 +47,8 @@ def accepts_arrays(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        if _USUAL.issuperset(map(type, args)) and _USUAL.issuperset(map(type, kwargs.values())):
+            return function(*args, **kwargs)
         arrays = [x for x in (*args, *kwargs.values()) if is_foreign(x)]
         if not arrays:
             return function(*args, **kwargs)

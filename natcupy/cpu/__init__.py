@@ -44,11 +44,14 @@ def unsupported_reason(
     return host.missing
 
 
-def plain_attention() -> Callable:
-    """`attention` for calls in which `natcupy.eager.is_plain` holds: (tensors, hood, scale)."""
+def plain_attention(hood: Neighborhood, scale: float) -> Callable:
+    """`attention` for plain calls (see `natcupy.eager`) with tensors of one layout.
+
+    It takes (query, key, value, rpb, additional_keys, additional_values) and `return_lse`.
+    """
     from natcupy.cpu import ops
 
-    return ops.plain_attention
+    return ops.Plain(hood, scale)
 
 
 def attention(

@@ -32,17 +32,18 @@ class Forward(Block):
         total = b.vload(self.buffer("sum"), LANES)
         factor = b.arith("fdiv", b.fill(1.0, LANES), total, LANES)
         b.vstore(factor, self.buffer("factor"), LANES)
-        self._write_lse(side, total)
+        lse = self.pointer("lse")
+        b.when(b.op(f"icmp ne ptr {lse}, null"), lambda: self._write_lse(side, total, lse))
         self.weighted("value", s, "out", side)
 
-    def _write_lse(self, side: Side, total: str) -> None:
+    def _write_lse(self, side: Side, total: str, pointer: str) -> None:
         b = self.b
         high = b.vload(self.buffer("max"), LANES)
         lse = b.arith("fadd", high, micro.log2(b, total), LANES)
         lse = b.arith("fmul", lse, b.fill(math.log(2), LANES), LANES)
         values = self.buffer("lse")
         b.vstore(lse, values, LANES)
-        base, step = self.lse_row(self.pointer("lse"), side.x, side.y)
+        base, step = self.lse_row(pointer, side.x, side.y)
 
         def one(i):
             number = b.load(b.real, b.at(values, i), self.real_bytes)

@@ -6,6 +6,9 @@ In: checked tensors and a `Neighborhood`. Out: new tensors. No autograd here.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
+from functools import partial
+from math import prod
 
 import torch
 from torch import Tensor
@@ -17,38 +20,79 @@ from natcupy.layouts import joined
 from natcupy.neighborhood import Neighborhood
 
 SMALL = 1_000_000  # multiply-adds of the logits below which one thread is faster than two
+INPUTS = ("query", "key", "value", "rpb", "extra_keys", "extra_values")
 STRIDES_AT = {name: PLACE[f"{name}_batch"] for name in TENSORS}
+OUT, LSE = PLACE["out"], PLACE["lse"]
+
+Tensors = tuple[Tensor | None, ...]  # the inputs: three tensors, and three that may be None
 
 _idle: list[Tensor] = []  # scratch memory between calls
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    hood: Neighborhood,
-    scale: float,
-    rpb: Tensor | None,
-    extra_keys: Tensor | None,
-    extra_values: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """(out, lse)."""
-    batch, *lengths, heads, head_dim = query.shape
-    out = _empty((*query.shape[:-1], value.shape[-1]), query.dtype)
-    lse = _empty(query.shape[:-1], compute_dtype(query.dtype))
-    if out.numel() == 0:
+class Forward:
+    """Forward calls with tensors of the same shapes, dtypes and strides.
+
+    All that their addresses do not decide is found by the first one.
+    """
+
+    def __init__(self, hood: Neighborhood, scale: float):
+        self.hood, self.scale = hood, scale
+        self._ready: dict[int, _Ready] = {}  # by the number of threads
+
+    def __call__(self, tensors: Tensors, want_lse: bool = True) -> tuple[Tensor, Tensor | None]:
+        """(out, lse) for (query, key, value, rpb, additional_keys, additional_values)."""
+        count = torch.get_num_threads()
+        ready = self._ready.get(count)
+        if ready is None:
+            ready = self._ready[count] = _Ready(tensors, self.hood, self.scale, count)
+        return ready.run(tensors, want_lse)
+
+
+class _Ready:
+    """`Forward` on so many threads."""
+
+    def __init__(self, tensors: Tensors, hood: Neighborhood, scale: float, threads: int):
+        query, key, value, rpb, extra_keys, extra_values = tensors
+        batch, *lengths, heads, head_dim = query.shape
+        self._out = (*query.shape[:-1], value.shape[-1]), query.dtype
+        self._lse = tuple(query.shape[:-1]), compute_dtype(query.dtype)
+        self._is_empty = 0 in self._out[0]
+        if self._is_empty:
+            return
+        extra = 0 if extra_keys is None else extra_keys.shape[1]
+        sizes = (head_dim, value.shape[-1], extra, query.dtype)
+        stripes = -(-2 * threads // (batch * heads))
+        self._kernel = kernel(tuple(lengths), hood, *sizes, False, stripes)
+        self._tasks, self._threads = batch * heads, threads
+        call = _Call(self._kernel)
+        call.sizes(heads, key.shape[-2], scale)
+        read = [call.rows(name, x) for name, x in zip(INPUTS[:3], tensors[:3], strict=True)]
+        read += call.parameters(rpb, extra_keys, extra_values)
+        call.strides("out", _contiguous(self._out[0]))
+        call.lse_strides(_contiguous(self._lse[0]))
+        self._block = call.block
+        ways = (_rows, _rows, _rows, partial(_bias, compute=self._kernel.compute), _rows, _rows)
+        #: place, number and way to read it of each input; no way where it is read as it is
+        self._inputs = [
+            (PLACE[name], i, None if read[i] is x else ways[i])
+            for i, (name, x) in enumerate(zip(INPUTS, tensors, strict=True))
+            if x is not None
+        ]
+
+    def run(self, tensors: Tensors, want_lse: bool) -> tuple[Tensor, Tensor | None]:
+        """One call."""
+        out = _empty(*self._out)
+        lse = _empty(*self._lse) if want_lse else None
+        if self._is_empty:
+            return out, lse
+        call = _Call(self._kernel, self._block)
+        for place, i, way in self._inputs:
+            call.address(place, tensors[i] if way is None else way(tensors[i]))
+        call.address(OUT, out)
+        if want_lse:
+            call.address(LSE, lse)
+        call.run(self._tasks, self._tasks, self._threads)
         return out, lse
-    extra = 0 if extra_keys is None else extra_keys.shape[1]
-    sizes = (head_dim, value.shape[-1], extra, query.dtype)
-    stripes = -(-2 * torch.get_num_threads() // (batch * heads))
-    use = kernel(tuple(lengths), hood, *sizes, False, stripes)
-    call = _Call(use, heads, key.shape[-2], scale)
-    for name, x in (("query", query), ("key", key), ("value", value), ("out", out)):
-        call.rows(name, x)
-    call.lse("lse", lse)
-    call.parameters(rpb, extra_keys, extra_values)
-    call.run(batch * heads, batch * heads)
-    return out, lse
 
 
 def backward(
@@ -80,11 +124,13 @@ def backward(
         return tuple(torch.zeros_like(x) if w else None for x, w in zip(given, wanted, strict=True))
     extra = 0 if extra_keys is None else extra_keys.shape[1]
     use = kernel(tuple(lengths), hood, head_dim, value_dim, extra, query.dtype, True, 0)
-    call = _Call(use, heads, kv_heads, scale)
+    call = _Call(use)
+    call.sizes(heads, kv_heads, scale)
     for name, x in (("query", query), ("key", key), ("value", value), ("grad_out", grad_out)):
         call.rows(name, x)
     if grad_lse is not None:
-        call.lse("grad_lse", grad_lse.to(compute).contiguous())
+        grad_lse = call.address(PLACE["grad_lse"], grad_lse.to(compute).contiguous())
+        call.lse_strides(grad_lse.stride())
     call.parameters(rpb, extra_keys, extra_values)
 
     grad_query = grad_key = grad_value = rpb_shares = None
@@ -106,13 +152,13 @@ def backward(
         call.rows("grad_value", grad_value)
         call.set("want_key_value", 1)
     if want_rpb:
-        rpb_shares = call.address("rpb_sums", _empty((*parts, *rpb.shape), compute))
+        rpb_shares = call.address(PLACE["rpb_sums"], _empty((*parts, *rpb.shape), compute))
         call.set("want_rpb", 1)
     if extra:
         for i, (name, dim) in enumerate((("key", head_dim), ("value", value_dim))):
             shares = _empty((*parts, kv_heads, extra, dim), compute)
-            extra_shares[i] = call.address(f"extra_{name}_grads", shares)
-    call.run(batch * kv_heads, batch * heads)
+            extra_shares[i] = call.address(PLACE[f"extra_{name}_grads"], shares)
+    call.run(batch * kv_heads, batch * heads, torch.get_num_threads())
 
     if want_key_value:
         grad_key, grad_value = grad_key.to(key.dtype), grad_value.to(key.dtype)
@@ -128,9 +174,14 @@ def backward(
     return grad_query, grad_key, grad_value, grad_rpb, *grad_extras
 
 
-def _empty(shape, dtype: torch.dtype) -> Tensor:
+def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Memory for a result."""
     return torch.empty(shape, dtype=dtype)
+
+
+def _contiguous(shape: Sequence[int]) -> list[int]:
+    """The strides of a contiguous tensor."""
+    return [prod(shape[axis + 1 :]) for axis in range(len(shape))]
 
 
 def _sum(parts: Tensor) -> Tensor:
@@ -147,56 +198,74 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def _bias(rpb: Tensor, compute: torch.dtype) -> Tensor:
+    """The bias table as kernels read it."""
+    return rpb.to(compute).contiguous()
+
+
 class _Call:
     """The argument block of one call, and what must live until it is over."""
 
-    def __init__(self, use: Kernel, heads: int, kv_heads: int, scale: float):
-        self._kernel, self._block = use, use.block()
+    def __init__(self, use: Kernel, block: ctypes.Array | None = None):
+        """`block` is that of an earlier call like this one."""
+        self._kernel = use
+        self.block = use.block() if block is None else type(block).from_buffer_copy(block)
         self._kept: list[Tensor] = []
+
+    def sizes(self, heads: int, kv_heads: int, scale: float) -> None:
+        """Numbers that the plan does not know."""
         self.set("heads", heads)
         self.set("kv_heads", kv_heads)
         self.set("scale", ctypes.c_int64.from_buffer(ctypes.c_double(scale)).value)
 
     def set(self, name: str, value: int) -> None:
         """Set a word."""
-        self._block[PLACE[name]] = value
+        self.block[PLACE[name]] = value
 
-    def address(self, name: str, x: Tensor) -> Tensor:
+    def address(self, place: int, x: Tensor) -> Tensor:
         """A tensor whose strides the kernel knows."""
         self._kept.append(x)
-        self._block[PLACE[name]] = x.data_ptr()
+        self.block[place] = x.data_ptr()
         return x
 
     def rows(self, name: str, x: Tensor) -> Tensor:
         """A tensor [batch, *spatial, heads, channels] and its strides."""
-        x = self.address(name, _rows(x))
-        batch, *spatial, head, _ = x.stride()
-        at = STRIDES_AT[name]
-        self._block[at : at + 5] = (batch, head, *(0, 0, *spatial)[-3:])
+        x = self.address(PLACE[name], _rows(x))
+        self.strides(name, x.stride())
         return x
 
-    def lse(self, name: str, x: Tensor) -> None:
-        """A contiguous tensor [batch, *spatial, heads]."""
-        self.address(name, x)
-        batch, *spatial, _ = x.stride()
-        at = PLACE["lse_batch"]
-        self._block[at : at + 4] = (batch, *(0, 0, *spatial)[-3:])
+    def strides(self, name: str, strides: Sequence[int]) -> None:
+        """Those of a tensor [batch, *spatial, heads, channels]."""
+        batch, *spatial, head, _ = strides
+        at = STRIDES_AT[name]
+        self.block[at : at + 5] = (batch, head, *(0, 0, *spatial)[-3:])
 
-    def parameters(self, rpb: Tensor | None, keys: Tensor | None, values: Tensor | None) -> None:
-        """The bias table in the compute type, and additional keys and values [B, E, Hkv, D]."""
+    def lse_strides(self, strides: Sequence[int]) -> None:
+        """Those of a contiguous tensor [batch, *spatial, heads]."""
+        batch, *spatial, _ = strides
+        at = PLACE["lse_batch"]
+        self.block[at : at + 4] = (batch, *(0, 0, *spatial)[-3:])
+
+    def parameters(
+        self, rpb: Tensor | None, keys: Tensor | None, values: Tensor | None
+    ) -> list[Tensor | None]:
+        """The bias table, and additional keys and values [B, E, Hkv, D]; as they are read."""
         if rpb is not None:
-            self.address("rpb", rpb.to(self._kernel.compute).contiguous())
+            rpb = self.address(PLACE["rpb"], _bias(rpb, self._kernel.compute))
             self.set("has_rpb", 1)
+        extra = []
         for what, x in (("key", keys), ("value", values)):
             if x is not None:
-                x = self.address(f"extra_{what}s", _rows(x))
+                x = self.address(PLACE[f"extra_{what}s"], _rows(x))
                 at = PLACE[f"extra_{what}_batch"]
-                self._block[at : at + 3] = x.stride()[:3]
+                self.block[at : at + 3] = x.stride()[:3]
+            extra.append(x)
+        return [rpb, *extra]
 
-    def run(self, tasks: int, heads: int) -> None:
+    def run(self, tasks: int, heads: int, most_threads: int) -> None:
         """All phases. `tasks` per item; `heads` is the number of (batch, query head) pairs."""
-        use, block = self._kernel, self._block
-        count = torch.get_num_threads() if use.work * heads >= SMALL else 1
+        use, block = self._kernel, self.block
+        count = most_threads if use.work * heads >= SMALL else 1
         scratch = _take_scratch(count * use.thread_bytes)
         self.set("scratch", -(-scratch.data_ptr() // ALIGNMENT) * ALIGNMENT)
         start = ctypes.addressof(block)

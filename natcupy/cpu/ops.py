@@ -37,7 +37,7 @@ def attention(
     """`reference.attention` by the operators here: (out, lse), with history as there."""
     tensors = (query, key, value, rpb, extra_keys, extra_values)
     if is_plain(tensors):
-        out, lse = plain_attention(tensors, hood, scale)
+        out, lse = Plain(hood, scale)(tensors, return_lse)
     elif _needs_formula(tensors):
         return reference.attention(
             query, key, value, hood, scale, rpb, extra_keys, extra_values, return_lse
@@ -55,12 +55,17 @@ def _hood(kernel_size, stride, dilation, is_causal) -> Neighborhood:
     return Neighborhood(tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal))
 
 
-def plain_attention(tensors, hood: Neighborhood, scale: float):
-    """(out, lse) of a call in which `is_plain` holds, past the dispatcher."""
-    if _wants_history(tensors):
-        return _Attention.apply(*tensors, hood, scale)
-    query, key, value, *others = tensors
-    return launch.forward(query, key, value, hood, scale, *others)
+class Plain:
+    """Calls in which `is_plain` holds, past the dispatcher, with tensors of one layout."""
+
+    def __init__(self, hood: Neighborhood, scale: float):
+        self.forward = launch.Forward(hood, scale)
+
+    def __call__(self, tensors, return_lse: bool):
+        """(out, lse), and None for the lse if it is not asked for."""
+        if _wants_history(tensors):
+            return _Attention.apply(*tensors, self.forward, return_lse)
+        return self.forward(tensors, return_lse)
 
 
 def _wants_history(tensors) -> bool:
@@ -98,7 +103,8 @@ def _is_tracked(x: Tensor) -> bool:
 
 def _forward(query, key, value, rpb, extra_keys, extra_values, *rest):
     *window, scale = rest
-    return launch.forward(query, key, value, _hood(*window), scale, rpb, extra_keys, extra_values)
+    tensors = (query, key, value, rpb, extra_keys, extra_values)
+    return launch.Forward(_hood(*window), scale)(tensors)
 
 
 def _backward(grad_out, grad_lse, query, key, value, rpb, extra_keys, extra_values, *rest):
@@ -139,12 +145,12 @@ class _Attention(torch.autograd.Function):
     """The operators' autograd without the dispatcher; same rules as below."""
 
     @staticmethod
-    def forward(ctx, query, key, value, rpb, extra_keys, extra_values, hood, scale):
-        out, lse = launch.forward(query, key, value, hood, scale, rpb, extra_keys, extra_values)
-        ctx.save_for_backward(query, key, value, rpb, extra_keys, extra_values)
-        ctx.hood, ctx.scale = hood, scale
+    def forward(ctx, query, key, value, rpb, extra_keys, extra_values, run, return_lse):
+        tensors = (query, key, value, rpb, extra_keys, extra_values)
+        ctx.save_for_backward(*tensors)
+        ctx.hood, ctx.scale = run.hood, run.scale
         ctx.set_materialize_grads(False)
-        return out, lse
+        return run(tensors, return_lse)
 
     @staticmethod
     def backward(ctx, grad_out, grad_lse):

@@ -357,13 +357,15 @@ def _cpu_specs(name: str, args: list[Any]) -> list[tuple[Any, int]]:
     from natcupy.cpu import kernels
 
     backward = name.endswith("_backward")
-    query, _, value, _, extra_keys, _, *window = args[2:12] if backward else args[:10]
+    query, key, value, _, extra_keys, _, *window = args[2:12] if backward else args[:10]
     if not query.numel():
         return []
     hood = Neighborhood(*map(tuple, window))
     extra = 0 if extra_keys is None else extra_keys.shape[1]
     sizes = (query.shape[-1], value.shape[-1], extra, query.dtype)
-    return [(kernels.kernel(tuple(query.shape[1:-2]), hood, *sizes, backward, 1).spec, 0)]
+    grouped = backward and query.shape[-2] != key.shape[-2]
+    use = kernels.kernel(tuple(query.shape[1:-2]), hood, *sizes, backward, 1, grouped=grouped)
+    return [(use.spec, 0)]
 
 
 def _make_ready(kind, device, wanted, workers, quiet) -> tuple[int, int]:

@@ -28,6 +28,7 @@ STRIPES = NAT.but(shape=(113, 9), kv_heads=2, groups=2, extra=1, batch=2)
 VIDEO = Problem(
     (8, 20, 9), (3, 3, 3), (1, 2, 1), (1, 1, 1), (False, True, False), head_dim=256, value_dim=256
 )
+TALL = Problem((90, 7), (3, 3), (1, 1), (1, 1), (False, False))
 PROBLEMS = {
     "NAT level": NAT.but(shape=(28, 28), kv_heads=2),
     "last level": NAT.but(shape=(7, 7), kv_heads=3),
@@ -103,6 +104,19 @@ def test_dtypes_equal_the_oracle(p, dtype):
 @pytest.mark.parametrize("p", PROBLEMS.values(), ids=PROBLEMS)
 def test_larger_maps_equal_the_oracle(p):
     compare(p, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("p", "adds"),
+    [(NAT, False), (PLAIN, True), (TALL, True), (PROBLEMS["long"], True)],
+    ids=["one item", "shared key heads", "stripes", "tiles"],
+)
+def test_gradients_are_stored_in_a_half_type_only_where_nothing_is_added(monkeypatch, p, adds):
+    made, empty = [], launch._empty
+    monkeypatch.setattr(launch, "_empty", lambda *like: made.append(like) or empty(*like))
+    compare(p, torch.bfloat16)
+    shape = tensors(p, torch.bfloat16)["key"].shape
+    assert ((shape, torch.float32) in made) == adds
 
 
 def test_narrow_and_wide_machines(monkeypatch):

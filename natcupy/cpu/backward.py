@@ -10,7 +10,9 @@ from __future__ import annotations
 from natcupy.cpu import micro, pack, sums
 from natcupy.cpu.block import Block
 from natcupy.cpu.classes import LANES, SPREADS_AT
+from natcupy.cpu.emit import Machine
 from natcupy.cpu.rows import RETIRE_WORDS, SIDES
+from natcupy.cpu.spec import Spec
 from natcupy.cpu.task import Side
 
 
@@ -18,25 +20,33 @@ class Backward(Block):
     """A task is an item for one key head and, one after the other, all query heads that share it.
 
     Gradients of keys and values are summed in the ring, beside the packed rows. When a row leaves
-    the ring they are stored, or added to what an earlier phase, item or query head has stored.
+    the ring they are stored, or added to what an earlier phase, item or query head has stored, if
+    the spec says that there is such a thing.
     """
 
     query_tensors = ("query", "grad_out", "grad_query")
     packed_queries = (("query", "key"), ("grad_out", "value"))
-    wide = frozenset({"grad_key", "grad_value"})
     logit_jobs = (
         ("key", "keys_across", "query_across", "logits"),
         ("value", "values_across", "grad_across", "grads"),
     )
 
+    def __init__(self, spec: Spec, machine: Machine):
+        super().__init__(spec, machine)
+        self.wide = frozenset(("grad_key", "grad_value") if spec.adds else ())
+
     def _functions(self) -> None:
         super()._functions()
         module, machine = self.module, self.machine
         micro.logit_gradients(module)
-        self.unpack = {
-            channels: pack.unpack(module, machine, self.real, channels)
-            for channels in sorted({*self.channels.values()})
-        }
+        adds, channels = self.spec.adds, sorted({*self.channels.values()})
+        storage = self.real if adds else self.spec.common.storage
+        self.unpack = {c: pack.unpack(module, machine, storage, c, adds) for c in channels}
+        self.unpack_extra = self.unpack
+        if self.spec.common.extra and storage != self.real:
+            self.unpack_extra = {
+                c: pack.unpack(module, machine, self.real, c, False) for c in channels
+            }
         self.spreads = {}
         for what in ("key", "value"):
             for _, channels in self._passes(what):
@@ -225,14 +235,14 @@ class Backward(Block):
                 column = b.add(b.mul(slot, self.word("key_columns")), first)
                 source = b.at(self.buffer(f"{what}_sums"), b.mul(column, step))
                 args = [("ptr", to), ("i64", self.tensors[tensor][1][2]), ("ptr", source)]
-                self._unpack(what, args, count, add)
+                self._unpack(self.unpack, what, args, count, add)
 
         b.loop(self.item["segments"], segment)
 
-    def _unpack(self, what: str, args: list, count, add) -> None:
+    def _unpack(self, functions: dict[int, str], what: str, args: list, count, add) -> None:
         factor = self.as_real(self.scale()) if what == "key" else self.b.number(1.0)
         args = [*args, ("i64", self.pitches[what]), ("i64", count), (self.real, factor)]
-        self.b.call(self.unpack[self.channels[what]], *args, ("i64", add))
+        self.b.call(functions[self.channels[what]], *args, ("i64", add))
 
     def _share(self, heads: str, head: str) -> str:
         """Number of this item's share of a gradient that is summed over items and batch."""
@@ -248,7 +258,8 @@ class Backward(Block):
             channels = self.channels[what]
             to = b.at(self.pointer(f"extra_{what}_grads"), b.mul(number, b.mul(extra, channels)))
             source = self.buffer(f"extra_{what}_sums")
-            self._unpack(what, [("ptr", to), ("i64", channels), ("ptr", source)], extra, 0)
+            args = [("ptr", to), ("i64", channels), ("ptr", source)]
+            self._unpack(self.unpack_extra, what, args, extra, 0)
 
     def _write_bias_gradient(self) -> None:
         """The item's share of one head's bias gradient."""

@@ -159,7 +159,9 @@ def _keep_text(part: Spec | Common, text: str) -> None:
     if folder is None:
         return
     common = part if isinstance(part, Common) else part.common
-    what = "common" if part is common else "backward" if part.backward else "forward"
+    what = "common"
+    if part is not common:
+        what = "backward-adds" if part.adds else "backward" if part.backward else "forward"
     sizes = ["-".join(map(str, sizes)) for sizes in (common.shared, common.singles)]
     name = f"{what}-{common.storage}-{common.head_dim}-{common.value_dim}-{'+'.join(sizes)}"
     name += f"-{common.keys}{'-extra' if common.extra else ''}.ll"

@@ -100,8 +100,12 @@ def kernel(
     dtype: torch.dtype,
     backward: bool,
     stripes: int,
+    grouped: bool = False,
 ) -> Kernel:
-    """The kernel for a problem; `stripes` are those asked of a forward plan."""
+    """The kernel for a problem; `stripes` are those asked of a forward plan.
+
+    `grouped`: a backward pass in which query heads share key heads.
+    """
     machine, storage = host.machine(), STORAGE[dtype]
     shape = Shape.of(lengths, hood, head_dim, value_dim, extra)
     real = "double" if storage == "double" else "float"
@@ -109,7 +113,7 @@ def kernel(
     registers = (machine.registers - spare) // machine.registers_of(LANES, real)
     shared, singles = logit_sizes(shape, registers)
     keys = shape.kernel_size[2] if shape.kernel_size[2] <= UNROLLED else 0
-    spec = Spec(backward, Common(storage, head_dim, value_dim, shared, singles, keys, extra > 0))
+    common = Common(storage, head_dim, value_dim, shared, singles, keys, extra > 0)
     pitches = {
         what: pitch(channels, machine, real)
         for what, channels in (("key", head_dim), ("value", value_dim))
@@ -121,6 +125,7 @@ def kernel(
         kept += value_dim + 2 * pitches["key"]
     item_bytes = REAL_BYTES[real] * kept
     found = plan.make(shape, tuning, backward, item_bytes, stripes)
+    spec = Spec(backward, common, backward and (grouped or len(found.phases) > 1))
     words, size = _constants(shape, found, pitches, backward)
     return Kernel(spec, shape, found, words, size * REAL_BYTES[real])
 

@@ -123,7 +123,8 @@ def backward(
         wanted = (want_query, want_key_value, want_key_value, want_rpb, want_extra, want_extra)
         return tuple(torch.zeros_like(x) if w else None for x, w in zip(given, wanted, strict=True))
     extra = 0 if extra_keys is None else extra_keys.shape[1]
-    use = kernel(tuple(lengths), hood, head_dim, value_dim, extra, query.dtype, True, 0)
+    sizes = (head_dim, value_dim, extra, query.dtype)
+    use = kernel(tuple(lengths), hood, *sizes, True, 0, grouped=heads != kv_heads)
     call = _Call(use)
     call.sizes(heads, kv_heads, scale)
     for name, x in (("query", query), ("key", key), ("value", value), ("grad_out", grad_out)):
@@ -136,10 +137,11 @@ def backward(
     grad_query = grad_key = grad_value = rpb_shares = None
     extra_shares: list[Tensor | None] = [None, None]
     parts = batch, use.plan.items
-    one = packed and want_query and want_key_value and compute == query.dtype
+    wide = compute if use.spec.adds else key.dtype
+    one = packed and want_query and want_key_value and wide == query.dtype
     whole = joined(query, key, value) if one else None
     if whole is not None:
-        grad_query, grad_key, grad_value = _empty(whole.shape, compute).unbind(-3)
+        grad_query, grad_key, grad_value = _empty(whole.shape, wide).unbind(-3)
     if want_query:
         if whole is None:
             grad_query = _empty(query.shape, query.dtype)
@@ -147,7 +149,7 @@ def backward(
         call.set("want_query", 1)
     if want_key_value:
         if whole is None:
-            grad_key, grad_value = _empty(key.shape, compute), _empty(value.shape, compute)
+            grad_key, grad_value = _empty(key.shape, wide), _empty(value.shape, wide)
         call.rows("grad_key", grad_key)
         call.rows("grad_value", grad_value)
         call.set("want_key_value", 1)

@@ -225,14 +225,16 @@ def prefetch_columns(module: Module, storage: str, channels: int) -> str:
     return name
 
 
-def unpack(module: Module, machine: Machine, storage: str, channels: int) -> str:
-    """to[column][channel] (+)= factor * from[column * pitch + channel], added where `add` is 1."""
+def unpack(module: Module, machine: Machine, storage: str, channels: int, adds: bool) -> str:
+    """to[column][channel] (+)= factor * from[column * pitch + channel], added where `add` is 1.
+
+    `add` is never 1 unless `adds`.
+    """
     name = f"unpack_{storage}_{channels}"
     params = f"ptr to, i64 step, ptr from, i64 pitch, i64 count, {module.real} factor, i64 add"
     b = module.function(name, params)
     kind, width = STORAGE[storage][0], machine.width(module.real)
     factors = {n: b.splat("%factor", n) for _, n in pieces(channels, width)}
-    fresh = b.op("icmp eq i64 %add, 0")
 
     def column(i, adding):
         source, target = b.at("%from", b.mul(i, "%pitch")), b.at("%to", b.mul(i, "%step"), kind)
@@ -245,10 +247,13 @@ def unpack(module: Module, machine: Machine, storage: str, channels: int) -> str
                 value = b.arith("fmul", value, factors[count], count)
             write(b, storage, value, place, count)
 
-    b.when(
-        fresh,
-        lambda: b.loop("%count", lambda i: column(i, False)),
-        lambda: b.loop("%count", lambda i: column(i, True)),
-    )
+    def all_columns(adding):
+        b.loop("%count", lambda i: column(i, adding))
+
+    if adds:
+        fresh = b.op("icmp eq i64 %add, 0")
+        b.when(fresh, lambda: all_columns(False), lambda: all_columns(True))
+    else:
+        all_columns(False)
     module.finish(b)
     return name

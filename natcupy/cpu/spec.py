@@ -69,6 +69,9 @@ class Spec:
 
     backward: bool
     common: Common
+    # whether a gradient of a key is added to what an earlier item or query head has stored, and
+    # therefore stored in the compute type
+    adds: bool = False
 
 
 def pitch(channels: int, machine: Machine, real: str) -> int:

@@ -78,7 +78,7 @@ def graph(model: nn.Module, *example: Tensor) -> Graphed:
                 model(*inputs)
         _cuda.current_stream(device).wait_stream(side)
         captured = _cuda.CUDAGraph()
-        with _cuda.graph(captured):
+        with _cuda.graph(captured, stream=side):  # torch's own belongs to one device, the first
             outputs = model(*inputs)
     return Graphed(captured, inputs, outputs)
 

@@ -52,7 +52,8 @@ class FakeCuda:
         return self
 
     @contextlib.contextmanager
-    def graph(self, graph):
+    def graph(self, graph, stream):
+        self.log.append(f"capture on {stream.name}")
         self.capturing = True
         yield
         self.capturing = False
@@ -85,7 +86,7 @@ def test_the_capture(cuda):
     natcupy.graph(cuda.model, torch.randn(2, 4))
     assert cuda.log == [
         "device cpu", "side waits for current", "on side", *["run"] * graphs.WARM_UPS, "off",
-        "current waits for side", "captured run",
+        "current waits for side", "capture on side", "captured run",
     ]  # fmt: skip
 
 

@@ -298,7 +298,7 @@ def _jobs(seen) -> dict[tuple[str, torch.device], dict[Any, int]]:
         kind = "cpu" if name.startswith("cpu_") else "cuda"
         found = jobs.setdefault((kind, device), {})
         tensors = [_Layout.tensor(x) for x in args]
-        for spec, shared in (_cpu_specs if kind == "cpu" else _cuda_specs)(name, tensors):
+        for spec, shared in (_cpu_specs if kind == "cpu" else _cuda_specs)(name, tensors, device):
             found[spec] = max(shared, found.get(spec, 0))
     return jobs
 
@@ -340,19 +340,21 @@ class _Recorder:
         return getattr(self._before, name)
 
 
-def _cuda_specs(name: str, args: list[Any]) -> list[tuple[Any, int]]:
+def _cuda_specs(name: str, args: list[Any], device: torch.device) -> list[tuple[Any, int]]:
     """Specs and shared memory of the launches that an operator of the CUDA backend makes."""
+    # A tensor without memory has no GPU of its own: what is planned for it is for the current one.
+    on_gpu = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     from natcupy.cuda import jit, launch, run
 
     compute = {"na_fwd": run.forward, "na_bwd": run.backward}[name]
     with _recording:
         recorder = _Recorder(launch.current_launcher() or jit._default)
-        with jit.use_launcher(recorder):
+        with jit.use_launcher(recorder), on_gpu:
             compute(*args)
     return [(recipe.spec, recipe.shared) for recipe in recorder.recipes]
 
 
-def _cpu_specs(name: str, args: list[Any]) -> list[tuple[Any, int]]:
+def _cpu_specs(name: str, args: list[Any], device: torch.device) -> list[tuple[Any, int]]:
     """The spec of the kernel that an operator of the CPU backend runs."""
     from natcupy.cpu import kernels
 

@@ -1,5 +1,6 @@
 """What a warm-up makes ready is what the calls then launch, seen by a launcher without a GPU."""
 
+import contextlib
 import importlib.util
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import natcupy
 from natcupy import backends, cache
 from natcupy.cuda import jit, ops
 from natcupy.cuda.arch import Target
-from natcupy.warmup import Call, Warmed, warmup
+from natcupy.warmup import Call, Warmed, _cuda_specs, warmup
 
 needs_nvrtc = pytest.mark.skipif(
     importlib.util.find_spec("cupy") is None, reason="NVRTC comes with CuPy, which is not installed"
@@ -291,6 +292,34 @@ def test_arguments_of_the_other_kind():
 def test_a_device_that_is_not_there():
     with pytest.raises(ValueError, match="without a CUDA device"):
         warmup(CALLS[0], device="cuda")
+
+
+def test_plans_are_made_for_the_models_own_gpu(monkeypatch):
+    """Tensors without memory ask for the current device's architecture."""
+    current = []
+
+    class Two(Driver):
+        device_type = "cuda"
+
+        def target(self, device):
+            return Target({0: "80", 1: "75"}[current[-1] if current else 0])
+
+    @contextlib.contextmanager
+    def make_current(device):
+        current.append(device.index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", make_current)
+    query = torch.empty(1, 9, 9, 1, 32, dtype=torch.bfloat16, device="meta")
+    args = [query, query, query, None, None, None, [3, 3], [1, 1], [1, 1], [False, False], 1.0]
+    kernels = {}
+    with jit.use_launcher(Two()):
+        for index in range(2):
+            device = torch.device("cuda", index)
+            ((spec, _),) = _cuda_specs("na_fwd", args, device)
+            kernels[index] = spec.entry
+    assert kernels == {0: "na2d_small_fwd", 1: "na_fwd"} and not current
 
 
 CALLABLE = """

@@ -441,6 +441,22 @@ def test_the_real_runtime_asks_the_real_driver():
             jit.arch_for(GPU)
 
 
+@needs_nvrtc
+@pytest.mark.parametrize("context", [0, 1])
+def test_shared_memory_is_asked_for_in_a_context(context):
+    """A thread may ask before anything has made the device's context current there."""
+    said = []
+    runtime = room.CuPyRuntime()
+    runtime.runtime = types.SimpleNamespace(memGetInfo=lambda: said.append("context"))
+    runtime.driver = types.SimpleNamespace(
+        ctxGetCurrent=lambda: context,
+        CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8,
+        funcSetAttribute=lambda *given: said.append(given),
+    )
+    runtime.allow_shared(types.SimpleNamespace(ptr=5), 60000)
+    assert said == ["context"] * (not context) + [(5, 8, 60000)]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 def test_on_a_gpu_a_vector_add_is_right_on_any_stream_and_takes_nothing_from_cupy():

@@ -135,6 +135,8 @@ class CuPyRuntime:
 
     def allow_shared(self, function: Any, size: int) -> None:
         """Let `function` use `size` bytes of dynamic shared memory."""
+        if not self.driver.ctxGetCurrent():  # a thread, such as autograd's, that asks for the first
+            self.runtime.memGetInfo()  # time: this makes the device's own context current
         attribute = self.driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         self.driver.funcSetAttribute(function.ptr, attribute, size)
 

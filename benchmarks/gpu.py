@@ -33,7 +33,7 @@ ROOT = Path(__file__).parent.parent
 SECONDS = 440.0  # of the whole run
 PYTEST = (
     sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider",
-    "-p", "recording",
+    "-p", "recording", "--continue-on-collection-errors",
 )  # fmt: skip
 WORKERS = 8  # processes of a stage of tests, where pytest-xdist is installed
 NUMBERS, TORCH, FAULTS = (

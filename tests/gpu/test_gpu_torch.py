@@ -14,7 +14,7 @@ from tolerances import close
 from torch import nn
 
 import natcupy
-from natcupy.cuda import jit, launch
+from natcupy.cuda import jit, launch, ops
 
 
 class Net(nn.Module):
@@ -154,7 +154,7 @@ def test_warmup_makes_a_model_ready_for_capture(rig):
     x = torch.randn(1, side, side, model.first.embed_dim, device=rig.device)
     with torch.inference_mode():
         for _ in range(2):  # cuBLAS wants its own warm-up
-            torch.nn.functional.linear(x, model.first.qkv.weight)
+            model.first.qkv(x)
         natcupy.warmup(model, tuple(x.shape), backward=False, quiet=True)
         graph = rig.cuda.CUDAGraph()
         with rig.cuda.graph(graph):
@@ -320,7 +320,6 @@ def test_arrays_of_other_libraries(rig):
 def test_backend_choice_and_reasons(rig):
     """None takes this backend; asked by name for what it cannot do, it lists why."""
     from natcupy import backends
-    from natcupy.cuda import ops
 
     case = feature("plain", 1, F32, "small")
     query, key, value = (inputs(case, rig.device)[n].detach() for n in ("query", "key", "value"))

@@ -6,6 +6,10 @@ import pytest
 import torch
 from rigs import both, param
 
+pytest.importorskip("PIL", reason="the command line needs pillow")
+pytest.importorskip("safetensors", reason="the command line needs safetensors")
+pytest.importorskip("huggingface_hub", reason="the command line needs huggingface_hub")
+
 from natcupy import cli
 from natcupy.cli import doctor, runtime, selftest
 

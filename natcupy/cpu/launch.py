@@ -190,7 +190,7 @@ def _sum(parts: Tensor) -> Tensor:
     """Sum over the first axis, in place, in an order that only depends on its length."""
     while len(parts) > 1:
         half = (len(parts) + 1) // 2
-        parts[: len(parts) - half] += parts[half:]
+        parts[: len(parts) - half].add_(parts[half:])
         parts = parts[:half]
     return parts[0]
 

@@ -35,9 +35,9 @@ common = (q, k, v, case.hood, case.scale, rpb, None, None)
 def call():
     if {backward}:
         return launch.backward(q, None, *common, (True, True, rpb is not None))
-    return launch.forward(*common)
+    return launch.Forward(case.hood, case.scale)((q, k, v, rpb, None, None))
 if {backward}:
-    launch.forward(*common)
+    launch.Forward(case.hood, case.scale)((q, k, v, rpb, None, None))
 times = []
 for _ in range(2):
     wall, cpu = time.perf_counter(), time.thread_time()

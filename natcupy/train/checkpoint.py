@@ -29,7 +29,7 @@ STATE = "state.json"
 MODEL, OPTIMIZER, AVERAGE, BEST = (
     f"{name}.safetensors" for name in ("weights", "optimizer", "average", "best")
 )
-FORMAT = 1
+FORMAT = 2
 MAX_STATE_BYTES = 256 * 1024 * 1024
 
 

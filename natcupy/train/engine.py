@@ -115,10 +115,11 @@ class _Engine:
         """Say, before the first step, what is not as the config has it."""
         plan, wanted = self.plan, self.config.batch_size
         if plan.batch_size < wanted:
-            items = len(self.task.training_items)
+            shares = plan.processes * plan.accumulate
+            shared = f" for {plan.processes} processes x {plan.accumulate} passes"
             self.bar.say(
-                f"{items:,} items are too few for {plan.processes} processes x {plan.accumulate} "
-                f"passes x batches of {wanted}: batches are of {plan.batch_size}"
+                f"{len(self.task.training_items):,} items make batches of {plan.batch_size}, not "
+                f"{wanted}{shared if shares > 1 else ''}"
             )
         if self.extended:
             before, after = self.progress.epochs[-2:]

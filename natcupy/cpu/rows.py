@@ -52,7 +52,8 @@ def steps(
     """
     planes, parts = stripe[0], _even_parts(stripe[1])
     outer = [_window(windows[0], x, kernel_size[0]) for x in planes]
-    inner = [_Part(windows[1], part, kernel_size[1]) for part in parts]
+    known: dict = {}
+    inner = [_Part(windows[1], part, kernel_size[1], known) for part in parts]
     last_plane = {x: number for number, keys in enumerate(outer) for x, _ in keys}
     last_part = {y: number for number, part in enumerate(inner) for y in part.keys}
     bias_rows = 2 * kernel_size[1] - 1
@@ -99,10 +100,12 @@ def _window(windows: Windows, query: int, kernel_size: int) -> list[tuple[int, i
 class _Part:
     """Neighboring query rows on the inner axis, and the key rows that they see there."""
 
-    def __init__(self, windows: Windows, rows: range, kernel_size: int):
+    def __init__(self, windows: Windows, rows: range, kernel_size: int, known: dict):
+        """`known` is for parts whose windows may lie to each other as they do here."""
         self.sides = [(y, _window(windows, y, kernel_size)) for y in rows]
         self.keys = range(self.sides[0][1][0][0], self.sides[-1][1][-1][0] + 1)
-        self._known: dict[tuple[int, int], list[list[int]]] = {}
+        like = tuple((keys[0][0] - self.keys[0], keys[0][1], len(keys)) for _, keys in self.sides)
+        self._known: dict[tuple[int, int], list[list[int]]] = known.setdefault(like, {})
 
     def entries(self, place: int, bias: int) -> list[list[int]]:
         """For each key row the words of its entry behind the slot.

@@ -214,7 +214,7 @@ def test_classify_with_a_saved_model_without_names(run, digits, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--model", "nat-tny"), "nat_tiny"),
+        (("--model", "nat-tny"), "nat-tiny"),
         (("--model", "./no-such-folder"), "no-such-folder"),
         (("--device", "gpu9"), "--device"),
     ],

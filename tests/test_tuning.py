@@ -61,13 +61,12 @@ class Driver:
 @pytest.fixture
 def clock(monkeypatch, tmp_path):
     """A fake GPU: the third choice of every class is twice as fast."""
-    with monkeypatch.context() as patch:
-        patch.setenv(cache.FOLDER_VARIABLE, str(tmp_path))
-        patch.setenv(tuning.VARIABLE, "1")
-        new_process()
-        with jit.use_launcher(Driver(FakeClock(lambda n: 0.5 if n == 2 else 1.0))) as launcher:
-            launcher.clock.launcher = launcher
-            yield launcher.clock
+    monkeypatch.setenv(cache.FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(tuning.VARIABLE, "1")
+    new_process()
+    with jit.use_launcher(Driver(FakeClock(lambda n: 0.5 if n == 2 else 1.0))) as launcher:
+        launcher.clock.launcher = launcher
+        yield launcher.clock
     new_process()
 
 
@@ -153,6 +152,16 @@ def test_the_variable(clock, monkeypatch, said):
     assert ask(P) == (None if said == "0" else CHOICES[2])
     assert (ask(other) is None) == (said != "1")
     assert clock.measured == (len(plan.choices(other, FORWARD)) if said == "1" else 0)
+
+
+def test_a_value_that_says_nothing_is_told_once(monkeypatch):
+    monkeypatch.setenv(tuning.VARIABLE, "banana")
+    tuning._wish.cache_clear()
+    with pytest.warns(
+        RuntimeWarning, match="NATCUPY_AUTOTUNE must be 1 or 0, got 'banana'"
+    ) as told:
+        assert [tuning.mode(), tuning.mode()] == ["use", "use"]
+    assert len(told) == 1
 
 
 @pytest.mark.parametrize("when", ["captured", "traced", "family"])

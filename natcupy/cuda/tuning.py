@@ -25,6 +25,7 @@ import json
 import os
 import statistics
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from importlib import resources
@@ -107,10 +108,25 @@ def _clock(device: torch.device) -> Clock | None:
 
 def mode() -> str:
     """ "measure", "use" what is stored, or "off", as the environment and `measuring` say."""
-    said = os.environ.get(VARIABLE, "").strip().lower()
-    if said in ("0", "off", "no", "false"):
+    wish = _wish(os.environ.get(VARIABLE, "").strip())
+    return "measure" if _asked and wish == "use" else wish
+
+
+@cache
+def _wish(said: str) -> str:
+    """What a value of `VARIABLE` asks for; one that asks for nothing is told, once."""
+    if said.lower() in ("0", "off", "no", "false"):
         return "off"
-    return "measure" if _asked or said in ("1", "on", "yes", "true") else "use"
+    if said.lower() in ("1", "on", "yes", "true"):
+        return "measure"
+    if said:
+        warnings.warn(
+            f"{VARIABLE} must be 1 or 0, got {said!r}; what was measured before is used, nothing "
+            "is measured.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return "use"
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from torch import Tensor
 import natcupy
 from natcupy import backends, cache
 from natcupy.cli import console, runtime
-from natcupy.cli.selftest import self_test
+from natcupy.cli.selftest import exact_products, self_test
 from natcupy.cuda import jit, tuning
 from natcupy.hub import client, embedded_names
 
@@ -40,6 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
+@exact_products()
 def gather() -> dict[str, Any]:
     """Everything, JSON-able."""
     devices = _devices()

@@ -43,6 +43,20 @@ CALLS = (
 )
 
 
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """Inside, torch's setting allows no TF32: what is judged are kernels, not that setting."""
+    matmul = torch.backends.cuda.matmul
+    new = hasattr(matmul, "fp32_precision")  # from torch 2.9 on
+    name, exact = ("fp32_precision", "ieee") if new else ("allow_tf32", False)
+    before = getattr(matmul, name)
+    setattr(matmul, name, exact)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
+
+
 def self_test(device: torch.device, backend: str) -> list[dict[str, Any]]:
     """A record per call: `error` over the allowed one (up to 1 is right), or why it `failed`."""
     return [_try(call, device, backend) for call in CALLS]

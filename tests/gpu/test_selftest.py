@@ -56,6 +56,24 @@ def test_a_wrong_device_does_not(rig, monkeypatch):
     assert record["failed"] == "launch failed" and not doctor._passed(record)
 
 
+@pytest.mark.parametrize("before", ["tf32", "none"])
+def test_doctor_judges_without_tf32(before, monkeypatch):
+    """Some containers allow it by the environment: no reason to call a right kernel wrong."""
+    from natcupy.cuda import run
+
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("this torch has the older setting only")
+    monkeypatch.setattr(doctor, "_devices", lambda: [])
+    monkeypatch.setattr(doctor.jit, "probe", lambda: run._tf32_allowed())
+    was = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = before
+        assert doctor.gather()["cuda"] is False and matmul.fp32_precision == before
+    finally:
+        matmul.fp32_precision = was
+
+
 @pytest.mark.parametrize("error", [0.5, 3.0])
 def test_doctor_shows_every_gpu(error, monkeypatch, capsys):
     """Two GPUs, by fakes: why each has its backend, and a self-test each."""

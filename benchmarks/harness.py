@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +85,11 @@ def together(asked: list[dict[str, Any]], device: torch.device, seconds: float) 
     return [row(**one, device=device, seconds=seconds) for one in asked]
 
 
+def finite(error: float) -> tuple[float | None, str | None]:
+    """An error for the record, or why its way is not timed: a record holds finite numbers only."""
+    return (error, None) if math.isfinite(error) else (None, "its results are not finite")
+
+
 def reason(failure: BaseException) -> str:
     """The first line of an error, and its kind."""
     text = (str(failure).strip().splitlines() or [""])[0][:200].rstrip(". ")
@@ -142,7 +148,7 @@ def start(
     path = getattr(arguments, "out", None) or record.path_of(made)
     if getattr(arguments, "append", False) and path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
-    made["clock"] = timing.clock()
+    made["clock"] = "the GPU's time" if device.type == "cuda" else timing.clock()
     made["roofline"] = measure_roofline(device, dtype, **sizes).as_dict()
     made["rows"] = []
     return made

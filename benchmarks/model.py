@@ -186,7 +186,10 @@ def _try(way: Way, model, images, training, truth) -> tuple[str | None, float | 
         model.train(mode)
         for hook in hooks:
             hook.remove()
-    return None, (logits - truth).abs().max().item() if way.exact else None
+    if not way.exact:
+        return None, None
+    error, why_not = harness.finite((logits - truth).abs().max().item())
+    return why_not, error
 
 
 class _Refused(Exception):  # noqa: N818 (no error: an answer)

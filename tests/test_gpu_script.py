@@ -6,9 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import freshness, gpu, record, sanitizer
+from benchmarks import freshness, gpu, op, record, sanitizer
+from benchmarks.roofline import Roofline
 from benchmarks.stages import Stage, run_stages
+from benchmarks.ways import Way, anything
 
 ROOT = Path(__file__).parent.parent
 
@@ -98,6 +101,17 @@ def test_the_stages_of_a_gpu_have_every_gpu_test(tmp_path):
     # what one stage leaves out, another takes
     assert f"not random and not ({gpu.LARGE})" in selections
     assert {"random", gpu.LARGE} <= set(selections)
+
+
+def test_results_that_are_not_finite_are_a_row_that_says_so():
+    """One way gone wrong must not cost the record of all others."""
+    case = op.pick(op.OP_CASES, "NAT-Tiny level 4")[0]
+    bad = Way("bad", True, lambda query, *rest: query * float("nan"), anything)
+    cpu, roofline = torch.device("cpu"), Roofline(1.0, 1.0, "float32")
+    rows = op.rows(case, [bad], cpu, torch.float32, roofline, forward_only=True, seconds=0.0)
+    (row,) = (row for row in rows if row["way"] == "bad")
+    assert row["why_not"] == "its results are not finite" and row["error"] is row["ms"] is None
+    assert json.dumps(row, allow_nan=False)
 
 
 # ------------------------------------------------------------------------------------------------

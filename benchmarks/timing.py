@@ -7,9 +7,11 @@ Medians throughout; what is compiled on first use falls into a warm-up, whose ti
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -147,10 +149,11 @@ def measure_together(
     flush = torch.empty(CPU_CACHE, dtype=torch.int8)
     times: dict[int, list[float]] = {i: [] for i in alive}
     begun, rounds = time.perf_counter(), 0
-    while rounds < LEAST_ROUNDS or time.perf_counter() - begun < seconds * len(alive):
-        for i in alive:
-            times[i].append(_cpu_time(runs[i], flush, rounds))
-        rounds += 1
+    with _no_garbage_collection():
+        while rounds < LEAST_ROUNDS or time.perf_counter() - begun < seconds * len(alive):
+            for i in alive:
+                times[i].append(_cpu_time(runs[i], flush, rounds))
+            rounds += 1
     found: list[tuple[Timing, float] | Exception] = []
     for i in range(len(runs)):
         if i in failed:
@@ -166,9 +169,23 @@ def measure_together(
 def _cpu_times(run, device: torch.device, seconds: float) -> tuple[list[float], list[float]]:
     flush = torch.empty(CPU_CACHE, dtype=torch.int8)
     times, begun = [], time.perf_counter()
-    while len(times) < MOST and (len(times) < LEAST or time.perf_counter() - begun < seconds):
-        times.append(_cpu_time(run, flush, len(times)))
+    with _no_garbage_collection():
+        while len(times) < MOST and (len(times) < LEAST or time.perf_counter() - begun < seconds):
+            times.append(_cpu_time(run, flush, len(times)))
     return times, times
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Python's collector stops whatever call it falls into, for up to a third of a second."""
+    gc.collect()
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _cpu_time(run, flush: torch.Tensor, number: int) -> float:

@@ -13,18 +13,19 @@ import torch
 from natcupy.eager import is_own, is_watched
 
 MOST = 1024
+CPU = -1  # where others are numbers of GPUs
 
 #: (what runs such a call, what keeps identities alive)
 _good: dict[tuple, tuple[Callable, tuple]] = {}
 
 
 def signature(rank: int, window: tuple, scale, backend, tensors: tuple) -> tuple | None:
-    """All that checks and choices look at, or None where it is not a plain call on a CPU.
+    """All that checks and choices look at, or None where it is not a plain call.
 
     The window's parameters are known by identity, for equality does not tell True from 1;
     `remember` keeps them alive, and so their identities their own.
     """
-    if is_watched() or torch.is_autocast_enabled("cpu"):
+    if is_watched():
         return None
     if (scale is not None and type(scale) is not float) or type(backend) not in (str, type(None)):
         return None
@@ -33,13 +34,24 @@ def signature(rank: int, window: tuple, scale, backend, tensors: tuple) -> tuple
         if x is None:
             found.append(None)
             continue
-        if not is_own(x) or not x.is_cpu or x.layout is not torch.strided:
+        if not is_own(x) or x.layout is not torch.strided:
+            return None
+        place = _place(x)
+        if place is None:
             return None
         try:
-            found += (x.shape, x.stride(), x.dtype)
+            found += (place, x.shape, x.stride(), x.dtype)
         except RuntimeError:  # a nested tensor has neither
             return None
+    kind = "cpu" if _place(tensors[0]) == CPU else "cuda"
+    if torch.is_autocast_enabled(kind) or (backend == "cuda" and kind == "cpu"):
+        return None
     return tuple(found)
+
+
+def _place(x: torch.Tensor) -> int | None:
+    """The number of the GPU that a tensor is on, `CPU`, or None for other devices."""
+    return CPU if x.is_cpu else x.get_device() if x.is_cuda else None
 
 
 def find(like: tuple | None) -> Callable | None:

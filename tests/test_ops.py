@@ -10,8 +10,8 @@ from kernel_cases import CASES, Case, cotangents, inputs, truth
 from ptxsim.launcher import PtxLauncher
 from tolerances import close
 
-from natcupy import reference
-from natcupy.cuda import jit, ops
+from natcupy import known_calls, na1d, reference
+from natcupy.cuda import jit, ops, plan, run
 from natcupy.functional import neighborhood
 
 pytestmark = pytest.mark.skipif(
@@ -62,6 +62,47 @@ def define(query, key, value, rpb=None):
 def same(actual, expected, dtype=torch.float32, backward=True):
     for a, e in zip(actual, expected, strict=True):
         close(a, e, dtype, backward=backward)
+
+
+def shifted(x, by):
+    """A copy that begins `by` elements behind an aligned address."""
+    memory = torch.empty(x.numel() + by, dtype=x.dtype)
+    return memory[by:].view(x.shape).copy_(x)
+
+
+def test_known_calls_differ_in_addresses_alone(launcher, monkeypatch):
+    """Tensors that pass for a GPU's: checks once, a plan for each alignment, results anew."""
+    monkeypatch.setattr(known_calls, "_place", lambda x: 0)
+    checked, planned = [], []
+    check, by_layout = run._check, run._by_layout
+    monkeypatch.setattr(run, "_check", lambda *args: checked.append(args) or check(*args))
+    monkeypatch.setattr(run, "_by_layout", lambda *args: planned.append(args) or by_layout(*args))
+    for round_, by in enumerate((0, 0, 1, 1, 0)):
+        q, k, v, rpb = *qkv(seed=round_), bias()
+        given = [shifted(x, by) for x in (q, k, v)]
+        out = na1d(*given, 3, scale=0.5, rpb=rpb, backend="cuda")
+        same((out,), define(q, k, v, rpb)[:1], backward=False)
+    assert len(checked) == 1 and len(planned) == 3
+    plan.forget()
+    na1d(*given, 3, scale=0.5, rpb=rpb, backend="cuda")
+    assert len(planned) == 4
+
+
+def test_known_calls_have_gradients(launcher, monkeypatch):
+    monkeypatch.setattr(known_calls, "_place", lambda x: 0)
+    for seed in (1, 2, 3):
+        given = [*qkv(grad=True, seed=seed), bias(grad=True)]
+        out, lse = na1d(*given[:3], 3, scale=0.5, rpb=given[3], return_lse=True, backend="cuda")
+        found = torch.autograd.grad((out.sum() + lse.sum(),), given)
+        true_out, true_lse = define(*given)
+        same(found, torch.autograd.grad((true_out.sum() + true_lse.sum(),), given))
+
+
+def test_tensors_on_a_cpu_are_no_known_calls_of_this_backend(launcher):
+    q, k, v = qkv()
+    for _ in range(2):
+        na1d(q, k, v, 3, scale=0.5, backend="cuda")
+    assert not known_calls._good
 
 
 # ------------------------------------------------------------------------------------------------
@@ -231,9 +272,9 @@ def test_forward_mode_is_refused(launcher):
     query, key, value = qkv()
     with pytest.raises(NotImplementedError, match="forward-mode"):
         torch.func.jvp(lambda q: attend(q, key, value)[0], (query,), (query,))
-    for run in (attend, lambda *x: torch.ops.natcupy.na_fwd(*x, *NONE, *ARGS)):
+    for way in (attend, lambda *x: torch.ops.natcupy.na_fwd(*x, *NONE, *ARGS)):
         with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
-            run(forward_ad.make_dual(query, query), key, value)
+            way(forward_ad.make_dual(query, query), key, value)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -47,6 +47,26 @@ def attention(
     )  # fmt: skip
 
 
+class _PlainAttention:
+    """`attention` for plain calls (see `natcupy.eager`) with tensors of one layout."""
+
+    def __init__(self, hood: Neighborhood, scale: float):
+        self._window = (hood.kernel_size, hood.stride, hood.dilation, hood.is_causal, scale)
+        self._plans: dict = {}
+
+    def __call__(self, tensors, return_lse: bool):
+        del return_lse
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+            return _EagerForward.apply(*tensors, *self._window)
+        if not _nobody_looks(tensors):
+            return _forward(*tensors, *self._window)
+        return run.forward(*tensors, *self._window, known=self._plans)
+
+
+#: Makes what runs plain calls, of a `Neighborhood` and a scale.
+plain_attention = _PlainAttention
+
+
 def unsupported_reason(query, key, value, hood, rpb, additional_keys, additional_values):
     """None when this backend can run the call, else every reason and remedy in one text."""
     del key, additional_keys, additional_values

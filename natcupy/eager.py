@@ -26,5 +26,17 @@ def is_watched() -> bool:
 
 
 def is_own(x) -> bool:
-    """Whether a tensor is torch's own kind, and not one that stands for others."""
-    return type(x) in OWN and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    """Whether a tensor is torch's own kind, and its memory holds what it is."""
+    if type(x) not in OWN or not is_in_memory(x):
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def is_in_memory(x: Tensor) -> bool:
+    """False for the lazy negatives that parts of conjugates are, and for zeros without memory."""
+    return not (x.is_neg() or x._is_zerotensor())
+
+
+def in_memory(x: Tensor | None) -> Tensor | None:
+    """The tensor, or a copy that is in memory."""
+    return x if x is None or is_in_memory(x) else x.clone()

@@ -149,3 +149,34 @@ def test_known_calls_are_bounded(monkeypatch):
         x = torch.randn(1, length, length, 1, 8)
         na2d(x, x, x, 3, backend="cpu")
         assert 1 <= len(known_calls._good) <= 3
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_tensors_that_stand_for_the_negative_of_their_memory(place):
+    given = list(inputs())
+    true = attend(*[-x if i == place else x for i, x in enumerate(given)])
+    lazy = [torch._neg_view(x) if i == place else x for i, x in enumerate(given)]
+    assert lazy[place].is_neg() and lazy[place].data_ptr() == given[place].data_ptr()
+    for _ in range(2):
+        attend(*given)
+        assert torch.equal(attend(*lazy), true)
+
+
+def test_zeros_without_memory():
+    query, key, value, rpb = inputs()
+    zeros = torch._efficientzerotensor(value.shape)
+    assert zeros.data_ptr() == 0
+    for _ in range(2):
+        attend(query, key, value, rpb)
+        assert not attend(query, key, zeros, rpb).any()
+    out = attend(query, key, value.requires_grad_(), rpb)
+    assert not torch.autograd.grad(out, value, torch._efficientzerotensor(out.shape))[0].any()
+
+
+def test_gradients_that_stand_for_the_negative_of_their_memory():
+    given = [x.requires_grad_() for x in inputs()]
+    out = attend(*given)
+    cotangent = torch.randn_like(out)
+    true = torch.autograd.grad(out, given, -cotangent, retain_graph=True)
+    found = torch.autograd.grad(out, given, torch._neg_view(cotangent))
+    assert all(torch.equal(a, b) for a, b in zip(found, true, strict=True))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from natcupy import reference
 from natcupy.cpu import kernels, launch
-from natcupy.eager import is_plain
+from natcupy.eager import in_memory, is_plain
 from natcupy.neighborhood import Neighborhood
 
 _library = torch.library.Library("natcupy", "FRAGMENT")
@@ -186,6 +186,7 @@ def _gradients(ctx, grad_out, grad_lse, hood, scale, run):
     """Gradients of the six tensors, by `run` or where they may be differentiated by the formula."""
     inputs = ctx.saved_tensors
     needs = ctx.needs_input_grad[:6]
+    grad_out, grad_lse = in_memory(grad_out), in_memory(grad_lse)
     if grad_out is None and grad_lse is None:
         return (None,) * 6
     if torch.is_grad_enabled() and _may_be_differentiated(inputs, grad_out, grad_lse):

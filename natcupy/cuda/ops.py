@@ -20,6 +20,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from natcupy.cuda import batching, jit, plan, run
 from natcupy.cuda.launch import current_launcher
+from natcupy.eager import is_in_memory
 from natcupy.neighborhood import Neighborhood
 
 REMEDY = "use backend='torch', which runs every call on any device"
@@ -181,6 +182,7 @@ def _nobody_looks(args) -> bool:
         and not torch._C._autograd._profiler_enabled()
         and all(
             type(x) in _PLAIN
+            and is_in_memory(x)
             and x.device.type in ("cuda", "cpu")
             and not torch._C._functorch.is_legacy_batchedtensor(x)  # is_grads_batched
             for x in args

@@ -6,12 +6,11 @@ import pytest
 import torch
 from rigs import both, param
 
-pytest.importorskip("PIL", reason="the command line needs pillow")
-pytest.importorskip("safetensors", reason="the command line needs safetensors")
-pytest.importorskip("huggingface_hub", reason="the command line needs huggingface_hub")
-
-from natcupy import cli
-from natcupy.cli import doctor, runtime, selftest
+needs = {"reason": "the command line needs more packages", "exc_type": ImportError}
+cli = pytest.importorskip("natcupy.cli", **needs)
+doctor = pytest.importorskip("natcupy.cli.doctor", **needs)
+runtime = pytest.importorskip("natcupy.cli.runtime", **needs)
+selftest = pytest.importorskip("natcupy.cli.selftest", **needs)
 
 simulated = pytest.mark.parametrize("rig", [param("simulated")], indirect=True)
 

@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -363,3 +364,41 @@ def test_without_the_library_it_says_what_to_install(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "there is no folder 'some/name'" in done.stdout, done.stderr
     assert "pip install 'natcupy[data]'" in done.stdout
+
+
+ORPHAN = """
+import multiprocessing, os, sys, time
+from pathlib import Path
+from natcupy.data.workers import leave_with_parent
+folder, dies = Path(sys.argv[1]), sys.argv[2] == "dies"
+
+def worker(parent):
+    if dies:
+        while os.getppid() == parent:
+            time.sleep(0.01)
+    (folder / "asked").touch()
+    leave_with_parent(0)
+    (folder / "stayed").touch()
+
+made = multiprocessing.get_context("fork").Process(target=worker, args=(os.getpid(),))
+made.start()
+if dies:
+    os.kill(os.getpid(), 9)
+made.join()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("dies", [True, False])
+def test_a_worker_does_not_outlive_its_parent(tmp_path, dies):
+    """Not even where the parent dies before torch has looked who that is."""
+    subprocess.run(
+        [sys.executable, "-c", ORPHAN, str(tmp_path), "dies" if dies else "lives"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=60,
+    )  # fmt: skip
+    for _ in range(500):
+        if (tmp_path / "asked").exists():
+            break
+        time.sleep(0.02)
+    time.sleep(0.3)
+    assert (tmp_path / "asked").exists() and (tmp_path / "stayed").exists() == (not dies)

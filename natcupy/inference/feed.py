@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from natcupy.data import PictureSet, why
+from natcupy.data.workers import leave_with_parent
 from natcupy.hub import from_pretrained
 from natcupy.zoo import ImageModel
 from natcupy.zoo.preprocess import Preprocess
@@ -102,6 +103,7 @@ def feed(
         prefetch_factor=2 if workers else None,
         pin_memory=pin,
         collate_fn=_as_it_is,
+        worker_init_fn=leave_with_parent,
     )
     yield from loader
 

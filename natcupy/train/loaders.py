@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from natcupy.data.workers import leave_with_parent
 from natcupy.train import randomness
 from natcupy.train.config import TrainConfig, TrainError
 
@@ -133,4 +134,5 @@ def _loader(
         num_workers=min(config.workers, len(batches)),
         collate_fn=collate,
         pin_memory=device.type == "cuda",
+        worker_init_fn=leave_with_parent,
     )

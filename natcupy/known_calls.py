@@ -25,7 +25,7 @@ def signature(rank: int, window: tuple, scale, backend, tensors: tuple) -> tuple
     The window's parameters are known by identity, for equality does not tell True from 1;
     `remember` keeps them alive, and so their identities their own.
     """
-    if is_watched():
+    if is_watched() or tensors[0] is None:
         return None
     if (scale is not None and type(scale) is not float) or type(backend) not in (str, type(None)):
         return None

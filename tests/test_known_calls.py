@@ -143,6 +143,15 @@ def test_what_only_looks_like_a_known_call_is_checked():
             na2d(query, key, value, window, rpb=rpb, backend="cpu")
 
 
+def test_a_missing_tensor_is_told():
+    given = inputs()
+    attend(*given)
+    for place, name in enumerate(("query", "key", "value")):
+        lacking = [None if i == place else x for i, x in enumerate(given)]
+        with pytest.raises(TypeError, match=f"{name} must be a torch.Tensor"):
+            attend(*lacking)
+
+
 def test_known_calls_are_bounded(monkeypatch):
     monkeypatch.setattr(known_calls, "MOST", 3)
     for length in range(5, 12):

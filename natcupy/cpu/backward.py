@@ -144,24 +144,21 @@ class Backward(Block):
         scale = b.splat(self.as_real(self.scale()), LANES)
         b.vstore(scale, self.buffer("factor"), LANES)
 
-        def queries(side):
-            self.vectors = b.mul(side.row_count, self.span)
-            self.weighted("key", self.logits_of("grads", side), "grad_query", side)
+        def for_each(add):
+            def one(side):
+                self.vectors = b.mul(side.row_count, self.span)
+                add(side, self.logits_of("logits", side), self.logits_of("grads", side))
 
-        def keys(side):
-            self.vectors = b.mul(side.row_count, self.span)
-            self._spread("key", side, self.logits_of("grads", side), "query_along")
+            self.for_sides(one)
 
-        def values(side):
-            self.vectors = b.mul(side.row_count, self.span)
-            self._spread("value", side, self.logits_of("logits", side), "grad_along")
-
-        b.when(self.is_set("want_query"), lambda: self.for_sides(queries))
+        def queries():
+            for_each(lambda side, _, grads: self.weighted("key", grads, "grad_query", side))
 
         def keys_and_values():
-            self.for_sides(keys)
-            self.for_sides(values)
+            for_each(lambda side, _, grads: self._spread("key", side, grads, "query_along"))
+            for_each(lambda side, s, _: self._spread("value", side, s, "grad_along"))
 
+        b.when(self.is_set("want_query"), queries)
         b.when(self.is_set("want_key_value"), keys_and_values)
 
     def _gradients_of_logits(self, side: Side, s: str, grads: str) -> None:

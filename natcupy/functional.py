@@ -6,7 +6,7 @@ chosen and called. Backends trust what they are given.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from numbers import Real
@@ -384,7 +384,7 @@ def resolve_scale(scale: float | None, head_dim: int) -> float:
         return head_dim**-0.5
     if isinstance(scale, bool) or not isinstance(scale, Real):
         raise TypeError(f"scale must be a finite number or None, got {scale!r}.")
-    if not math.isfinite(scale):
+    if not abs(scale) <= sys.float_info.max:  # unlike math.isfinite, torch.compile can trace it
         raise ValueError(f"scale must be a finite number or None, got {scale!r}.")
     return float(scale)
 

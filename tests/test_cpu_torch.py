@@ -185,6 +185,30 @@ def test_vmap_over_the_backward_operator():
         equal([x[i] for x in got], expected)
 
 
+def test_gradients_for_a_batch_of_cotangents():
+    """`is_grads_batched`, which vectorized jacobians use, around a plain call."""
+    run, values = problem()
+    results = run(*values)
+    cotangents = [torch.randn(3, *x.shape, dtype=torch.float64) for x in results]
+    got = torch.autograd.grad(results, values, cotangents, is_grads_batched=True)
+    for i in range(3):
+        expected = torch.autograd.grad(run(*values), values, [c[i] for c in cotangents])
+        equal([x[i] for x in got], expected)
+
+
+def test_torchs_default_device_is_not_ours():
+    """Results lie where the inputs do; a kernel must not write to another device's addresses."""
+    run, values = problem()
+    ops.launch._idle.clear()
+    ops.kernels.kernel.cache_clear()
+    with torch.device("meta"):
+        results = run(*values)
+        sum(x.sum() for x in results).backward()
+    again = run(*values)
+    equal(results, again)
+    equal([x.grad for x in values], torch.autograd.grad(sum(x.sum() for x in again), values))
+
+
 TRANSFORMS = {
     "grad": lambda f, v: torch.func.grad(f, tuple(range(6)))(*v),
     "vmap of grad": lambda f, v: torch.vmap(torch.func.grad(f))(

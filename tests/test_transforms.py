@@ -81,6 +81,20 @@ def test_compile_full_graph_and_any_size():
     assert counter.frame_count <= 2
 
 
+def test_compile_several_scales():
+    """A second value makes torch.compile take the number for a variable."""
+    torch.compiler.reset()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(query, scale):
+        return natcupy.na1d(query, query, query, 3, scale=scale)
+
+    query = torch.randn(1, 6, 1, 4)
+    for scale in (0.25, 0.5, 2.0):
+        expected, _ = oracle.attention(query, query, query, 3, scale=scale)
+        close(step(query, scale), expected, torch.float32)
+
+
 class Layer(torch.nn.Module):
     def __init__(self):
         super().__init__()

@@ -23,6 +23,7 @@ SMALL = 1_000_000  # multiply-adds of the logits below which one thread is faste
 INPUTS = ("query", "key", "value", "rpb", "extra_keys", "extra_values")
 STRIDES_AT = {name: PLACE[f"{name}_batch"] for name in TENSORS}
 OUT, LSE = PLACE["out"], PLACE["lse"]
+CPU = torch.device("cpu")
 
 Tensors = tuple[Tensor | None, ...]  # the inputs: three tensors, and three that may be None
 
@@ -177,8 +178,8 @@ def backward(
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Memory for a result."""
-    return torch.empty(shape, dtype=dtype)
+    """Memory for a result, whatever torch's default device is."""
+    return torch.empty(shape, dtype=dtype, device=CPU)
 
 
 def _contiguous(shape: Sequence[int]) -> list[int]:
@@ -289,5 +290,5 @@ def _take_scratch(size: int) -> Tensor:
     except IndexError:
         found = None
     if found is None or found.numel() < size + ALIGNMENT:
-        found = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
+        found = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device=CPU)
     return found

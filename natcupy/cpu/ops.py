@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from natcupy import reference
 from natcupy.cpu import kernels, launch
@@ -158,6 +159,8 @@ class _Attention(torch.autograd.Function):
 
 
 def _launched(grad_out, grad_lse, inputs, hood, scale, wants):
+    if any(x is not None and is_legacy_batchedtensor(x) for x in (grad_out, grad_lse)):
+        return _dispatched(grad_out, grad_lse, inputs, hood, scale, wants)  # is_grads_batched
     query, key, value, *others = inputs
     return launch.backward(
         grad_out, grad_lse, query, key, value, hood, scale, *others, wants, packed=True

@@ -72,7 +72,7 @@ class Shape:
     def windows(self, axis: int, length: int) -> list[tuple[int, int]]:
         """The window of each query of a group of `length` members."""
         rule = self.kernel_size[axis], self.stride[axis], self.is_causal[axis]
-        start, end = window(torch.arange(length), length, *rule)
+        start, end = window(torch.arange(length, device="cpu"), length, *rule)
         return list(zip(start.tolist(), end.tolist(), strict=True))
 
 

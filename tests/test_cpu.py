@@ -349,6 +349,7 @@ def _child(inputs, connection):
     connection.send_bytes(attend(STRIPES, inputs).numpy().tobytes())
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_forked_process(any_size):
     """After torch's team has worked in the parent; its own operators would wait for ever here."""
     torch.set_num_threads(2)

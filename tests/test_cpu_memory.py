@@ -7,6 +7,7 @@ was written shows in the results.
 """
 
 import ctypes
+import mmap
 import sys
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from natcupy.neighborhood import Neighborhood
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="maps pages as Linux does")
 
-PAGE = 4096
+PAGE = mmap.PAGESIZE  # more than 4096 bytes on some 64-bit ARM systems
 READ, WRITE, PRIVATE, ANONYMOUS = 1, 2, 2, 32
 
 

@@ -56,7 +56,10 @@ def machine() -> Machine:
 
 @functools.cache
 def _machine() -> Machine | None:
-    if platform.machine().lower() in ("aarch64", "arm64"):
+    from llvmlite import binding
+
+    # of this process: an emulated one has another instruction set than the machine
+    if binding.get_process_triple().split("-")[0] in ("aarch64", "arm64"):
         return Machine(32, 16)
     has = _target()[2]
     if not (has.get("avx2") and has.get("fma") and has.get("f16c")):

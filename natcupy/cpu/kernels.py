@@ -14,7 +14,7 @@ import torch
 
 from natcupy.cpu import host, plan, sums
 from natcupy.cpu.classes import LANES, Tuning
-from natcupy.cpu.emit import REAL_BYTES
+from natcupy.cpu.emit import REAL_BYTES, Machine
 from natcupy.cpu.plan import Plan, Shape
 from natcupy.cpu.rows import SIDES
 from natcupy.cpu.spec import BUFFERS, WORDS, Common, Spec, pitch
@@ -109,8 +109,7 @@ def kernel(
     machine, storage = host.machine(), STORAGE[dtype]
     shape = Shape.of(lengths, hood, head_dim, value_dim, extra)
     real = "double" if storage == "double" else "float"
-    spare = 6 if machine.registers >= 32 else 4
-    registers = (machine.registers - spare) // machine.registers_of(LANES, real)
+    registers = (machine.registers - _spare(machine)) // machine.registers_of(LANES, real)
     shared, singles = logit_sizes(shape, registers)
     keys = shape.kernel_size[2] if shape.kernel_size[2] <= UNROLLED else 0
     common = Common(storage, head_dim, value_dim, shared, singles, keys, extra > 0)
@@ -128,6 +127,13 @@ def kernel(
     spec = Spec(backward, common, backward and (grouped or len(found.phases) > 1))
     words, size = _constants(shape, found, pitches, backward)
     return Kernel(spec, shape, found, words, size * REAL_BYTES[real])
+
+
+def _spare(machine: Machine) -> int:
+    """Registers for queries, and for keys on their way; narrow ones take two for each vector."""
+    if machine.registers < 32:
+        return 4
+    return 8 if machine.register_bytes == 16 else 6
 
 
 def _constants(shape: Shape, p: Plan, pitches, backward: bool) -> tuple[dict[str, int], int]:

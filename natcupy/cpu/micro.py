@@ -238,13 +238,13 @@ def logit_gradients(module: Module) -> None:
         "ptr table, ptr s, ptr d, ptr rows, i64 row_count, i64 span, i64 extra, ptr sum, "
         "ptr grad_lse, ptr mask, ptr bias, i64 bias_step, i64 bias_kind",
     )
+    full = b.op("alloca i32")  # first, or the stack would grow at run time
+    b.do(f"store i32 {FULL_MASK_AT}, ptr {full}")
     vectors = b.mul("%row_count", "%span")
     scale = b.arith("fdiv", b.fill(1.0, LANES), b.vload("%sum", LANES), LANES)
     delta = b.arith("fmul", _dot(b, b.add(vectors, "%extra")), scale, LANES)
     delta = b.arith("fsub", delta, b.vload("%grad_lse", LANES), LANES)
     masked = b.op("icmp ne ptr %mask, null")
-    full = b.op("alloca i32")
-    b.do(f"store i32 {FULL_MASK_AT}, ptr {full}")
 
     def gradient(place):
         s_at, d_at = b.at("%s", b.mul(place, LANES)), b.at("%d", b.mul(place, LANES))

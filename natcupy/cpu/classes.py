@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import add
 from typing import NamedTuple
 
 from natcupy.cpu.cuts import cover, end_of, lane_cases
@@ -35,6 +36,14 @@ GROUP = ("kind", "column", "place", "keys", "runs_at", "runs", "lane", "lanes")
 BY_RUNS, SAME, SHIFTED = range(3)
 
 Windows = tuple[tuple[int, int], ...]  # first key and end of each lane's
+
+
+class Found(NamedTuple):
+    """A class: its address, the distance of its first tap or key, and the number of them."""
+
+    at: int
+    origin: int
+    span: int
 
 
 class GroupKind(NamedTuple):
@@ -106,7 +115,7 @@ class Classes:
         """
         sizes = self.tuning.singles
         taps = end_of(cover(count, sizes), sizes)
-        mask_at = self._masks([[-1] * LANES] * count + [[0] * LANES] * (taps - count))
+        mask_at = self._masks([(-1,) * LANES] * count + [(0,) * LANES] * (taps - count))
         addresses = [0]
         for active in range(1, LANES + 1):
             groups, spreads = self._groups(((0, count),) * active, 0)
@@ -114,24 +123,27 @@ class Classes:
             addresses.append(self.put(record))
         return self.put(addresses), taps
 
-    def of(self, offsets: Windows, left: int, right: int) -> tuple[int, int, int]:
-        """Address, origin and span of the class for the windows of a block, each by its distances.
+    def of(self, starts: Sequence[int], ends: Sequence[int], left: int, right: int) -> Found:
+        """The class for a block's windows, from each lane's distances to its first key and end.
 
         The item's keys are left .. right - 1, relative to the block's first query.
         """
-        far = self.kernel_size + LANES  # no window of the block, wrapped or not, comes so far
-        place = offsets, max(left, offsets[0][0] - far), min(right, offsets[-1][1] + far)
+        tap, taps = min(starts), max(ends) - min(starts)
+        item = None  # its ends, where windows may be wrapped around them
+        if taps > self.kernel_size:
+            far = self.kernel_size + LANES  # no window of the block, wrapped or not, comes so far
+            item = max(left, starts[0] - far), min(right, ends[-1] + far)
+        place = *starts, *ends, item
         if place not in self.near:
-            windows = tuple((a + i, b + i) for i, (a, b) in enumerate(offsets))
-            self.near[place] = self._of(windows, *place[1:])
+            lanes = range(len(starts))
+            windows = tuple(zip(map(add, starts, lanes), map(add, ends, lanes), strict=True))
+            self.near[place] = self._of(windows, tap, taps, item)
         return self.near[place]
 
-    def _of(self, windows: Windows, left: int, right: int) -> tuple[int, int, int]:
-        """`of`, for windows relative to the block's first query."""
+    def _of(self, windows: Windows, tap: int, taps: int, item: tuple[int, int] | None) -> Found:
+        """`of`, for windows relative to the block's first query, which see so many taps."""
         kernel = self.kernel_size
-        tap = min(a - i for i, (a, _) in enumerate(windows))
-        taps = max(b - i for i, (_, b) in enumerate(windows)) - tap
-        wrap = self._wrap(windows, left, right, tap, taps)
+        wrap = None if item is None else self._wrap(windows, *item, tap, taps)
         known = windows, wrap
         if known in self.known:
             return self.known[known]
@@ -148,11 +160,7 @@ class Classes:
         else:
             origin = tap
             span = max(taps, skipped + end_of(by_tap, sizes))
-        seen = []
-        for s in range(span):
-            keys = [origin + s + (0 if broadcast else i) for i in range(len(windows))]
-            seen.append([-(a <= key < b) for key, (a, b) in zip(keys, windows, strict=True)])
-            seen[-1] += [0] * (LANES - len(windows))
+        seen = self._seen(windows, origin, span, broadcast)
         masked = any(0 in lanes for lanes in seen)
         mask_at = self._masks(seen) if masked else 0
         if broadcast:  # lane i of key s has mirrored bias kernel - 1 - origin - s + i
@@ -160,13 +168,13 @@ class Classes:
         else:
             self.bias.show(kernel - 1 + origin, kernel - 1 + origin + span)
         if wrap is not None:
-            self.ends.show(wrap - left, wrap + len(windows) - 1 + kernel - right)
+            self.ends.show(wrap - item[0], wrap + len(windows) - 1 + kernel - item[1])
         record = [span, mask_at, len(windows), origin, int(broadcast)]
         groups, spreads = self._groups(windows, origin)
         record += [groups, *self._chunks(count, skipped), spreads]
         record += [self._partners(span, kernel, wrap is not None) if masked else 0]
         self.span = max(self.span, span)
-        self.known[known] = self.put(record), origin, span
+        self.known[known] = Found(self.put(record), origin, span)
         return self.known[known]
 
     def _wrap(self, windows: Windows, left: int, right: int, tap: int, taps: int) -> int | None:
@@ -176,7 +184,7 @@ class Classes:
         back.
         """
         period = self.kernel_size
-        if taps <= period or any(b - a != period for a, b in windows):
+        if any(b - a != period for a, b in windows):
             return None
 
         def sees_its_keys(first: int, a: int, b: int) -> bool:
@@ -191,10 +199,19 @@ class Classes:
                 return first
         return None
 
-    def _masks(self, taps: list[list[int]]) -> int:
+    @staticmethod
+    def _seen(windows: Windows, origin: int, span: int, broadcast: bool) -> list[tuple[int, ...]]:
+        """For each tap, or key of a broadcast class: -1 in the lanes that see it, else 0."""
+        lanes = [[0] * span] * LANES
+        for i, (a, b) in enumerate(windows):
+            first = a - origin - (0 if broadcast else i)
+            lanes[i] = [0] * first + [-1] * (b - a) + [0] * (span - first - (b - a))
+        return list(zip(*lanes, strict=True))
+
+    def _masks(self, taps: Sequence[tuple[int, ...]]) -> int:
         """Address of the addresses of masks, one for each tap: -1 in lanes that see it, else 0."""
         addresses = []
-        for lanes in map(tuple, taps):
+        for lanes in taps:
             if lanes not in self.masks:
                 self.masks[lanes] = self.put(lanes)
             addresses.append(self.masks[lanes])

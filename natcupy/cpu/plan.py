@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise, product
+from operator import sub
 
 import torch
 
@@ -217,14 +218,18 @@ class _Maker:
     def _tile(self, windows, first: int, end: int, before) -> list[int]:
         """Words of an item from `blocks_at` on, for query columns first .. end - 1."""
         key, key_end = windows[first][0], windows[end - 1][1]
-        offsets = [(a - i, b - i) for i, (a, b) in enumerate(windows[first:end], first)]
+        columns = range(first, end)
+        starts, ends = (
+            [*map(sub, bounds, columns)] for bounds in zip(*windows[first:end], strict=True)
+        )
         blocks = []
-        for column in range(first, end, LANES):
-            lanes = tuple(offsets[column - first : column - first + LANES])
-            at, origin, span = self.classes.of(lanes, key - column, key_end - column)
+        for at in range(0, end - first, LANES):
+            lanes, column = slice(at, at + LANES), first + at
+            found = self.classes.of(starts[lanes], ends[lanes], key - column, key_end - column)
             # a vector of 8 columns is read at each tap, a single column when broadcasting
-            self.reach.show(column + origin - key, column + origin + span + LANES - key)
-            blocks += [at, column - first]
+            reach = column + found.origin - key
+            self.reach.show(reach, reach + found.span + LANES)
+            blocks += [found.at, at]
         count = len(blocks) // 2
         segments = self._segments(key, key_end, before) if self.backward else []
         self.key_columns = max(self.key_columns, key_end - key)

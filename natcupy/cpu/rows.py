@@ -71,19 +71,16 @@ def steps(
         done = [r for r in rows if last_plane[r[0]] == plane and last_part[r[1]] == number]
         lists = [word for row in new for word in (slots[row], *row)]
         slots_by_plane = [[slots[key, y] for y in part.keys] for key, _ in outer[plane]]
-        for place, ((_, bias), found) in enumerate(zip(outer[plane], slots_by_plane, strict=True)):
-            for slot, entry in zip(found, part.entries(place, bias * bias_rows), strict=True):
-                lists.append(slot)
-                lists += entry
+        places = [(before, bias * bias_rows) for before, (_, bias) in enumerate(outer[plane])]
+        for place, found in zip(places, slots_by_plane, strict=True):
+            lists += part.lists.entries(found, place)
         for row in done:
             lists += [slots[row], *row, int(earlier(*row))]
         at, sides, tail = len(STEP) + len(part.sides) * len(SIDE) + len(lists), [], []
-        for y, keys in part.sides:
+        for side, (y, keys) in enumerate(part.sides):
             sides += [x, y, at + len(tail), len(outer[plane]) * len(keys)]
-            first = keys[0][0] - part.keys[0]
-            for (_, bias), found in zip(outer[plane], slots_by_plane, strict=True):
-                for slot, (_, lower) in zip(found[first:], keys, strict=False):
-                    tail += slot, bias * bias_rows + lower
+            for place, found in zip(places, slots_by_plane, strict=True):
+                tail += part.lists.rows(side, found, place)
         words += [at + len(tail), len(part.sides), len(new), len(rows), len(done)]
         words += [*sides, *lists, *tail]
         for row in done:
@@ -104,29 +101,53 @@ class _Part:
         """`known` is for parts whose windows may lie to each other as they do here."""
         self.sides = [(y, _window(windows, y, kernel_size)) for y in rows]
         self.keys = range(self.sides[0][1][0][0], self.sides[-1][1][-1][0] + 1)
-        like = tuple((keys[0][0] - self.keys[0], keys[0][1], len(keys)) for _, keys in self.sides)
-        self._known: dict[tuple[int, int], list[list[int]]] = known.setdefault(like, {})
+        # of each row: its first key here, the number of its keys, and the place of their first bias
+        spans = tuple((keys[0][0] - self.keys[0], len(keys), keys[0][1]) for _, keys in self.sides)
+        if spans not in known:
+            known[spans] = _Lists(spans, len(self.keys))
+        self.lists: _Lists = known[spans]
 
-    def entries(self, place: int, bias: int) -> list[list[int]]:
-        """For each key row the words of its entry behind the slot.
 
-        `place` counts the windows of the outer axis before this one; `bias` is the first row of the
-        bias table for the key's index there.
-        """
-        if (place, bias) not in self._known:
-            self._known[place, bias] = [self._entry(key, place, bias) for key in self.keys]
-        return self._known[place, bias]
+class _Lists:
+    """Words about the key rows of a part at one place of the outer axis, by their slots.
 
-    def _entry(self, key: int, place: int, bias: int) -> list[int]:
-        sides, words = [], []
-        for number, (_, keys) in enumerate(self.sides):
-            if keys[0][0] <= key <= keys[-1][0]:
-                at = key - keys[0][0]
-                sides.append(number)
-                words += [place * len(keys) + at, bias + keys[at][1]]
-        assert sides == list(range(sides[0], sides[-1] + 1))
-        words = [sides[0], len(sides), *words]
-        return words + [0] * (ENTRY_WORDS - 1 - len(words))
+    A place is (windows of the outer axis before it, first row of the bias table there).
+    """
+
+    def __init__(self, spans: tuple[tuple[int, int, int], ...], keys: int):
+        self._spans = spans
+        # each word as the sum of a constant and multiples of the place's two numbers
+        self._entries = [terms for key in range(keys) for terms in self._entry(key)]
+        self._known: dict[tuple[int, int], list[int]] = {}
+
+    def entries(self, slots: list[int], place: tuple[int, int]) -> list[int]:
+        """The entries of all key rows, which lie in `slots`."""
+        if place not in self._known:
+            before, bias = place
+            self._known[place] = [n + a * before + b * bias for n, a, b in self._entries]
+        words = self._known[place].copy()
+        words[::ENTRY_WORDS] = slots
+        return words
+
+    def rows(self, side: int, slots: list[int], place: tuple[int, int]) -> list[int]:
+        """The key rows that a side sees, of those in `slots`."""
+        first, size, lower = self._spans[side]
+        words = [0] * (ROW_WORDS * size)
+        words[::ROW_WORDS] = slots[first : first + size]
+        words[1::ROW_WORDS] = range(place[1] + lower, place[1] + lower + size)
+        return words
+
+    def _entry(self, key: int) -> list[tuple[int, int, int]]:
+        seen = [
+            (side, key - first, size, lower)
+            for side, (first, size, lower) in enumerate(self._spans)
+            if first <= key < first + size
+        ]
+        assert seen[-1][0] - seen[0][0] == len(seen) - 1
+        terms = [(0, 0, 0), (seen[0][0], 0, 0), (len(seen), 0, 0)]
+        for _, at, size, lower in seen:
+            terms += (at, size, 0), (lower + at, 0, 1)
+        return terms + [(0, 0, 0)] * (ENTRY_WORDS - len(terms))
 
 
 def _even_parts(rows: range) -> list[range]:

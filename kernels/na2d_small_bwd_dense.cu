@@ -14,6 +14,7 @@
 // HEAD_DIM is 32, SCALAR is a half.
 
 #include "common.cuh"
+#include "instructions.cuh"
 #include "neighborhood.cuh"
 #include "products.cuh"
 #include "small.cuh"

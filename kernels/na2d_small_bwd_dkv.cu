@@ -7,6 +7,7 @@
 // the other, into the same registers. No atomics, the same bits every time.
 
 #include "common.cuh"
+#include "instructions.cuh"
 #include "neighborhood.cuh"
 #include "products.cuh"
 #include "small.cuh"

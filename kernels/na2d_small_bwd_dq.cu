@@ -10,6 +10,7 @@
 // reduce_partials adds the blocks' tables in order.
 
 #include "common.cuh"
+#include "instructions.cuh"
 #include "neighborhood.cuh"
 #include "products.cuh"
 #include "small.cuh"

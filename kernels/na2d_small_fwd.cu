@@ -18,6 +18,7 @@
 // 16 bytes.
 
 #include "common.cuh"
+#include "instructions.cuh"
 #include "neighborhood.cuh"
 #include "products.cuh"
 #include "small.cuh"

@@ -39,9 +39,9 @@ MISTAKES = {
     "words swapped in a store": (
         "products.cuh", "odd ? got : low, odd ? high : got", "odd ? high : got, odd ? got : low"),
     "float: low parts of the left forgotten": (
-        "products.cuh", "multiply_tf32(rest, a.low, h0, h1);", ""),
+        "instructions.cuh", "multiply_tf32(rest, a.low, h0, h1);", ""),
     "float: low parts of the right forgotten": (
-        "products.cuh", "multiply_tf32(rest, a.high, low_part(b0, h0), low_part(b1, h1));", ""),
+        "instructions.cuh", "multiply_tf32(rest, a.high, low_part(b0, h0), low_part(b1, h1));", ""),
     "float: small terms not added": (
         "products.cuh", "? s[h][e] + rest[h][e] :", "? s[h][e] :"),
     "float: chunks of a row in order": (

@@ -11,7 +11,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from natcupy.functional import neighborhood
+from natcupy.arguments import neighborhood
 from natcupy.neighborhood import Neighborhood
 
 NAMES = ("query", "key", "value", "rpb")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import oracle
 import torch
 
-from natcupy.functional import neighborhood
+from natcupy.arguments import neighborhood
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 NAMES = ("query", "key", "value", "rpb", "additional_keys", "additional_values")

@@ -6,8 +6,8 @@ from cpu_problems import attend
 from strategies import Problem, tensors
 
 import natcupy
+from natcupy.arguments import neighborhood
 from natcupy.cpu import ops
-from natcupy.functional import neighborhood
 
 P = Problem(
     (4, 5), (2, 3), (2, 1), (1, 1), (False, True), rpb=True, extra=2, head_dim=2, value_dim=3

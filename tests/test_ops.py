@@ -11,8 +11,8 @@ from ptxsim.launcher import PtxLauncher
 from tolerances import close
 
 from natcupy import known_calls, na1d, reference
+from natcupy.arguments import neighborhood
 from natcupy.cuda import jit, ops, plan, run
-from natcupy.functional import neighborhood
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("cupy") is None, reason="NVRTC comes with CuPy, which is not installed"

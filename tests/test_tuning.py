@@ -11,11 +11,11 @@ from test_heuristics import nat
 from test_plan import problem, random_problem
 
 from natcupy import backends, cache
+from natcupy.arguments import neighborhood
 from natcupy.cuda import heuristics, jit, ops, plan, run, small, tuning
 from natcupy.cuda.arch import Target
 from natcupy.cuda.heuristics import FORWARD, KEYS, QUERIES, SIDES
 from natcupy.cuda.launch import LaunchError
-from natcupy.functional import neighborhood
 from natcupy.warmup import Call, warmup
 
 pytestmark = pytest.mark.skipif(

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from natcupy import backends
+from natcupy.arguments import neighborhood
 from natcupy.data import why
-from natcupy.functional import neighborhood
 from natcupy.hub import from_pretrained
 from natcupy.inference import ranks
 from natcupy.zoo import ImageModel

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from natcupy import functional as F
-from natcupy.functional import BoolOrAxes, IntOrAxes
+from natcupy.arguments import BoolOrAxes, IntOrAxes
 from natcupy.natten import arguments
 
 _FUSED = {1: F.na1d, 2: F.na2d, 3: F.na3d}

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from natcupy.cli import main
+from tests.inference.cases import small
 from tests.pictures import broken
-from tests.test_inference import small
 
 ROOT = Path(__file__).parent.parent
 
@@ -122,7 +122,7 @@ def test_other_dtypes_and_models(run, tmp_path, scans):
 
 
 def test_under_torchrun_the_first_process_prints(tmp_path, scans):
-    from tests.test_inference import free_port
+    from tests.inference.cases import free_port
 
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]

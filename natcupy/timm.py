@@ -12,6 +12,7 @@ the extra "timm".
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from typing import Any
 
@@ -81,6 +82,7 @@ def _entry(
 
         def build(**wishes: Any) -> ImageModel:
             global_pool = wishes.pop("global_pool", None)
+            _check_known(name, wishes)
             wishes = _understood(wishes, fixed)
             if pretrained:
                 model = _load(cfg, wishes, cache_dir)
@@ -100,6 +102,16 @@ def _entry(
     create.__module__ = __name__
     create.__doc__ = f"{name} of natcupy's zoo."
     return create
+
+
+def _check_known(name: str, wishes: dict[str, Any]) -> None:
+    """A misspelled argument would build another model than the one that was meant."""
+    fields = ModelConfig.__dataclass_fields__
+    for key, value in wishes.items():
+        if value is not None and key not in fields and key not in _ZERO:
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}."
+            raise TypeError(f"{name} has no argument {key!r}; {hint}")
 
 
 def _understood(wishes: dict[str, Any], fixed: bool) -> dict[str, Any]:

@@ -43,6 +43,15 @@ def spread_out(seed, *shape):
     return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape))
 
 
+def test_torchs_default_device_moves_nothing():
+    model = lively("mask_rcnn", torch.float32)
+    picture = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    expected = model.predict(picture, RULES)
+    with torch.device("meta"):
+        found = model.predict(picture, RULES)
+    assert len(found) and torch.equal(found.boxes, expected.boxes)
+
+
 # -- proposals ------------------------------------------------------------------------------------
 
 

@@ -177,6 +177,12 @@ def test_exif_orientation(orientation):
         assert torch.equal(small()(opened), small()(scene))
 
 
+def test_torchs_default_device_moves_nothing():
+    expected = small()(photo())
+    with torch.device("meta"):
+        assert torch.equal(small()(photo()), expected)
+
+
 def test_many_channels():
     array = photo(channels=6)
     recipe = Preprocess((6, 32, 32), **PLAIN)

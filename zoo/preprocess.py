@@ -107,7 +107,7 @@ class Preprocess:
             for plane, band in zip(planes, bands, strict=True)
         ]
         pixels = torch.from_numpy(np.stack(scaled))
-        mean, std = (torch.tensor(v)[:, None, None] for v in (self.mean, self.std))
+        mean, std = (torch.tensor(v, device="cpu")[:, None, None] for v in (self.mean, self.std))
         return ((pixels - mean) / std).unsqueeze(0)
 
 

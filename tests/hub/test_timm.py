@@ -38,6 +38,8 @@ def test_models_by_name(name):
     assert model.pretrained_cfg["architecture"] == name
     with pytest.raises(ValueError, match="drop_rate"), torch.device("meta"):
         timm.create_model(name, drop_rate=0.5)
+    with pytest.raises(TypeError, match="'drop_path'; did you mean 'drop_path_rate'"):
+        timm.create_model(name, drop_path=0.1)
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -18,7 +18,7 @@ SCALE = 8  # side of the square anchor in strides
 
 def base_anchors(stride: int) -> Tensor:
     """The anchors around (0, 0): `[3, 4]` float32, all of the same area."""
-    root = torch.tensor(RATIOS).sqrt()
+    root = torch.tensor(RATIOS, device="cpu").sqrt()
     width, height = stride * (1 / root) * SCALE, stride * root * SCALE
     return torch.stack([-0.5 * width, -0.5 * height, 0.5 * width, 0.5 * height], dim=1)
 

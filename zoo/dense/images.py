@@ -138,7 +138,7 @@ class Recipe:
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """`[H, W, C]` in 0..255 to `[1, C, H', W']`: normalised, then padded to the divisor."""
-        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
+        mean, std = (torch.tensor(v, device=pixels.device) for v in (self.mean, self.std))
         x = ((pixels.float() - mean) / std).permute(2, 0, 1)[None]
         bottom, right = (-side % self.pad_divisor for side in x.shape[2:])
         return F.pad(x, (0, right, 0, bottom)).contiguous()
@@ -222,7 +222,7 @@ def _lines(length: int, target: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _source(length: int, target: int) -> tuple[Tensor, Tensor]:
     scale = 1.0 / (target / length)  # in this order for the sake of the last bit
-    centre = ((torch.arange(target, dtype=torch.float64) + 0.5) * scale - 0.5).float()
+    centre = ((torch.arange(target, dtype=torch.float64, device="cpu") + 0.5) * scale - 0.5).float()
     first = centre.floor()
     return first.long(), centre - first
 

@@ -180,6 +180,7 @@ def released(name: str) -> weights.Row | DenseRow:
     """The row of the table for a name, or ValueError with the nearest."""
     row = weights.find(name)
     if row is None:
-        near = ", ".join(weights.nearest(name)) or "natcupy.hub.WEIGHTS lists them"
-        raise ValueError(f"no released weights are called {name[:80]!r}; the nearest are {near}.")
+        raise ValueError(
+            f"no released weights are called {name[:80]!r}; {weights.nearest_in_words(name)}."
+        )
     return row

@@ -115,11 +115,9 @@ def _spelled_like_path(name: str) -> bool:
 
 
 def _unknown(name: str) -> str:
-    near = weights.nearest(name)
-    hint = f"the nearest are {', '.join(near)}" if near else "natcupy.hub.WEIGHTS lists the names"
     return (
-        f"no weights are called {name[:120]!r}, and no folder or file is; {hint}. A Hub repository "
-        "is written org/name, a folder ./name."
+        f"no weights are called {name[:120]!r}, and no folder or file is; "
+        f"{weights.nearest_in_words(name)}. A Hub repository is written org/name, a folder ./name."
     )
 
 

@@ -161,6 +161,14 @@ def nearest(name: str) -> list[str]:
     return [found.replace("_", "-") for found in near]
 
 
+def nearest_in_words(name: str) -> str:
+    """What to try instead of an unknown name."""
+    near = nearest(name)
+    if near:
+        return f"the nearest are {', '.join(near)}"
+    return "natcupy.hub.WEIGHTS, or `natcupy models`, lists the names"
+
+
 def _embedded_folders() -> list[Path]:
     return sorted(path.parent for path in EMBEDDED.glob("*/config.json"))
 

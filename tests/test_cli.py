@@ -170,6 +170,26 @@ def test_classify_takes_folders_and_gives_json(run, digits):
         assert 0 < sum(chances) <= 1 and result["seconds"] > 0
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are Unicode elsewhere")
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "ascii"])
+def test_names_that_are_no_text_are_printed(digits, encoding):
+    name = os.fsdecode(b"caf\xe9 \xc3\xa9.png")
+    (digits / "a.png").rename(digits / name)
+    command = [sys.executable, "-m", "natcupy", "classify", str(digits)]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "1"}
+    done = subprocess.run([*command, "--json"], capture_output=True, env=environment, check=True)
+    files = [found["file"] for found in json.loads(done.stdout.decode())["results"]]
+    assert str(digits / name) in files
+    done = subprocess.run(command, capture_output=True, env=environment, check=True)
+    assert len(done.stdout.decode().splitlines()) == 8
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell of Unix closes the streams")
+def test_closed_streams_are_no_error():
+    command = f"{sys.executable} -m natcupy models >&- 2>&-"
+    assert subprocess.run(command, shell=True, check=False).returncode == 0
+
+
 def test_all_classes_sum_to_one(run, digits):
     _, out, _ = run("classify", digits / "a.png", "--json", "--topk", "99")
     answers = json.loads(out)["results"][0]["answers"]

@@ -98,6 +98,19 @@ def test_the_command_draws_a_picture(picture_file, tmp_path, capsys):
     assert marked > 300  # the query's outline on both panels and on those of the heads
 
 
+def test_the_picture_is_never_replaced(picture_file, capsys):
+    before = picture_file.read_bytes()
+    assert main(["attend", str(picture_file), "-o", str(picture_file)]) == 1
+    assert "must not replace" in capsys.readouterr().err
+    assert picture_file.read_bytes() == before
+
+
+def test_a_bad_picture_is_named(tmp_path, capsys):
+    (tmp_path / "half.png").write_bytes(b"\x89PNG")
+    assert main(["attend", str(tmp_path / "half.png"), "-o", str(tmp_path / "o.png")]) == 1
+    assert "half.png" in capsys.readouterr().err
+
+
 def test_cells_cover_the_panel_once(small):
     found = attention_map(small, torch.randn(1, 3, 64, 96), layers(small)[0], (0, 0))
     panel = Image.new("RGB", (attend.PANEL, 281))

@@ -21,6 +21,7 @@ _EXPECTED = (OSError, ValueError, ImportError, RuntimeError)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
+    _prepare_streams()
     try:
         arguments = build_parser().parse_args(argv)
     except SystemExit as stop:  # argparse has printed help, version or the usage error
@@ -41,6 +42,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"natcupy: error: {one_line(error)}", file=sys.stderr)
         return 1
+
+
+def _prepare_streams() -> None:
+    """Text that a stream's encoding lacks (names of files are any bytes) must not end a command."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started this process
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def one_line(error: BaseException) -> str:

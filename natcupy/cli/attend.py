@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from natcupy.cli import runtime
+from natcupy.cli import pictures, runtime
 from natcupy.maps import AttentionMap, attention_map
 from natcupy.modules import NeighborhoodAttention2D
 from natcupy.zoo import ImageModel
@@ -29,9 +29,10 @@ HEAT = np.array([(20, 11, 53), (101, 21, 110), (187, 55, 84), (249, 142, 9), (25
 
 def run(arguments: argparse.Namespace) -> int:
     """Look, draw, save."""
-    output = Path(arguments.output)
-    if output.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"--output must end in .png or another picture suffix, got {output}.")
+    image = Path(arguments.image)
+    (output,) = pictures.targets([image], arguments.output)
+    if not output.parent.is_dir():
+        raise ValueError(f"--output's folder must exist, got {output.parent}; make it first.")
     device = runtime.pick_device(arguments.device)
     model = runtime.load(arguments.model, device)
     if not isinstance(model, ImageModel):
@@ -41,10 +42,13 @@ def run(arguments: argparse.Namespace) -> int:
         )
     layer, stage, block = pick_layer(model, arguments.stage, arguments.block)
     heads = _pick_heads(layer, arguments.head)
-    picture = model.preprocess(arguments.image)
+    picture = runtime.read_picture(model, image)
+    if isinstance(picture, str):
+        raise ValueError(f"{image}: {picture}")
     found = attention_map(model, picture, layer, arguments.query)
     title = f"{arguments.model}, stage {stage}, block {block}"
-    draw(as_image(picture, model), found, heads, title, _about(layer, found)).save(output)
+    drawn = draw(as_image(picture, model), found, heads, title, _about(layer, found))
+    pictures.save(drawn, output)
     row, column = found.query
     print(
         f"{output}: {title}; query at row {row}, column {column} of a "

@@ -34,8 +34,9 @@ def facts(pairs: Sequence[tuple[str, object]]) -> str:
 
 
 def print_json(value: object) -> None:
-    """One JSON document on stdout."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    """One JSON document on stdout, in ASCII where its encoding lacks a letter."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    print(text if _can_print(text) else json.dumps(value, indent=2))
 
 
 def list_bad(bad: Sequence[tuple[str, str]], limit: int = 20) -> None:

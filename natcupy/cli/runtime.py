@@ -127,7 +127,7 @@ def label_of(model: ImageModel, index: int) -> str:
 
 def _classify_batch(model: ImageModel, files: Sequence[Path], topk: int) -> list[Outcome]:
     begun = time.perf_counter()
-    read = [_read(model, file) for file in files]
+    read = [read_picture(model, file) for file in files]
     pictures = [picture for picture in read if isinstance(picture, Tensor)]
     answers = iter(_answers(model, torch.cat(pictures), topk) if pictures else ())
     each = (time.perf_counter() - begun) / len(files)
@@ -139,7 +139,7 @@ def _classify_batch(model: ImageModel, files: Sequence[Path], topk: int) -> list
     ]
 
 
-def _read(model: ImageModel, file: Path) -> Tensor | str:
+def read_picture(model: ImageModel, file: Path) -> Tensor | str:
     """The prepared picture, or what is wrong with the file."""
     try:
         return model.preprocess(os.fspath(file))

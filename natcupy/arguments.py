@@ -96,9 +96,10 @@ def resolve_scale(scale: float | None, head_dim: int) -> float:
         return head_dim**-0.5
     if isinstance(scale, bool) or not isinstance(scale, Real):
         raise TypeError(f"scale must be a finite number or None, got {scale!r}.")
-    if not abs(scale) <= sys.float_info.max:  # unlike math.isfinite, torch.compile can trace it
+    number = scale if isinstance(scale, int) else float(scale)  # an int may be larger than floats
+    if not abs(number) <= sys.float_info.max:  # unlike math.isfinite, torch.compile can trace it
         raise ValueError(f"scale must be a finite number or None, got {scale!r}.")
-    return float(scale)
+    return float(number)
 
 
 def _check_tensor(name: str, x, dim: int, layout: str) -> None:

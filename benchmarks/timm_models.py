@@ -10,8 +10,8 @@ import importlib
 import torch
 from torch import nn
 
-# torchvision's own library of operators does not load beside a CPU build of torch. Its Python
-# parts, all that timm's models need, want these two declared.
+# A torchvision for another build of torch cannot load its library of operators. Its Python parts,
+# all that timm's models need, want these two declared.
 SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -19,13 +19,22 @@ SCHEMAS = (
 _library: list[torch.library.Library] = []
 
 
+def mend_torchvision() -> None:
+    """Let an installed torchvision be imported, also one whose operators do not load."""
+    try:
+        importlib.import_module("torchvision")
+    except ImportError:
+        return  # the importer says so
+    except RuntimeError:  # declared beside operators that do load, these would end the process
+        if not _library:
+            _library.append(torch.library.Library("torchvision", "FRAGMENT"))
+            for schema in SCHEMAS:
+                _library[0].define(schema)
+
+
 def create(name: str, device: torch.device, dtype: torch.dtype) -> nn.Module | str:
     """The model, or one line that says why it cannot be made."""
-    if not _library and not hasattr(torch.ops.torchvision, "nms"):
-        fragment = torch.library.Library("torchvision", "FRAGMENT")
-        for schema in SCHEMAS:
-            fragment.define(schema)
-        _library.append(fragment)
+    mend_torchvision()
     try:
         timm = importlib.import_module("timm")
     except (ImportError, RuntimeError) as error:

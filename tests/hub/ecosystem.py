@@ -1,26 +1,18 @@
-"""Other libraries beside a CPU build of torch: torchvision's operators do not load there.
+"""Other libraries beside any build of torch.
 
-In: nothing. Out: the import of timm or transformers, or a skip that says why. Declaring the
-schemas of two operators is enough for the Python parts of torchvision, which is all that is used.
+In: nothing. Out: timm or transformers, or a skip that says why.
 """
 
 import importlib
 
 import pytest
-import torch
 
-_SCHEMAS = ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-            "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # fmt: skip
-_library = []
+from benchmarks.timm_models import mend_torchvision
 
 
 def library(name):
     """Import a library, or skip the module."""
-    if not _library and not hasattr(torch.ops.torchvision, "nms"):
-        fragment = torch.library.Library("torchvision", "FRAGMENT")
-        for schema in _SCHEMAS:
-            fragment.define(schema)
-        _library.append(fragment)
+    mend_torchvision()
     try:
         return importlib.import_module(name)
     except ImportError as error:

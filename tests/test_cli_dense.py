@@ -81,6 +81,27 @@ def test_segment(run, model, photo, tmp_path):
     assert all(0 < each["confidence"] <= 1 for each in record["classes"])
 
 
+@pytest.mark.parametrize(
+    ("model", "command"),
+    [("segmentation", "segment"), ("detection", "detect")],
+    indirect=["model"],
+)
+def test_a_grey_picture_of_sixteen_bits(run, model, command):
+    grey = make_scene(3, 60, 80).pixels.numpy().mean(-1)
+    Image.fromarray(grey.astype(np.uint8)).save("eight.png")
+    Image.fromarray(grey.astype(np.uint8).astype(np.uint16) * 257).save("sixteen.png")
+    found = []
+    for name in ("eight.png", "sixteen.png"):
+        status, out, err = run(command, name, "--model", model, "-o", f"out-{name}", "--json")
+        assert (status, err) == (0, "")
+        (result,) = json.loads(out)["results"]
+        found.append(len(result["classes"] if command == "segment" else result["objects"]))
+    assert found[0] == found[1] > 0
+    # Floats are resized without rounding, so results are near, not equal.
+    means = [np.asarray(Image.open(f"out-{name}")).mean() for name in ("eight.png", "sixteen.png")]
+    assert abs(means[0] - means[1]) < 10
+
+
 @segments
 def test_segment_with_scales_and_flips(run, model, photo):
     status, out, _ = run("segment", photo, "--model", model, "--json", "--multi-scale")

@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     rules = replace(usual, score=min(usual.score, least))
 
     def work(number: int, pixels: np.ndarray) -> Record:
-        found = model.predict(pixels, rules, masks=arguments.masks).above(least)
+        found = model.predict(pictures.as_given(pixels), rules, masks=arguments.masks).above(least)
         record: Record = {"objects": [_object(found, index) for index in range(len(found))]}
         if drawn[number] is not None:
             pictures.save(paint_detections(pictures.colour(pixels), found), drawn[number])

@@ -82,7 +82,7 @@ def each(
     Args:
         files: pictures.
         channels: of the model.
-        work: number of the file and pixels `[H, W, channels]` to the record.
+        work: number of the file and pixels `[H, W, channels]` in 0..255 to the record.
     """
     quiet = True if len(files) == 1 else None  # None: no bar where stderr is no terminal
     for number, file in enumerate(tqdm(files, unit="picture", leave=False, disable=quiet)):
@@ -99,6 +99,11 @@ def each(
             continue
         size = {"height": pixels.shape[0], "width": pixels.shape[1]}
         yield {"file": str(file), **size, "seconds": time.perf_counter() - begun, **record}
+
+
+def as_given(pixels: np.ndarray) -> np.ndarray:
+    """Pixels of `each` as models take them: bytes, or floats in 0..1."""
+    return pixels if pixels.dtype == np.uint8 else pixels / 255
 
 
 def colour(pixels: np.ndarray) -> np.ndarray:

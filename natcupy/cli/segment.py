@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
     scales = MULTI_SCALE if arguments.multi_scale else (1.0,)
 
     def work(number: int, pixels: np.ndarray) -> Record:
-        found = model.predict(pixels, scales, flip=arguments.multi_scale)
+        found = model.predict(pictures.as_given(pixels), scales, flip=arguments.multi_scale)
         record = _record(found)
         if overlays[number] is not None:
             image = paint_segmentation(pictures.colour(pixels), found)

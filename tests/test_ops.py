@@ -149,6 +149,23 @@ def test_fake_agrees_with_real(case, launcher):
         assert (r.shape, r.stride(), r.dtype) == (f.shape, f.stride(), f.dtype)
 
 
+def test_gradients_of_tensors_in_another_order_of_axes(launcher):
+    """A bias table that was looked up, say, has its heads last."""
+    hood = neighborhood(2, 3)
+    make = torch.Generator().manual_seed(4)
+    q, k, v = (
+        torch.randn(1, 2, 5, 4, 6, generator=make).permute(0, 3, 2, 1, 4).requires_grad_()
+        for _ in range(3)
+    )
+    rpb = torch.randn(5, 5, 2, generator=make).permute(2, 1, 0).requires_grad_()
+    d_out = torch.randn(1, 4, 5, 2, 6, generator=make)
+    found = []
+    for way in (ops, reference):
+        out, _ = way.attention(q, k, v, hood, 0.5, rpb, None, None)
+        found.append(torch.autograd.grad(out, (q, k, v, rpb), d_out))
+    same(*found)
+
+
 def test_compiled_in_one_graph(launcher):
     """No graph break, and no new graph for a new length once lengths vary."""
     graphs = []

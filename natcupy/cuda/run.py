@@ -222,7 +222,7 @@ def backward(
         d_query = torch.empty_like(query, memory_format=torch.contiguous_format)
         d_key, d_value = _like_if(keys, key), _like_if(keys, value)
     d_extra_k, d_extra_v = _like_if(extras, extra_k), _like_if(extras, extra_v)
-    d_rpb = torch.empty_like(rpb, dtype=lse.dtype) if wanted[3] else None
+    d_rpb = rpb.new_empty(rpb.shape, dtype=lse.dtype) if wanted[3] else None
     tensors = {
         "query": _readable(query),
         "key": _readable(key),

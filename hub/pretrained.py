@@ -315,7 +315,12 @@ def compare(
         for name in sorted(given.keys() & wanted.keys())
         if given[name].shape != wanted[name].shape
     ]
-    if not (missing or unexpected or misshapen):
+    of_ints = [
+        f"{name} is {given[name].dtype}, not {wanted[name].dtype}"
+        for name in sorted(given.keys() & wanted.keys())
+        if wanted[name].is_floating_point() and not given[name].is_floating_point()
+    ]
+    if not (missing or unexpected or misshapen or of_ints):
         return
     wrong = [f"{name} is {got}, not {need}" for name, got, need in misshapen]
     parts = [
@@ -324,6 +329,7 @@ def compare(
             ("missing", missing),
             ("unexpected", unexpected),
             ("of another shape", wrong),
+            ("of another kind of number", of_ints),
         )
         if names
     ]

@@ -6,8 +6,10 @@ isotropic and vitrpb, without remote code. transformers itself has no NAT any mo
 needs operators that no library has any more; both load and run here.
 
 A model holds natcupy's modules under natcupy's names, so a repository that natcupy wrote loads as
-it is, and what transformers saves loads in natcupy. Weights come through `natcupy.hub`: verified by
-hash, from shards, and from the released layout. Needs the extra "transformers".
+it is, and what transformers saves loads in natcupy. `AutoBackbone.from_pretrained` takes no local
+folders, for no model at all; `NatBackbone.from_pretrained` and its like here do. Weights come
+through `natcupy.hub`: verified by hash, from shards, and from the released layout. Needs the extra
+"transformers".
 """
 
 from __future__ import annotations

@@ -352,6 +352,13 @@ def test_every_tensor_dropped_renamed_or_reshaped_is_named(tmp_path):
             assert name in str(caught.value)
 
 
+def test_whole_numbers_for_weights_are_named(tmp_path):
+    _, folder = saved(tmp_path)
+    rewrite(folder, lambda t: t.update({"head.weight": t["head.weight"].to(torch.int64)}))
+    with pytest.raises(CheckpointError, match=r"head.weight is torch.int64, not torch.float32"):
+        hub.from_pretrained(folder)
+
+
 def test_long_lists_are_cut(tmp_path):
     _, folder = saved(tmp_path)
     rewrite(folder, lambda t: [t.pop(n) for n in list(t) if n.startswith("levels.1.blocks")])

@@ -23,9 +23,13 @@ def operators(request, monkeypatch):
     """Both ways to run NMS and RoIAlign; torchvision's only where it works."""
     if request.param == "plain":
         for room in (nms_room, roi_room):
-            monkeypatch.setattr(room, "torchvision_ops", lambda: None)
-    elif torchvision_ops() is None:
+            monkeypatch.setattr(room, "torchvision_ops", lambda device: None)
+    elif torchvision_ops(torch.device("cpu")) is None:
         pytest.skip("torchvision is not installed or does not fit this torch")
+
+
+def test_torchvision_is_asked_for_every_kind_of_device():
+    assert torchvision_ops(torch.device("meta")) is None  # has none of the two operators' results
 
 
 def random_boxes(rng, count, width, height, dtype=torch.float64):
@@ -82,7 +86,7 @@ def test_roi_align(operators, dtype, side, scale):
 
 
 def test_roi_align_in_chunks_and_of_nothing(monkeypatch):
-    monkeypatch.setattr(roi_room, "torchvision_ops", lambda: None)
+    monkeypatch.setattr(roi_room, "torchvision_ops", lambda device: None)
     rng = np.random.default_rng(5)
     maps = torch.from_numpy(rng.standard_normal((1, 3, 30, 30)))
     rois = torch.cat([torch.zeros(40, 1).double(), random_boxes(rng, 40, 30, 30)], 1)

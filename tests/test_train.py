@@ -3,17 +3,23 @@
 import dataclasses
 import math
 import random
+import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from natcupy.cli import finetune_arguments
 from natcupy.cli.parser import build_parser
 from natcupy.train import RECIPES, TrainConfig, TrainError, checkpoint, loaders, randomness
 from natcupy.train import augment as augmenting
 from natcupy.train.config import FREE
+from natcupy.train.engine import _Engine
 from natcupy.train.loading import prepare
 from natcupy.train.optimizer import Average, make_optimizer, make_schedule, rate
 from natcupy.zoo import ModelConfig, build_model
@@ -234,6 +240,37 @@ def test_generators_go_on_as_before():
         randomness.set_all(1, 2)
         assert (random.random(), np.random.rand(), torch.rand(())) == first
     assert (random.random(), np.random.rand(), torch.rand(())) == expected
+
+
+def test_generators_of_several_gpus_go_on_as_before(monkeypatch):
+    monkeypatch.setattr(torch.random, "_fork_rng_warned_already", False, raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: f"state of {device}")
+    set_again = {}
+    monkeypatch.setattr(
+        torch.cuda, "set_rng_state", lambda state, device: set_again.update({device: state})
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with randomness.restored():
+            pass
+    assert set_again == {0: "state of 0", 1: "state of 1"}
+
+
+def test_sums_are_kept_without_a_wait_for_the_gpu():
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            where = [x.device.type for x in tree_leaves((args, out)) if isinstance(x, torch.Tensor)]
+            copies.extend([func] if len(set(where)) > 1 else [])
+            return out
+
+    copies, engine = [], SimpleNamespace(sums={})
+    with FakeTensorMode(), Copies():
+        loss = torch.zeros((), device="cuda", dtype=torch.bfloat16)
+        for _ in range(2):
+            _Engine._add(engine, "loss", loss, 3)
+    assert engine.sums["loss"].device.type == "cuda" and not copies
 
 
 # ---------------------------------------------------------------- augmentation

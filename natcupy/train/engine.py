@@ -368,7 +368,8 @@ class _Engine:
 
     def _add(self, name: str, value: Tensor, count: int) -> None:
         """Add to this process's sums, on the device, without waiting for it."""
-        pair = torch.stack([value.detach().double() * count, value.new_tensor(count).double()])
+        weight = torch.full_like(value, count, dtype=torch.float64)  # no copy from the host
+        pair = torch.stack([value.detach().double() * count, weight])
         self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
     def _gather_sums(self) -> None:

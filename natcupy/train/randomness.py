@@ -50,7 +50,8 @@ def drawn_from(*numbers: int) -> Iterator[None]:
 def restored() -> Iterator[None]:
     """Whatever happens to the generators inside, the caller's go on as before."""
     states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    gpus = range(torch.cuda.device_count())  # torch warns of several that are not named
+    with torch.random.fork_rng(gpus or None):
         try:
             yield
         finally:

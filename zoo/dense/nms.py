@@ -29,7 +29,7 @@ def nms(boxes: Tensor, scores: Tensor, threshold: float, groups: Tensor | None =
         Indices `[m]` of the boxes that stay, by falling score.
     """
     order = scores.sort(descending=True, stable=True).indices
-    ops = torchvision_ops()
+    ops = torchvision_ops(boxes.device)
     if ops is None or boxes.shape[0] == 0:
         return order[_keep(boxes[order], threshold, None if groups is None else groups[order])]
     if groups is None:

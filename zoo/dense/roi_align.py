@@ -68,7 +68,7 @@ def roi_align(x: Tensor, rois: Tensor, side: int, scale: float) -> Tensor:
     Returns:
         `[n, C, side, side]` in the dtype of `x`.
     """
-    ops = torchvision_ops()
+    ops = torchvision_ops(x.device)
     exact = x if x.dtype in (torch.float32, torch.float64) else x.float()
     align = _plain if ops is None else ops.roi_align
     if ops is None:

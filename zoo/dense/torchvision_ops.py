@@ -1,6 +1,6 @@
 """torchvision's compiled operators, where they are installed and work.
 
-In: nothing. Out: the module `torchvision.ops`, or None; the callers then use their own plain-torch
+In: a device. Out: the module `torchvision.ops`, or None; the callers then use their own plain-torch
 code, which does the same.
 """
 
@@ -12,15 +12,22 @@ from types import ModuleType
 import torch
 
 
-@lru_cache(maxsize=1)
-def torchvision_ops() -> ModuleType | None:
-    """`torchvision.ops`, tried out once; None where it is missing or built for another torch."""
+def torchvision_ops(device: torch.device) -> ModuleType | None:
+    """`torchvision.ops`; None where it is missing, for another torch, or not for this device.
+
+    It is tried out on each type of device: one for CPUs alone loads beside a torch for GPUs.
+    """
+    return _tried(device.type)
+
+
+@lru_cache
+def _tried(kind: str) -> ModuleType | None:
     try:
         import torchvision.ops as ops
 
-        box = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
-        kept = ops.nms(box, torch.ones(1), 0.5)
-        pooled = ops.roi_align(torch.ones(1, 1, 2, 2), [box], 1, 1.0, -1, True)
+        box = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=kind)
+        kept = ops.nms(box, torch.ones(1, device=kind), 0.5).tolist()
+        pooled = ops.roi_align(torch.ones(1, 1, 2, 2, device=kind), [box], 1, 1.0, -1, True)
     except (ImportError, RuntimeError, OSError, AttributeError, NotImplementedError):
         return None
-    return ops if kept.tolist() == [0] and pooled.shape == (1, 1, 1, 1) else None
+    return ops if kept == [0] and pooled.shape == (1, 1, 1, 1) else None

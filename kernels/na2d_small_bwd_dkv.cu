@@ -91,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(D == 32 && !FLOATS && KW <= 9 ? 384
 na2d_small_bwd_dkv(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) unsigned char shared[];
     const SmallGeometry& g = p.geometry;
-    unsigned thread = threadIdx.x, block = blockIdx.x;
+    unsigned thread = threadIdx.x, block = block_from_the_end();
     const Place once(g, thread, block);
     if (!once.exists) return;
     // Sums of long rows leave no registers to remember it in.

@@ -221,7 +221,7 @@ na2d_small_fwd(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) unsigned char shared[];
     const SmallGeometry& g = p.geometry;
     const Role role(g);
-    int number = blockIdx.x;
+    int number = block_from_the_end();
     const int first_head = remainder(number, g.by_teams) * g.heads_here;
     SmallItem item;
     if (!item.set(g, number)) return;

@@ -97,6 +97,10 @@ __device__ __forceinline__ int step_blocks(const SmallGeometry& g, int i, int ro
 
 // ---- the walk --------------------------------------------------------------------------------
 
+// The number of this block, counted from the last one: what the launch before this one touched last
+// comes first, while it is still in the second-level cache. Blocks start in about their order.
+__device__ __forceinline__ int block_from_the_end() { return gridDim.x - 1 - blockIdx.x; }
+
 struct SmallItem {  // a tile of one dilation group of one image
     long long batch;
     int group[2], extent[2], begin[2];  // extent of the group; tokens in group coordinates

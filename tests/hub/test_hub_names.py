@@ -6,6 +6,7 @@ from small import invented
 
 import natcupy
 from natcupy import hub
+from natcupy.hub import converting
 from natcupy.hub.errors import NotFound
 from natcupy.zoo import model_config
 
@@ -62,3 +63,10 @@ def test_embedded_weights_are_found_by_name(tmp_path, monkeypatch):
         assert loaded.head.weight.dtype == torch.float32
     with pytest.raises(ValueError, match="revision"):
         natcupy.from_pretrained("nat-digits", revision="v1")
+
+
+def test_a_name_like_no_other_is_told_where_names_are():
+    with pytest.raises(
+        ValueError, match=r"called 'qqqq'; natcupy.hub.WEIGHTS, or `natcupy models`"
+    ):
+        converting.released("qqqq")

@@ -57,7 +57,7 @@ def row(
         return made
     try:
         timed = timed or (measure(run, device, seconds), None)
-    except (RuntimeError, NotImplementedError, torch.OutOfMemoryError) as failure:
+    except Exception as failure:  # other libraries raise whatever they like
         timed = failure
     if isinstance(timed, Exception):
         return made | {"why_not": reason(timed)}
@@ -119,7 +119,10 @@ def parser(what: str) -> argparse.ArgumentParser:
 
 
 def settings(arguments: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of a run. Raises ValueError for a GPU that is not there."""
+    """Device and dtype of a run; its GPU is the current one, whose stream is timed.
+
+    Raises ValueError for a GPU that is not there.
+    """
     device = torch.device(arguments.device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -127,8 +130,11 @@ def settings(arguments: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
         if arguments.threads != 1:
             raise ValueError("--cpu-time is the time of one thread; use it with --threads 1.")
         timing.use_cpu_time()
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda needs a CUDA GPU, and torch finds none; use --device cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = f"torch finds {torch.cuda.device_count()}"
+        raise ValueError(f"--device {device} needs a GPU that is there, {found}; use --device cpu.")
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
     default = torch.bfloat16 if device.type == "cuda" else torch.float32
     return device, DTYPES[arguments.dtype] if arguments.dtype else default
 

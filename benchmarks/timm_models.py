@@ -26,7 +26,7 @@ def mend_torchvision() -> None:
     except ImportError:
         return  # the importer says so
     except RuntimeError:  # declared beside operators that do load, these would end the process
-        if not _library:
+        if not _library and not hasattr(torch.ops.torchvision, "nms"):
             _library.append(torch.library.Library("torchvision", "FRAGMENT"))
             for schema in SCHEMAS:
                 _library[0].define(schema)

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import freshness, gpu, op, record, sanitizer
+from benchmarks import freshness, gpu, harness, op, record, sanitizer
+from benchmarks.model import _try, attending
 from benchmarks.roofline import Roofline
 from benchmarks.stages import Stage, run_stages
 from benchmarks.ways import Way, anything
+from natcupy.zoo import ModelConfig, build_model
 
 ROOT = Path(__file__).parent.parent
 
@@ -112,6 +114,41 @@ def test_results_that_are_not_finite_are_a_row_that_says_so():
     (row,) = (row for row in rows if row["way"] == "bad")
     assert row["why_not"] == "its results are not finite" and row["error"] is row["ms"] is None
     assert json.dumps(row, allow_nan=False)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_whatever_another_library_raises_is_a_row_that_says_so(exact):
+    class Odd(Exception):  # noqa: N818 (as libraries have them)
+        pass
+
+    def fail(*call):
+        raise Odd("no such kernel\nand a page about it")
+
+    case, cpu = op.pick(op.OP_CASES, "NAT-Tiny level 4")[0], torch.device("cpu")
+    ways = [Way("odd", exact, fail, anything), *op.pick_ways("natcupy torch")]
+    rows = op.rows(case, ways, cpu, torch.float32, Roofline(1.0, 1.0, "float32"), seconds=0.0)
+    assert {row["pass"] for row in rows if row["way"] == "odd"} == set(op.PASSES.values())
+    for row in rows:
+        odd = row["way"] == "odd"
+        assert row["why_not"] == ("Odd: no such kernel" if odd else None)
+        assert (row["ms"] is None) == odd
+    sizes = {"embed_dim": 8, "depths": (1,), "num_heads": (1,), "kernel_size": 3}
+    model = build_model(ModelConfig(family="nat", num_classes=5, **sizes))
+    with attending(model, ways[0]):
+        why_not, _ = _try(ways[0], model, torch.zeros(1, 3, 32, 32), False, None)
+    assert why_not == "Odd: no such kernel"
+
+
+def test_the_gpu_asked_for_is_the_one_that_is_timed(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    parse = harness.parser("op").parse_args
+    for name in ("cuda:1", "cuda"):
+        assert harness.settings(parse(["--device", name])) == (torch.device(name), torch.bfloat16)
+    assert current == [torch.device("cuda:1")]
+    with pytest.raises(ValueError, match="cuda:2 needs a GPU that is there, torch finds 2"):
+        harness.settings(parse(["--device", "cuda:2"]))
 
 
 # ------------------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ _OUR_BLOCK = re.compile(r"levels\.(\d+)\.blocks\.(\d+)\.(.+)")
 _STAGE_NORM = re.compile(r"norm(\d+)\.(weight|bias)")
 _FINAL_NORM = ("norm.weight", "norm.bias")
 HEAD = ("head.weight", "head.bias")
+WRAPPERS = ("module.", "_orig_mod.")  # names in DistributedDataParallel, in torch.compile
 
 
 # ---------------------------------------------------------------- which layout
@@ -68,9 +69,17 @@ def detect_layout(names: Iterable[str]) -> str:
         return "natcupy"
     raise CheckpointError(
         "a NAT or DiNAT checkpoint has tensors named levels.0.blocks.0.…, layers.0.…, "
-        f"encoder.levels.… or backbone.…, got {some(sorted(names), 5) or 'no tensors'}. Check that "
-        "this is the right file."
+        f"encoder.levels.… or backbone.…, got {some(sorted(names), 5) or 'no tensors'}. "
+        f"{_remedy(names)}"
     )
+
+
+def _remedy(names: list[str]) -> str:
+    """What to do about names of no layout."""
+    for prefix in WRAPPERS:
+        if names and all(name.startswith(prefix) for name in names):
+            return f"A wrapper added {prefix!r}: save the state dict of the model inside it."
+    return "Check that this is the right file."
 
 
 def to_natcupy(state: Mapping[str, Tensor]) -> State:

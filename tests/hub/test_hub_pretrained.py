@@ -352,6 +352,14 @@ def test_every_tensor_dropped_renamed_or_reshaped_is_named(tmp_path):
             assert name in str(caught.value)
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+def test_names_from_a_wrapper_are_told(tmp_path, prefix):
+    _, folder = saved(tmp_path)
+    rewrite(folder, lambda t: [t.update({prefix + name: t.pop(name)}) for name in list(t)])
+    with pytest.raises(CheckpointError, match=f"added '{prefix}'.*the model inside"):
+        hub.from_pretrained(folder)
+
+
 def test_whole_numbers_for_weights_are_named(tmp_path):
     _, folder = saved(tmp_path)
     rewrite(folder, lambda t: t.update({"head.weight": t["head.weight"].to(torch.int64)}))

@@ -47,7 +47,11 @@ def accepts_arrays(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        if _USUAL.issuperset(map(type, args)) and _USUAL.issuperset(map(type, kwargs.values())):
+        if (
+            not torch.compiler.is_compiling()  # torch 2.6 cannot trace what follows
+            and _USUAL.issuperset(map(type, args))
+            and _USUAL.issuperset(map(type, kwargs.values()))
+        ):
             return function(*args, **kwargs)
         arrays = [x for x in (*args, *kwargs.values()) if is_foreign(x)]
         if not arrays:

@@ -144,3 +144,9 @@ def test_sums_of_logits_stay_in_registers(monkeypatch, target, shape, kernel_siz
         each = rows * machine.registers_of(LANES, "float")
         assert sorted(sums) == sorted(2 * [each * count for count in taps])
         assert not [line for line in chain(*loops) if SPILL.search(line)]
+
+
+def test_an_llvmlite_that_is_too_old_is_told(monkeypatch):
+    """The one that numba 0.61 asks for reads LLVM's language as it was, without `ptr`."""
+    monkeypatch.setattr(binding, "llvm_version_info", (15, 0, 7))
+    assert re.search(r"llvmlite 0\.45 or newer.*pip install -U llvmlite", host._find_missing())

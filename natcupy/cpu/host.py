@@ -24,6 +24,7 @@ from natcupy.cpu.forward import Forward
 from natcupy.cpu.spec import Common, Spec
 
 DEBUG_VARIABLE = "NATCUPY_DEBUG"
+OLDEST_LLVM = 20  # llvmlite 0.45; the one before reads another language, with typed pointers
 
 _functions: dict[Spec, int] = {}
 _engines: list = []  # owners of the machine code, for the life of the process
@@ -32,11 +33,17 @@ _lock = threading.Lock()
 
 def _find_missing() -> str | None:
     try:
-        import llvmlite.binding  # noqa: F401
+        import llvmlite.binding
     except ImportError as error:
         return (
             f"llvmlite, which compiles the CPU kernels, cannot be imported ({error}); "
             'install it with pip install "natcupy[cpu]", or use backend="torch".'
+        )
+    if llvmlite.binding.llvm_version_info[0] < OLDEST_LLVM:
+        return (
+            f"the CPU kernels need llvmlite 0.45 or newer, got {llvmlite.__version__}; upgrade it "
+            "with pip install -U llvmlite (and numba, where it is installed, to 0.62 or newer), or "
+            'use backend="torch".'
         )
     if _machine() is None:
         return (

@@ -188,7 +188,7 @@ def test_truncations(tmp_path):
 
 
 def test_a_torchscript_archive_is_refused(tmp_path):
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns((DeprecationWarning, FutureWarning)):
         torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "x.pt")
     refused(tmp_path / "x.pt")
 

@@ -245,7 +245,9 @@ def _watch_calls(what, input_size, backward, device, dtype, backend) -> list:
     for name, given in (("input_size", input_size), ("dtype", dtype)):
         if given is not None:
             raise TypeError(f"{name} is for models, calls have their own, got {name}={given!r}.")
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    place = torch.device(device)
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"device must be one that is there, got {place} without a CUDA device; `natcupy "
@@ -411,6 +413,9 @@ def _bar(total: int, where: str, quiet: bool) -> Iterator[Callable[[], object]]:
 
     with tqdm(total=total, desc=f"natcupy: compiling for {where}", unit="kernel") as bar:
         yield bar.update
+
+
+warmup.Call = Call  # `natcupy.warmup.Call`, whichever of the two `natcupy.warmup` is
 
 
 class _CallableModule(types.ModuleType):

@@ -279,6 +279,11 @@ def test_wrong_arguments(arguments, error, match):
         warmup(*arguments, quiet=True)
 
 
+def test_calls_are_found_beside_the_function():
+    code = "import natcupy; natcupy.warmup; natcupy.warmup.Call((9,), 1, 8, 3)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_arguments_of_the_other_kind():
     with pytest.raises(TypeError, match="device is for calls"):
         warmup(nn.Linear(3, 3), (1, 3), device="cpu")
@@ -290,8 +295,11 @@ def test_arguments_of_the_other_kind():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_device_that_is_not_there():
-    with pytest.raises(ValueError, match="without a CUDA device"):
-        warmup(CALLS[0], device="cuda")
+    for device in ("cuda", "cuda:1", torch.device("cuda", 0)):
+        with pytest.raises(ValueError, match="without a CUDA device"):
+            warmup(CALLS[0], device=device)
+    with pytest.raises((ValueError, RuntimeError)):  # torch's own words, in newer ones
+        warmup(CALLS[0], device=0)
 
 
 def test_plans_are_made_for_the_models_own_gpu(monkeypatch):

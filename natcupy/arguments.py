@@ -19,6 +19,7 @@ from natcupy.neighborhood import Neighborhood
 IntOrAxes = int | Sequence[int]
 BoolOrAxes = bool | Sequence[bool]
 
+LARGEST = sys.float_info.max
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -97,7 +98,7 @@ def resolve_scale(scale: float | None, head_dim: int) -> float:
     if isinstance(scale, bool) or not isinstance(scale, Real):
         raise TypeError(f"scale must be a finite number or None, got {scale!r}.")
     number = scale if isinstance(scale, int) else float(scale)  # an int may be larger than floats
-    if not abs(number) <= sys.float_info.max:  # unlike math.isfinite, torch.compile can trace it
+    if not abs(number) <= LARGEST:  # unlike math.isfinite, torch.compile can trace it
         raise ValueError(f"scale must be a finite number or None, got {scale!r}.")
     return float(number)
 

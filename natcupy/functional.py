@@ -312,13 +312,20 @@ def _av(rank, attn, value, kernel_size, stride, dilation, is_causal, extra):
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under autocast, its dtype for every tensor but float64, as torch's own attention does."""
-    device = next((t.device.type for t in tensors if isinstance(t, Tensor)), "cpu")
+    device = _device_type(tensors)
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
         t.to(dtype) if isinstance(t, Tensor) and t.dtype in FLOATS[:3] else t for t in tensors
     )
+
+
+def _device_type(tensors: tuple[Tensor | None, ...]) -> str:
+    for x in tensors:  # a plain loop: torch.compile traces it, in torch 2.6 too
+        if isinstance(x, Tensor):
+            return x.device.type
+    return "cpu"
 
 
 def _as_given(x: Tensor):

@@ -197,6 +197,9 @@ class FakeRuntime:
         self.say("load", image, entry, self.current)
         return object()
 
+    def release_memory(self):
+        self.say("release")
+
     def allow_shared(self, function, size):
         self.say("allow", size)
 
@@ -348,6 +351,23 @@ def test_a_binary_refused_twice_is_an_error_that_names_target_and_remedy(launche
     assert len(launcher.built) == 2
     with pytest.raises(LaunchError):
         launcher.launch(recipe(), GPU)
+
+
+@pytest.mark.parametrize("helps", [True, False])
+def test_where_memory_is_full_torch_returns_what_it_keeps(launcher, helps):
+    class Full(FakeRuntime):
+        def release_memory(self):
+            super().release_memory()
+            self.fail = {} if helps else self.fail
+
+    launcher._runtime = full = Full()
+    launcher._binary = lambda spec, target: launcher.built.append(spec) or b"cubin"
+    full.fail["load"] = RuntimeError("CUDA_ERROR_OUT_OF_MEMORY: out of memory")
+    memory = r"cuda:0 has no memory left to load vector_add\(SCALE=2\): CUDA_ERROR_OUT.*warmup"
+    with contextlib.nullcontext() if helps else pytest.raises(LaunchError, match=memory):
+        launcher.launch(recipe(), GPU)
+    assert [words[0] for words in full.said] == ["load", "release", "load", *["launch"] * helps]
+    assert launcher.built == [ADD] and not launcher.discarded  # the binary was right
 
 
 def test_a_compile_error_is_raised_as_it_is_and_only_once(launcher, driver):

@@ -133,6 +133,10 @@ class CuPyRuntime:
         module.load(image)
         return module.get_function(entry)
 
+    def release_memory(self) -> None:
+        """Give the driver the memory that torch's allocator keeps unused."""
+        torch.cuda.empty_cache()
+
     def allow_shared(self, function: Any, size: int) -> None:
         """Let `function` use `size` bytes of dynamic shared memory."""
         if not self.driver.ctxGetCurrent():  # a thread, such as autograd's, that asks for the first
@@ -263,16 +267,27 @@ class CuPyLauncher:
             return self._loaded[key]
 
     def _function(self, spec: Spec, target: Target, device: torch.device) -> Any:
-        """Load the binary; one the driver refuses is built anew once, in case it was spoilt."""
-        image = self._binary(spec, target)
-        try:
-            return self.runtime.load(image, spec.entry)
-        except RuntimeError:
-            self._discard(spec, target)
+        """Load the binary; one the driver refuses is built anew once, in case it was spoilt.
+
+        Where memory is short, torch first returns what it keeps for tensors to come.
+        """
         image = self._binary(spec, target)
         try:
             return self.runtime.load(image, spec.entry)
         except RuntimeError as error:
+            if _is_memory(error):
+                self.runtime.release_memory()
+            else:
+                self._discard(spec, target)
+                image = self._binary(spec, target)
+        try:
+            return self.runtime.load(image, spec.entry)
+        except RuntimeError as error:
+            if _is_memory(error):
+                raise LaunchError(
+                    f"{device} has no memory left to load {spec}: {error}; free some, call "
+                    "natcupy.warmup(...) before the memory is full, or use backend='torch'."
+                ) from error
             raise LaunchError(
                 f"the driver refuses {spec} compiled for {target} on {device}: {error}; "
                 f"`natcupy doctor` shows driver and compiler, and '{extra()}' fits this torch."
@@ -280,6 +295,10 @@ class CuPyLauncher:
 
     def _lock(self, key: object) -> threading.Lock:
         return self._locks.setdefault(key, threading.Lock())
+
+
+def _is_memory(error: RuntimeError) -> bool:
+    return "OUT_OF_MEMORY" in str(error)
 
 
 _LOST = (

@@ -158,7 +158,8 @@ def test_classify_prints_a_table(run, digits):
 
 
 def test_classify_takes_folders_and_gives_json(run, digits):
-    status, out, err = run("classify", digits, "--json", "--topk", "3", "--batch-size", "2")
+    more = ("--topk", "3", "--batch-size", "2", "--device", "cpu")
+    status, out, err = run("classify", digits, "--json", *more)
     found = json.loads(out)
     assert (status, err, found["model"], found["device"]) == (0, "", "nat-digits", "cpu")
     names = [Path(result["file"]).name for result in found["results"]]
@@ -277,7 +278,7 @@ def test_debug_shows_the_traceback(run, monkeypatch):
 
 
 def test_the_demo_shows_what_it_does(run):
-    status, out, err = run("demo")
+    status, out, err = run("demo", "--device", "cpu")
     assert (status, err) == (0, "")
     assert "12 of 12 right" in out and "no network was used" in out and "on cpu, backend" in out
     rows = [line.split() for line in out.splitlines() if line.endswith("right")]

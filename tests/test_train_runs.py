@@ -56,7 +56,8 @@ def test_a_run_leaves_everything(done, stripes):
     told = ("## Training", "42 to train on, 6 held out", "AdamW, learning rate 0.005", "accuracy")
     for words in (*told, f"natcupy {natcupy.__version__}", "3 classes"):
         assert words in card, words
-    assert done.peak_bytes > 1e7 and done.seconds > 0
+    least = 1e5 if torch.cuda.is_available() else 1e7  # of tensors on a GPU, or of the process
+    assert done.peak_bytes > least and done.seconds > 0
 
 
 def test_scores_are_those_of_the_kept_model(done, stripes):

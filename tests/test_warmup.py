@@ -1,6 +1,5 @@
 """What a warm-up makes ready is what the calls then launch, seen by a launcher without a GPU."""
 
-import contextlib
 import importlib.util
 import subprocess
 import sys
@@ -312,13 +311,17 @@ def test_plans_are_made_for_the_models_own_gpu(monkeypatch):
         def target(self, device):
             return Target({0: "80", 1: "75"}[current[-1] if current else 0])
 
-    @contextlib.contextmanager
-    def make_current(device):
-        current.append(device.index)
-        yield
-        current.pop()
+    class MakeCurrent:  # a class, as torch's own is
+        def __init__(self, device):
+            self.index = device.index
 
-    monkeypatch.setattr(torch.cuda, "device", make_current)
+        def __enter__(self):
+            current.append(self.index)
+
+        def __exit__(self, *failure):
+            current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", MakeCurrent)
     query = torch.empty(1, 9, 9, 1, 32, dtype=torch.bfloat16, device="meta")
     args = [query, query, query, None, None, None, [3, 3], [1, 1], [1, 1], [False, False], 1.0]
     kernels = {}

@@ -25,7 +25,7 @@ class Backward(Block):
     """
 
     query_tensors = ("query", "grad_out", "grad_query")
-    packed_queries = (("query", "key"), ("grad_out", "value"))
+    query_rows = (("query", "key"), ("grad_out", "value"), ("grad_query", "key"))
     logit_jobs = (
         ("key", "keys_across", "query_across", "logits"),
         ("value", "values_across", "grad_across", "grads"),

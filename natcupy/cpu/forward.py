@@ -17,6 +17,7 @@ class Forward(Block):
     """A task is an item for one query head."""
 
     query_tensors = ("query", "out")
+    query_rows = (("query", "key"), ("out", "value"))
     logit_jobs = (("key", "keys_across", "query_across", "logits"),)
 
     def _packed(self, what: str) -> tuple[bool, bool]:

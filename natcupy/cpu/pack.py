@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from natcupy.cpu.classes import LANES
 from natcupy.cpu.emit import STORAGE, Builder, Machine, Module, pieces
 
-AHEAD = 16  # columns between the one that is read and the one that is prefetched
+AHEAD = 16  # columns between the one that is worked on and the one that is prefetched
 
 
 def read(b: Builder, storage: str, pointer: str, lanes: int) -> str:
@@ -215,7 +215,7 @@ def pack_along(module: Module, machine: Machine, storage: str, channels: int) ->
 
 
 def prefetch_columns(module: Module, storage: str, channels: int) -> str:
-    """Ask for 8 columns of a row, to be packed by a later step."""
+    """Ask for 8 columns of a row that a later step needs."""
     name = f"prefetch_{storage}_{channels}"
     b = module.function(name, "ptr from, i64 step")
     kind, size = STORAGE[storage]
@@ -238,6 +238,8 @@ def unpack(module: Module, machine: Machine, storage: str, channels: int, adds: 
 
     def column(i, adding):
         source, target = b.at("%from", b.mul(i, "%pitch")), b.at("%to", b.mul(i, "%step"), kind)
+        ahead = b.at("%to", b.mul(b.add(i, AHEAD), "%step"), kind)
+        b.prefetch(ahead, channels * STORAGE[storage][1])
         for at, count in pieces(channels, width):
             place = b.at(target, at, kind)
             value = b.vload(b.at(source, at), count)

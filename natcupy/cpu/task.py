@@ -36,7 +36,8 @@ class Task:
     """Writes `run` and the functions it calls."""
 
     query_tensors: tuple[str, ...]  # located for every query head
-    packed_queries = (("query", "key"),)  # tensors packed for every query row; whose channels
+    #: tensors of which every query row is read or written, and whose channels they have
+    query_rows: tuple[tuple[str, str], ...]
     wide: frozenset[str] = frozenset()  # tensors in the compute type
 
     def __init__(self, spec: Spec, machine: Machine):
@@ -304,7 +305,7 @@ class Task:
         b.loop(self.side_count, one)
 
     def prefetch_rows(self, number: str, step: str) -> None:
-        """Ask for the block's columns of rows that the next step will pack, each `step`th row.
+        """Ask for the block's columns of rows that the next step needs, each `step`th row.
 
         Rows are numbered: keys and values of each key row that is new to it, then its query rows.
         One row at a time, between two key rows of a block: more would wait for each other.
@@ -313,7 +314,7 @@ class Task:
         sides, packs = (b.table(at, STEP.index(name)) for name in ("sides", "packs"))
         side_records = b.at(at, len(STEP), "i32")
         pack_records = b.at(side_records, b.mul(sides, len(SIDE)), "i32")
-        key_rows, tensors = b.mul(packs, 2), len(self.packed_queries)
+        key_rows, tensors = b.mul(packs, 2), len(self.query_rows)
 
         def columns(tensor, what, x, y, first):
             source = self.element(tensor, x, y, b.add(self.item[first], self.column))
@@ -334,7 +335,7 @@ class Task:
             record = b.at(side_records, b.mul(side, len(SIDE)), "i32")
             x, y = b.table(record, 0), b.table(record, 1)
             which = b.sub(row, b.mul(side, tensors))
-            b.switch(which, tensors, [], lambda i: columns(*self.packed_queries[i], x, y, "query"))
+            b.switch(which, tensors, [], lambda i: columns(*self.query_rows[i], x, y, "query"))
 
         def ask(row, _):
             b.when(b.less(row, key_rows), lambda: key_row(row), lambda: query_row(row))

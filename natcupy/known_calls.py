@@ -44,9 +44,17 @@ def signature(rank: int, window: tuple, scale, backend, tensors: tuple) -> tuple
         except RuntimeError:  # a nested tensor has neither
             return None
     kind = "cpu" if _place(tensors[0]) == CPU else "cuda"
-    if torch.is_autocast_enabled(kind) or (backend == "cuda" and kind == "cpu"):
+    if backend == "cuda" and kind == "cpu":
+        return None
+    if torch.is_autocast_enabled(kind) and not _is_cast(tensors, torch.get_autocast_dtype(kind)):
         return None
     return tuple(found)
+
+
+def _is_cast(tensors: tuple, dtype: torch.dtype) -> bool:
+    """Whether autocast would leave all tensors but the bias, which it never casts, as they are."""
+    query, key, value, _, *additional = tensors
+    return all(x is None or x.dtype == dtype for x in (query, key, value, *additional))
 
 
 def _place(x: torch.Tensor) -> int | None:

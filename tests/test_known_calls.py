@@ -189,3 +189,31 @@ def test_gradients_that_stand_for_the_negative_of_their_memory():
     true = torch.autograd.grad(out, given, -cotangent, retain_graph=True)
     found = torch.autograd.grad(out, given, torch._neg_view(cotangent))
     assert all(torch.equal(a, b) for a, b in zip(found, true, strict=True))
+
+
+def test_autocast_makes_no_known_call_of_what_it_casts():
+    query, key, value, rpb = inputs()
+    half = [x.bfloat16() for x in (query, key, value)]
+    expected_half = attend(*half, rpb)
+    plain = attend(query, key, value, rpb)
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            known = len(known_calls._good)
+            assert torch.equal(attend(query, key, value, rpb), expected_half)
+            assert torch.equal(attend(*half, rpb), expected_half)
+            assert len(known_calls._good) == known
+    assert torch.equal(attend(query, key, value, rpb), plain)
+
+
+def test_autocast_knows_calls_that_it_leaves_alone():
+    known_calls._good.clear()
+    given = [x.bfloat16().requires_grad_() for x in inputs()[:3]]
+    rpb = inputs()[3].requires_grad_()
+    found = []
+    for cast in (False, True, True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            out = attend(*given, rpb)
+        found.append([out, *torch.autograd.grad(out.float().square().sum(), [*given, rpb])])
+        assert len(known_calls._good) == 1
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))

@@ -98,6 +98,28 @@ def test_known_calls_have_gradients(launcher, monkeypatch):
         same(found, torch.autograd.grad((true_out.sum() + true_lse.sum(),), given))
 
 
+def test_known_gradients_follow_what_autograd_hands_back(launcher, monkeypatch):
+    """The same call again, once with saved tensors that come back in another layout."""
+    monkeypatch.setattr(known_calls, "_place", lambda x: 0)
+    planned, by_layout = [], run._by_layout
+    monkeypatch.setattr(run, "_by_layout", lambda *args: planned.append(args) or by_layout(*args))
+    packed = torch.randn(2, 6, 3, 2, 4, generator=torch.Generator().manual_seed(1))
+    cotangent = torch.randn(2, 6, 2, 4, generator=torch.Generator().manual_seed(2))
+    found = []
+    for unpack in (torch.Tensor.detach, torch.Tensor.detach, torch.Tensor.contiguous) * 2:
+        whole, rpb = packed.clone().requires_grad_(), bias(grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, unpack):
+            out = na1d(*whole.unbind(-3), 3, scale=0.5, rpb=rpb, backend="cuda")
+            found.append(torch.autograd.grad(out, (whole, rpb), cotangent))
+    # the first call is not a known one yet; the third backward pass reads another layout
+    assert len(planned) == 2 + 3
+    for gradients in found[1:]:
+        assert all(map(torch.equal, gradients, found[0]))
+    whole, rpb = packed.clone().requires_grad_(), bias(grad=True)
+    out, _ = reference.attention(*whole.unbind(-3), HOOD, 0.5, rpb, None, None)
+    same(found[0], torch.autograd.grad(out, (whole, rpb), cotangent))
+
+
 def test_tensors_on_a_cpu_are_no_known_calls_of_this_backend(launcher):
     q, k, v = qkv()
     for _ in range(2):

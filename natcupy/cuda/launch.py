@@ -93,6 +93,9 @@ class LaunchError(RuntimeError):
     lost = False
 
 
+_AS_IT_IS = contextlib.nullcontext()
+
+
 class CuPyRuntime:
     """Every word said to the driver, and nothing else; a test puts another in its place."""
 
@@ -101,6 +104,7 @@ class CuPyRuntime:
         self.driver = import_cupy("cupy_backends.cuda.api.driver")
         self.runtime = import_cupy("cupy_backends.cuda.api.runtime")
         self.void = import_cupy("numpy").void
+        self._raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # much quicker
 
     def driver_version(self) -> tuple[int, int] | None:
         """The newest CUDA version the driver serves; None without a driver."""
@@ -113,10 +117,14 @@ class CuPyRuntime:
 
     def guard(self, device: torch.device) -> contextlib.AbstractContextManager:
         """Make `device` current, and the one before it again afterwards."""
+        if torch.cuda.current_device() == _index(device):
+            return _AS_IT_IS
         return torch.cuda.device(device)
 
     def stream(self, device: torch.device) -> int:
         """The handle of torch's current stream."""
+        if self._raw_stream is not None:
+            return self._raw_stream(_index(device))
         return torch.cuda.current_stream(device).cuda_stream
 
     def capturing(self) -> bool:

@@ -58,10 +58,8 @@ class _PlainAttention:
     def __call__(self, tensors, return_lse: bool):
         del return_lse
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-            return _EagerForward.apply(*tensors, *self._window)
-        if not _nobody_looks(tensors):
-            return _forward(*tensors, *self._window)
-        return run.forward(*tensors, *self._window, known=self._plans)
+            return _PlainForward.apply(self._plans, *tensors, *self._window)
+        return _plain_forward(self._plans, *tensors, *self._window)
 
 
 #: Makes what runs plain calls, of a `Neighborhood` and a scale.
@@ -205,14 +203,14 @@ def _backward(*args):
     return _below_autograd(torch.ops.natcupy.na_bwd.default, *args)
 
 
-def _packed_backward(*args):
+def _packed_backward(*args, known: dict | None = None):
     """`na_bwd` for autograd's own graph: packed inputs get packed gradients.
 
     The op itself never does that: its fake kernel promises contiguous ones, and a compiled graph
     relies on it.
     """
     if _nobody_looks(args):
-        return run.backward(*args, packed=True)
+        return run.backward(*args, packed=True, known=known)
     return _below_autograd(torch.ops.natcupy.na_bwd.default, *args)
 
 
@@ -231,12 +229,7 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_out, d_lse):
-        wanted = [bool(needed) for needed in ctx.needs_input_grad[:6]]
-        if d_out is None and d_lse is None:
-            return (None,) * 11
-        enter = _entry(torch.ops.natcupy.na_bwd, _Backward, _EagerBackward, _packed_backward)
-        gradients = enter(d_out, d_lse, *ctx.saved_tensors, *ctx.hood, wanted)
-        return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), *(None,) * 5
+        return _gradients(ctx, ctx.needs_input_grad[:6], d_out, d_lse)
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -293,6 +286,43 @@ class _EagerBackward(torch.autograd.Function):
 
     backward = staticmethod(_Backward.backward)
     jvp = staticmethod(_Backward.jvp)
+
+
+def _plain_forward(known: dict, *args):
+    """`_forward` of a plain call, whose plans are `known`."""
+    if _nobody_looks(args):
+        return run.forward(*args, known=known)
+    return _below_autograd(torch.ops.natcupy.na_fwd.default, *args)
+
+
+class _PlainForward(torch.autograd.Function):
+    """`_EagerForward` of a plain call: its plans are known to its backward pass too."""
+
+    @staticmethod
+    def forward(ctx, known, *args):
+        output = _plain_forward(known, *args)
+        _Forward.setup_context(ctx, args, output)
+        ctx.known = known
+        return output
+
+    @staticmethod
+    def backward(ctx, d_out, d_lse):
+        return None, *_gradients(ctx, ctx.needs_input_grad[1:7], d_out, d_lse, ctx.known)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise NotImplementedError(_FORWARD_MODE)
+
+
+def _gradients(ctx, needed: Sequence[bool], d_out, d_lse, known: dict | None = None) -> tuple:
+    """What a backward pass returns for the arguments of `na_fwd`."""
+    wanted = [bool(x) for x in needed]
+    if d_out is None and d_lse is None:
+        return (None,) * 11
+    below = _packed_backward if known is None else partial(_packed_backward, known=known)
+    enter = _entry(torch.ops.natcupy.na_bwd, _Backward, _EagerBackward, below)
+    gradients = enter(d_out, d_lse, *ctx.saved_tensors, *ctx.hood, wanted)
+    return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), *(None,) * 5
 
 
 def _entry(op, transformed: type[torch.autograd.Function], eager, below):

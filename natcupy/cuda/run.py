@@ -25,6 +25,7 @@ DTYPES = {
 
 
 LAYOUTS = 4096  # calls whose plans are kept; as many image sizes as a dataset may have
+VARIANTS = 64  # plans kept for calls that are equal but for their addresses
 
 _plans: dict[tuple, plan.Plan] = {}
 
@@ -89,11 +90,13 @@ def _problem(tensors: dict[str, Tensor | None], hood, scale, rpb, arch, alignmen
     )
 
 
-def _planned(what, tensors, window, scale: float, rpb: bool, make, known=None) -> plan.Plan:
+def _planned(
+    what, tensors, window, scale: float, rpb: bool, make, known=None, varying=None
+) -> plan.Plan:
     """The plan of a call, found by its layout; `make(problem)` where it is met the first time.
 
     `what` tells apart what else decides: forward, or which gradients are wanted. `known` are the
-    plans of calls that differ from this one in addresses alone.
+    plans of calls that differ from this one in addresses alone, and in what `varying` tells.
     """
     query, address = tensors["query"], 16
     for x in tensors.values():
@@ -103,10 +106,14 @@ def _planned(what, tensors, window, scale: float, rpb: bool, make, known=None) -
     tf32 = query.dtype == torch.float32 and _tf32_allowed()
     if known is None:
         return _by_layout(what, tensors, window, scale, rpb, make, alignment, tf32)
-    brief = alignment, tf32, plan.generation()
-    if brief not in known:
-        known[brief] = _by_layout(what, tensors, window, scale, rpb, make, alignment, tf32)
-    return known[brief]
+    brief = what, alignment, tf32, plan.generation(), varying
+    found = known.get(brief)
+    if found is None:
+        if len(known) >= VARIANTS:
+            known.clear()
+        found = _by_layout(what, tensors, window, scale, rpb, make, alignment, tf32)
+        known[brief] = found
+    return found
 
 
 def _by_layout(what, tensors, window, scale, rpb, make, alignment, tf32) -> plan.Plan:
@@ -202,12 +209,12 @@ def forward(
 
 def backward(
     d_out, d_lse, query, key, value, rpb, extra_k, extra_v, out, lse,
-    kernel_size, stride, dilation, causal, scale, wanted, packed=False,
+    kernel_size, stride, dilation, causal, scale, wanted, packed=False, known=None,
 ):  # fmt: skip
     """Gradients of the six inputs of `na_fwd`, empty where `wanted` is False.
 
     `packed` lets those of query, key and value lie in one tensor where the three themselves do, so
-    that whoever cut it need not join them again.
+    that whoever cut it need not join them again. `known` is that of the forward pass.
     """
     _check(query, key, value, extra_k, extra_v, out, d_out)
     inputs = (query, key, value, rpb, extra_k, extra_v)
@@ -254,7 +261,10 @@ def backward(
 
     window = (kernel_size, stride, dilation, causal)
     what = (keys, bool(wanted[3]), extras)
-    todo = _planned(what, tensors, window, scale, rpb is not None, make)
+    varying = None  # what autograd saved may come back in another layout, as from save_on_cpu
+    if known is not None:
+        varying = tuple(None if x is None else x.stride() for x in tensors.values())
+    todo = _planned(what, tensors, window, scale, rpb is not None, make, known, varying)
     tensors |= rest
     for name, count, zeroed in todo.scratch:
         new = torch.zeros if zeroed else torch.empty

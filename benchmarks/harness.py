@@ -20,6 +20,10 @@ from benchmarks.roofline import Roofline, measure_roofline
 from benchmarks.timing import Timing, measure, measure_together
 
 DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
+GPU_CLOCKS = {  # what is measured on a GPU, by the kind of record
+    "op": "the GPU's time, all work of a call queued before it begins",
+    "model": "the GPU's time, its waiting for the host included",
+}
 Say = Callable[[str], None]
 
 
@@ -39,8 +43,12 @@ def row(
     seconds: float,
     error: float | None = None,
     timed: tuple[Timing, float] | Exception | None = None,
+    alone: bool = False,
 ) -> dict[str, Any]:
-    """One row: times and rates of `run`, or `why_not` it did not; `timed` if that is done."""
+    """One row: times and rates of `run`, or `why_not` it did not; `timed` if that is done.
+
+    `alone`: see `measure`.
+    """
     made: dict[str, Any] = {
         "case": case,
         "way": way,
@@ -56,7 +64,7 @@ def row(
     if run is None or why_not is not None:
         return made
     try:
-        timed = timed or (measure(run, device, seconds), None)
+        timed = timed or (measure(run, device, seconds, alone=alone), None)
     except Exception as failure:  # other libraries raise whatever they like
         timed = failure
     if isinstance(timed, Exception):
@@ -75,14 +83,21 @@ def row(
     }
 
 
-def together(asked: list[dict[str, Any]], device: torch.device, seconds: float) -> list[dict]:
+def together(
+    asked: list[dict[str, Any]], device: torch.device, seconds: float, alone: bool = False
+) -> list[dict]:
     """A row for each set of arguments of `row`; on a CPU their runs are timed side by side."""
     able = [one for one in asked if one.get("run") is not None and one.get("why_not") is None]
     if device.type == "cpu":
         found = measure_together([one["run"] for one in able], seconds)
         for one, timed in zip(able, found, strict=True):
             one["timed"] = timed
-    return [row(**one, device=device, seconds=seconds) for one in asked]
+    made = [row(**one, device=device, seconds=seconds, alone=alone) for one in asked]
+    own = next((r["ms"] for r in made if r["way"] == f"natcupy {device.type}"), None)
+    for one in made:
+        if device.type != "cpu" and own is not None and one["ms"] is not None:
+            one["ratio"] = one["ms"] / own
+    return made
 
 
 def finite(error: float) -> tuple[float | None, str | None]:
@@ -154,7 +169,9 @@ def start(
     path = getattr(arguments, "out", None) or record.path_of(made)
     if getattr(arguments, "append", False) and path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
-    made["clock"] = "the GPU's time" if device.type == "cuda" else timing.clock()
+    made["clock"] = timing.clock()
+    if device.type == "cuda":
+        made["clock"] = GPU_CLOCKS.get(kind, "the GPU's time")
     made["roofline"] = measure_roofline(device, dtype, **sizes).as_dict()
     made["rows"] = []
     return made

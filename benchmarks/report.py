@@ -13,6 +13,7 @@ from typing import Any
 from benchmarks.roofline import YARDSTICK
 
 DASH = "-"
+ROUNDS = ", the median over rounds of one call each."
 BESIDE = " The peak is that of the matrix product (1024 x 1024) timed in the same rounds."
 
 
@@ -49,8 +50,8 @@ def speed(record: dict[str, Any]) -> str:
         f'matrix product {roof["peak"] / 1e12:,.2f} TFLOP/s. "Of peak" and "of copy" are the '
         "shares of these that useful operations and fewest possible bytes reach. Peak MB counts "
         "what torch allocates for a call, results included. Ways marked * compute something else "
-        "of similar cost. Times: the median, over rounds of one call each, of a way's time in "
-        "times that of natcupy's backend for the device."
+        "of similar cost. Times: a way's time in times that of natcupy's backend for the device"
+        + (ROUNDS if record["environment"]["device_type"] == "cpu" else ".")
         + (BESIDE if any(row["way"] == YARDSTICK for row in record["rows"]) else ""),
     ]
     for case in dict.fromkeys(row["case"] for row in record["rows"]):

@@ -1,7 +1,8 @@
 """How long something takes: a function comes in, times go out.
 
 On a GPU, device time by events around each call, the L2 cache flushed before it, and apart from it
-the host's time to queue a call. On a CPU, wall time with the caches flushed in the same way.
+the host's time to queue a call. A device that waits for its host counts the waiting, as in a model,
+unless a call's own time is asked for. On a CPU, wall time with the caches flushed in the same way.
 Medians throughout; what is compiled on first use falls into a warm-up, whose time is told too.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +24,7 @@ WARM_UP = 3  # calls before anything is timed, fewer where they are slow
 LEAST, MOST = 3, 200  # timed calls
 LEAST_ROUNDS = 5  # of runs that are timed together
 CPU_CACHE = 64 << 20  # bytes written to empty a CPU's caches
+MOST_FLUSHES = 200  # of a GPU's cache before one call
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,16 @@ def clock() -> str:
 
 
 def measure(
-    run: Callable[[], object], device: torch.device, seconds: float = 0.5, memory: bool = True
+    run: Callable[[], object],
+    device: torch.device,
+    seconds: float = 0.5,
+    memory: bool = True,
+    alone: bool = False,
 ) -> Timing:
-    """Time `run` for about `seconds`, at least `LEAST` times, and weigh it if asked to."""
+    """Time `run` for about `seconds`, at least `LEAST` times, and weigh it if asked to.
+
+    `alone`: on a GPU, the time of its work when all of it is queued before it begins.
+    """
     on_gpu = device.type == "cuda"
     wait = torch.cuda.synchronize if on_gpu else _nothing
     begun = time.perf_counter()
@@ -71,7 +81,10 @@ def measure(
     peak = None
     if memory:
         peak = _gpu_peak(run, device) if on_gpu else _cpu_peak(run)
-    times, host = (_gpu_times if on_gpu else _cpu_times)(run, device, seconds)
+    if on_gpu:
+        times, host = _gpu_times(run, device, seconds, alone)
+    else:
+        times, host = _cpu_times(run, device, seconds)
     quarters = statistics.quantiles(times, n=4, method="inclusive")
     low, high = quarters[0], quarters[2]
     middle = statistics.median(times)
@@ -107,13 +120,17 @@ def _cpu_peak(run) -> int:
     return most
 
 
-def _gpu_times(run, device: torch.device, seconds: float) -> tuple[list[float], list[float]]:
+def _gpu_times(
+    run, device: torch.device, seconds: float, alone: bool
+) -> tuple[list[float], list[float]]:
     """Device milliseconds per call from events, and host milliseconds to queue one."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     flush = torch.empty(2 * cache, dtype=torch.int8, device=device)
+    flushes = _flushes_that_hide(run, flush, device) if alone else 1
     host, queued, begun = [], [], time.perf_counter()
     while len(queued) < MOST and (len(queued) < LEAST or time.perf_counter() - begun < seconds):
-        flush.zero_()
+        for _ in range(flushes):
+            flush.zero_()
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         before = time.perf_counter()
         events[0].record()
@@ -125,6 +142,26 @@ def _gpu_times(run, device: torch.device, seconds: float) -> tuple[list[float], 
             torch.cuda.synchronize(device)
     torch.cuda.synchronize(device)
     return [start.elapsed_time(end) for start, end in queued], host
+
+
+def _flushes_that_hide(run, flush: torch.Tensor, device: torch.device) -> int:
+    """How often to flush, so that the device is busy for twice the host's time to queue a call."""
+    host, flushed = [], []
+    for _ in range(LEAST):
+        torch.cuda.synchronize(device)
+        before = time.perf_counter()
+        run()
+        host.append((time.perf_counter() - before) * 1e3)
+        torch.cuda.synchronize(device)
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        flush.zero_()  # for the first event to wait for
+        events[0].record()
+        flush.zero_()
+        events[1].record()
+        torch.cuda.synchronize(device)
+        flushed.append(events[0].elapsed_time(events[1]))
+    needed = 2 * statistics.median(host) / statistics.median(flushed)
+    return min(1 + math.ceil(needed), MOST_FLUSHES)
 
 
 def measure_together(

@@ -42,6 +42,7 @@ from natcupy.cuda.source import Spec, source_text
 VARIABLE = "NATCUPY_AUTOTUNE"
 ENGINE = "cuda choice"  # what its entries in the store are called
 RUNS, WARM_UPS = 15, 2  # of each choice
+FLUSHES = 4  # of the L2 cache before each run: as long as the host needs to queue two launches
 MARGIN = 0.03  # by which a choice must beat the default: below, it is noise
 
 _settled: dict[tuple, plan.Choice | None] = {}
@@ -74,7 +75,7 @@ class CudaClock:
         return torch.cuda.is_current_stream_capturing()
 
     def seconds(self, run: Callable[[], None], device: torch.device) -> float:
-        """The median of `RUNS`, each with a cold L2; the flush also hides the host's time."""
+        """The median of `RUNS`, each with a cold L2; the flushes also hide the host's time."""
         with torch.cuda.device(device):
             size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
             flush = torch.empty(size, dtype=torch.int8, device=device)
@@ -83,7 +84,8 @@ class CudaClock:
             times = []
             for _ in range(RUNS):
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                flush.zero_()
+                for _ in range(FLUSHES):
+                    flush.zero_()
                 begin.record()
                 run()
                 end.record()

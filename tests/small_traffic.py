@@ -39,11 +39,20 @@ def expected(given: Case, arch: int = 90) -> dict[str, tuple[int, int]]:
         "na2d_small_bwd_dq": _kernel(given, p, small.QUERIES),
         "na2d_small_bwd_dkv": _kernel(given, p, small.KEYS),
         **({"na2d_small_bwd_dense": _fused(given, p)} if small.fuses(p) else {}),
+        **({"na2d_small_bwd": _joint(given, p)} if small.joins(p) else {}),
     }
 
 
-def _kernel(given: Case, p, side: str) -> tuple[int, int]:
-    tile = small.tile(p, side)
+def _joint(given: Case, p) -> tuple[int, int]:
+    """Both sides; the key side makes delta itself, from out and the gradient of log-sum-exp."""
+    pair = small.joint_tiles(p)[0]
+    sides = [_kernel(given, p, side, tile, joint=True)
+             for side, tile in zip((small.QUERIES, small.KEYS), pair, strict=True)]  # fmt: skip
+    return tuple(map(sum, zip(*sides, strict=True)))
+
+
+def _kernel(given: Case, p, side: str, tile=None, joint: bool = False) -> tuple[int, int]:
+    tile = tile or small.tile(p, side)
     row = given.head_dim * given.dtype.itemsize // 32
     heads = given.kv_heads if side == small.KEYS else given.heads
     group = given.heads // given.kv_heads if side == small.KEYS else 1
@@ -60,14 +69,15 @@ def _kernel(given: Case, p, side: str) -> tuple[int, int]:
             write += row * own + mine
         elif side == small.QUERIES:
             read += row * (3 * own + 2 * len(staged[0]) * len(staged[1])) + 2 * mine
-            write += row * own + mine
+            write += row * own + (0 if joint else mine)
         else:
             passes = group if group > 1 else 1
-            read += row * (2 * own + 2 * passes * len(staged[0]) * len(staged[1]))
+            tensors = 3 if joint else 2
+            read += row * (2 * own + tensors * passes * len(staged[0]) * len(staged[1]))
             for first in firsts:
                 read += 2 * sum(_scalars(given, first, down, staged[1], 32) for down in staged[0])
             write += 2 * row * own
-    tables = _tables(given, p, side)
+    tables = _tables(given, p, side, tile)
     return read + tables[0], write + tables[1]
 
 
@@ -140,14 +150,14 @@ def _scalars(given: Case, first: int, down, columns, lanes: int) -> int:
     return sum(sectors(at[i : i + lanes]) for i in range(0, len(at), lanes))
 
 
-def _tables(given: Case, p, side: str) -> tuple[int, int]:
+def _tables(given: Case, p, side: str, tile) -> tuple[int, int]:
     """Bias tables of all blocks: read whole, and with the gradient one written."""
     if not given.rpb:
         return 0, 0
     if side == small.QUERIES:
-        blocks = small.query_side(p, True, plan.BLOCKS)[1]
+        blocks = small.query_side(p, True, plan.BLOCKS, tile.shape)[1]
         return blocks * given.heads * _table(given), _partial(given, blocks)
-    return small.tile(p, side).items * given.heads * _table(given), 0
+    return tile.items * given.heads * _table(given), 0
 
 
 def _table(given: Case) -> int:

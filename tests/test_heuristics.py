@@ -101,8 +101,12 @@ def test_registers_are_those_of_the_compile_table():
             continue
         p = nat((56, 56), 90, dtype=dtype, head_dim=dim)
         p = replace(p, hood=replace(p.hood, kernel_size=(height, height)))
-        fused = entry == "na2d_small_bwd_dense"
-        warps = small.DENSE_RESIDENT if fused else small._warps(p, sides[entry])[1]
+        if entry == "na2d_small_bwd_dense":
+            warps = small.DENSE_RESIDENT
+        elif entry == "na2d_small_bwd":
+            warps = small.JOINT_RESIDENT
+        else:
+            warps = small._warps(p, sides[entry])[1]
         assert warps * 32 * -(-registers // 8) * 8 <= 65536, name
 
 

@@ -93,6 +93,27 @@ def named(name):
     return next(case for case in CASES if case.name == name)
 
 
+TWICE = ("nat", "odd rows", "wide", "far border", "remainder", "heads first", "eleven", "ten")
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_both_sides_in_launches_of_their_own(name, engine):
+    with plan.use_family("apart"):
+        check(named(name), engine)
+
+
+@pytest.mark.parametrize("name", ["nat", "far border", "dilated", "eleven"])
+def test_one_launch_or_two(name, engine):
+    """The same bits but for the bias: delta is made by the same instructions on both sides."""
+    given, found = named(name), []
+    for family in ("small", "apart"):
+        with plan.use_family(family):
+            tensors, cotangent = inputs(given, engine.device), cotangents(given, engine.device)
+            found.append(run(given, engine, tensors, *cotangent)[2])
+    for name in ("query", "key", "value"):
+        assert torch.equal(found[0][name], found[1][name]), name
+
+
 def random_case(rng, number):
     """Any call the kernels take, kept small."""
     kernel, dilation, shape = [], [], []

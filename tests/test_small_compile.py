@@ -31,8 +31,10 @@ def specs(dim, dtype, rpb, shape, k=7):
     p = problem(shape, (k, k), (1, 1), (1, 1), (False, False), head_dim=dim, value_dim=dim,
                 dtype=dtype, rpb=rpb, arch=90)  # fmt: skip
     with plan.use_family("small"):
-        plans = (plan.forward(p), plan.backward(p, True, rpb, False))
-    found = [recipe.spec for made in plans for recipe in made.recipes]
+        plans = [plan.forward(p), plan.backward(p, True, rpb, False)]
+    with plan.use_family("apart"):
+        plans.append(plan.backward(p, True, rpb, False))
+    found = dict.fromkeys(recipe.spec for made in plans for recipe in made.recipes)
     return [spec for spec in found if spec.entry.startswith("na2d_small")]
 
 

@@ -47,29 +47,45 @@ MISTAKES = {
     "float: chunks of a row in order": (
         "products.cuh", "place(lane / 8 + lane / 4 % 2 * 4, token)", "place(lane / 4, token)"),
     "float: warps share their sums": (
-        "na2d_small_bwd_dq.cu", "role.warp * Sums::BYTES", "0 * Sums::BYTES"),
+        "small_queries.cuh", "role.warp * Sums::BYTES", "0 * Sums::BYTES"),
     "columns past the map stored": (
         "na2d_small_fwd.cu", "const bool write = column < width &&", "const bool write ="),
     "bias sums not flushed": (
-        "na2d_small_bwd_dq.cu", "if (distance != sums.distance || shift != sums.shift)",
+        "small_queries.cuh", "if (distance != sums.distance || shift != sums.shift)",
         "if (false)"),
-    "a query's part of a bias forgotten": ("na2d_small_bwd_dq.cu", "query < 8;", "query < 7;"),
+    "a query's part of a bias forgotten": ("small_queries.cuh", "query < 8;", "query < 7;"),
     "no barrier between tiles": (
-        "na2d_small_bwd_dq.cu", "        __syncthreads();  // the keys", "        // the keys"),
+        "small_queries.cuh", "        __syncthreads();  // the keys", "        // the keys"),
     "rows past the map weigh": (
-        "na2d_small_bwd_dq.cu", "real ? p.lse[token] * unscale : never",
+        "small_queries.cuh", "real ? p.lse[token] * unscale : never",
         "p.lse[token] * unscale"),
     "no gradient of the log-sum-exp": (
-        "na2d_small_bwd_dq.cu", "if (p.d_lse && real)", "if (false)"),
+        "small_queries.cuh", "if (p.d_lse && real)", "if (false)"),
     "second query block forgotten": (
-        "na2d_small_bwd_dkv.cu", "walked += COLUMNS", "walked += 64"),
-    "query columns counted twice": ("na2d_small_bwd_dkv.cu", "query >= begin && ", ""),
+        "small_keys.cuh", "walked += COLUMNS", "walked += 64"),
+    "query columns counted twice": ("small_keys.cuh", "query >= begin && ", ""),
     "heads of a group not staged": (
-        "na2d_small_bwd_dkv.cu", "if (below == 0 || g.queries_per_kv > 1)",
+        "small_keys.cuh", "if (below == 0 || g.queries_per_kv > 1)",
         "if (below == 0 && member == 0)"),
     "rows of keys not masked": (
-        "na2d_small_bwd_dkv.cu",
+        "small_keys.cuh",
         "side ? query >= second : query < past;", "true;"),
+    "joint: half of the blocks of keys left out": (
+        "na2d_small_bwd.cu", "(place - 1) * p.query_blocks", "0 * p.query_blocks"),
+    "joint: blocks of keys past the last": (
+        "na2d_small_bwd.cu", "if (block < p.key_blocks) key_side", "key_side"),
+    "joint: no wait for delta": (
+        "small_keys.cuh", "* tokens, even);\n                    __syncthreads();",
+        "* tokens, even);"),
+    "joint: no wait for what delta is made of": (
+        "small_keys.cuh", "                __syncthreads();\n                if constexpr",
+        "                if constexpr"),
+    "joint: delta of the wrong row": (
+        "small_keys.cuh", "outs.at(at.top + down + side, column)", "outs.at(at.top + down, column)"),
+    "joint: delta without the gradient of the log-sum-exp": (
+        "small_keys.cuh", "real && p.d_lse ? p.d_lse[token] : 0", "0"),
+    "joint: delta of the second row forgotten": (
+        "small_keys.cuh", "if (at.c < 2 && real(n, at.c))", "if (at.c < 1 && real(n, at.c))"),
     "dense: no wait for copies": ("na2d_small_bwd_dense.cu", "        copies_done();\n", ""),
     "dense: warps share memory": (
         "na2d_small_bwd_dense.cu", "+ warp * WARP_BYTES", "+ 0 * WARP_BYTES"),
@@ -97,6 +113,7 @@ def one_multiprocessor(monkeypatch):
 
 
 PLAIN = case("planted", (9, 13), (3, 5), "", dtype=F16, heads=2, kv_heads=1, batch=2)
+JOINT = replace(PLAIN, name="planted, joint", kv_heads=2)
 FLOAT = case("planted, float", (6, 9), 3, "", dtype=F32)
 DENSE = case("planted, dense", (3, 5), (3, 5), "", dtype=F16, heads=2, batch=2)
 WIDE = case("planted, wide", (5, 26), (5, 9), "", dtype=F16)
@@ -114,17 +131,21 @@ def engine(one_multiprocessor, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_planted_mistakes_are_found(mistake, engine, tmp_path):
+def test_planted_mistakes_are_found(mistake, engine, tmp_path, monkeypatch):
     file, right, wrong = MISTAKES[mistake]
     spoil(tmp_path, file, right, wrong)
-    given = {"float": FLOAT, "dense": DENSE}.get(mistake.split(":")[0], PLAIN)
-    if file == "na2d_small_bwd_dkv.cu" and "query" in mistake:
+    given = {"float": FLOAT, "dense": DENSE, "joint": JOINT}.get(mistake.split(":")[0], PLAIN)
+    if mistake == "joint: blocks of keys past the last":
+        monkeypatch.setattr(plan, "BLOCKS", 3)  # for four images: two blocks find no keys
+        given = replace(JOINT, batch=4)
+        plan.forget()
+    if file == "small_keys.cuh" and "query" in mistake:
         given = WIDE
     with pytest.raises((PtxCheckError, AssertionError)):
         check(given, engine)
 
 
-@pytest.mark.parametrize("given", [PLAIN, FLOAT, DENSE, WIDE], ids=str)
+@pytest.mark.parametrize("given", [PLAIN, JOINT, FLOAT, DENSE, WIDE], ids=str)
 def test_the_kernels_as_they_are_pass(given, engine, tmp_path):
     spoil(tmp_path)
     check(given, engine)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from natcupy import backends, cache
 from natcupy.arguments import neighborhood
 from natcupy.cuda import heuristics, jit, ops, plan, run, small, tuning
 from natcupy.cuda.arch import Target
-from natcupy.cuda.heuristics import FORWARD, KEYS, QUERIES, SIDES
+from natcupy.cuda.heuristics import BOTH, FORWARD, KEYS, QUERIES, SIDES
 from natcupy.cuda.launch import LaunchError
 from natcupy.warmup import Call, warmup
 
@@ -96,7 +97,7 @@ def test_every_choice_of_a_plan_is_legal():
     problems = [random_problem(rng) for _ in range(60)]
     problems += [nat(shape, arch) for shape in ((7, 7), (30, 41)) for arch in (75, 86, 100)]
     for p in problems:
-        for side in SIDES:
+        for side in (*SIDES, BOTH):
             found = plan.choices(p, side)
             assert 1 <= len(found) <= 9 and len(set(found)) == len(found)
             assert plan.part(p, side) == plan.part(p, side, False, found[0])
@@ -113,6 +114,32 @@ BAD = (
     ("portable", 8), ("portable", 8, 8, 8), ("portable", 0, 8), ("portable", 56, 57),
     ("portable", 40, 40), ("portable", "8", 8), ("other", 8, 8), ("", 8, 8), (3, 8, 8),
 )  # fmt: skip
+
+
+def test_only_what_can_join_is_joined():
+    joint, *_, last = plan.choices(P, BOTH)
+    assert joint[0] == "joint" and last == plan.APART
+    joint_tile = joint[1:]
+    for bad in (
+        ("joint",),
+        joint[:-1],
+        ("small", *joint_tile),
+        ("apart", 1),
+        ("joint", 7, 7, 1, 1),
+    ):
+        assert not plan.legal(P, BOTH, bad), bad
+    assert not plan.legal(P, KEYS, joint) and not plan.legal(P, QUERIES, plan.APART)
+    long, dense = nat((56, 56), 90, head_dim=64), nat((7, 7), 90)
+    for p in (long, dense, replace(P, kv_heads=1), replace(P, dtype="F32")):
+        assert plan.choices(p, BOTH) == (plan.APART,) and not plan.legal(p, BOTH, joint)
+    with plan.use_family("apart"):
+        assert plan.choices(P, BOTH) == (plan.APART,)
+        entries = [r.spec.entry for r in plan.backward(P, True, True, False).recipes]
+    assert entries == ["na2d_small_bwd_dq", "reduce_partials", "na2d_small_bwd_dkv"]
+    entries = [r.spec.entry for r in plan.backward(P, True, True, False).recipes]
+    assert entries == ["na2d_small_bwd", "reduce_partials"]
+    entries = [r.spec.entry for r in plan.backward(P, False, False, False).recipes]
+    assert entries == ["na2d_small_bwd_dq"]
 
 
 @pytest.mark.parametrize("choice", BAD, ids=str)
@@ -343,10 +370,29 @@ def test_calls_run_what_was_chosen(clock):
     first, measured = call(), clock.measured
     assert measured > 6 and len(first) > measured
     again = call()
-    assert (clock.measured == measured and again == first[-1:]) or again[1:] == first[-3:]
-    assert len(tuning.describe()) == 3
+    assert clock.measured == measured and again[1:] == first[-2:]
+    assert len(tuning.describe()) == 2
     new_process()
     assert call() == again and clock.measured == measured
+
+
+def test_sides_are_measured_where_they_stay_apart(clock):
+    leaves = tensors()
+    slow = {"na2d_small_bwd"}
+
+    def seconds(run, device):
+        clock.launcher.launched.clear()
+        run()
+        return 1.0 + len(slow & {r.spec.entry for r in clock.launcher.launched})
+
+    clock.seconds = seconds
+    for _ in range(2):
+        clock.launcher.launched.clear()
+        torch.autograd.grad(attend(*leaves), leaves, torch.ones(SHAPE, dtype=torch.float16))
+    entries = [r.spec.entry for r in clock.launcher.launched]
+    assert entries[1:] == ["na2d_small_bwd_dq", "reduce_partials", "na2d_small_bwd_dkv"]
+    classes = [line["class"].split(",")[0] for line in tuning.describe()]
+    assert classes == ["both with bias gradient", "forward", "keys", "queries with bias gradient"]
 
 
 def test_choices_give_the_same_numbers(monkeypatch):
@@ -355,7 +401,7 @@ def test_choices_give_the_same_numbers(monkeypatch):
     results = []
 
     def pick(p, side, rpb, device, trial):
-        found = [c for c in plan.choices(p, side) if c[0] == "small"]
+        found = [c for c in plan.choices(p, side) if c[0] != "portable"]
         return found[len(results) * (len(found) - 1)]
 
     monkeypatch.setattr(tuning, "choice", pick)
@@ -379,13 +425,13 @@ def test_the_interpreter_measures_and_runs(clock, monkeypatch):
     monkeypatch.setattr(small, "RANKED", 1)  # and the portable kernel
     new_process()
     launcher = PtxLauncher("86")
-    launcher.clock = FakeClock(lambda n: 0.5 if n == 1 else 1.0)
+    launcher.clock = FakeClock(lambda n: 0.5 if n in (1, 3) else 1.0)  # portable, apart
     leaves = tensors()
     launcher.protect(*leaves)
     with launcher.active():
         out = attend(*leaves)
         found = torch.autograd.grad(out, leaves, torch.ones_like(out))
-        assert launcher.clock.measured == 6 and len(tuning.describe()) == 3
+        assert launcher.clock.measured == 8 and len(tuning.describe()) == 4
         tuning.clear()
     with plan.use_family("portable"), PtxLauncher("86").active():
         expected = attend(*leaves)
@@ -426,7 +472,7 @@ def test_a_warm_up_measures(clock, monkeypatch):
     state = torch.get_rng_state()
     done = warmup(CALLS, backward=True, device="cpu", quiet=True, autotune=True)
     assert torch.equal(torch.get_rng_state(), state)
-    assert done.measured == len(tuning.describe()) == 6 and clock.measured > 12
+    assert done.measured == len(tuning.describe()) == 5 and clock.measured > 12
     prepared.clear()
     measured = clock.measured
     again = warmup(CALLS, backward=True, device="cpu", quiet=True, autotune=True)

@@ -18,6 +18,7 @@ from functools import lru_cache
 # The three kernels of the small-window family, by whose rows stay with a block.
 FORWARD, QUERIES, KEYS = "forward", "queries", "keys"
 SIDES = (FORWARD, QUERIES, KEYS)
+BOTH = "both"  # QUERIES and KEYS in one launch
 
 
 @dataclass(frozen=True)

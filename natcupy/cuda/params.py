@@ -119,6 +119,15 @@ PARAMS = {
         *((name, "View", 1) for name in ("query", "key", "value", "d_out", "d_key", "d_value")),
         *((name, "pointer", 1) for name in ("rpb", "lse", "delta")),
     ),
+    "na2d_small_bwd": (
+        *((name, "SmallGeometry", 1) for name in ("geometry", "key_geometry")),
+        *((name, "int", 1) for name in ("items", "query_blocks", "key_blocks")),
+        ("by_share", "Divisor", 1),
+        ("scale", "double", 1),
+        *((name, "View", 1) for name in ("query", "key", "value", "out", "d_out")),
+        *((name, "View", 1) for name in ("d_query", "d_key", "d_value")),
+        *((name, "pointer", 1) for name in ("rpb", "lse", "d_lse", "partial")),
+    ),
     "na2d_small_bwd_dense": (
         ("geometry", "SmallGeometry", 1),
         ("items", "int", 1),

@@ -10,7 +10,8 @@ in (dtype, rank, lanes, rpb or not); sizes, strides and tiles are arguments, so 
 compiles nothing.
 
 A `Choice` names one of the ways to run one side of a call: forward, its query side or key side
-backward. Without one the first of `choices` runs, which `heuristics` and `tiling` rank.
+backward, or both of these. Without one the first of `choices` runs, which `heuristics` and
+`tiling` rank.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from functools import lru_cache
 from math import prod
 
 from natcupy.cuda import small
-from natcupy.cuda.heuristics import FORWARD, KEYS, QUERIES
+from natcupy.cuda.heuristics import BOTH, FORWARD, KEYS, QUERIES
 from natcupy.cuda.recipes import (
     Plan,
     Problem,
@@ -58,10 +59,12 @@ LARGEST_GRID = 2**31 - 1  # blocks on the x axis, the only one used
 SHARED = 48 * 1024 - 256  # bytes every architecture gives unasked, but for a kernel's own few
 BLOCKS = 1024  # blocks that keep any GPU busy: a bound for two-stage sums
 SCRATCH = 64 * 2**20  # bytes of partial sums of one gradient
-FAMILIES = ("auto", "portable", "small")
+FAMILIES = ("auto", "portable", "small", "apart")
 
-# ("small", blocks of 8 columns, rows, splits, heads) or ("portable", tokens per axis, ...)
+# ("small", blocks of 8 columns, rows, splits, heads) or ("portable", tokens per axis, ...); of both
+# sides backward ("joint", as of "small") for one launch, or ("apart",), which leaves each its own.
 Choice = tuple[str | int, ...]
+APART: Choice = ("apart",)
 
 _family = "auto"
 
@@ -160,7 +163,8 @@ def use_family(family: str) -> Iterator[None]:
 
     "auto" is the default: the small-window kernels where `small.plans_for` says they pay, else the
     portable ones, which run everything. "portable" takes those always; "small" takes the others
-    wherever they can run and raises ValueError, with the reason, where they cannot.
+    wherever they can run and raises ValueError, with the reason, where they cannot; "apart" does
+    that too, and runs each side of a backward pass in a launch of its own.
     """
     global _family
     if family not in FAMILIES:
@@ -200,21 +204,26 @@ def _use_small(p: Problem) -> bool:
     if _family == "portable":
         return False
     reason = small.why_not(p)
-    if _family == "small" and reason:
+    forced = _family in ("small", "apart")
+    if forced and reason:
         raise ValueError(
             f"the small-window kernels cannot run this call: {reason}; plan it with "
             "family 'auto' or 'portable'."
         )
-    return not reason and (_family == "small" or small.pays(p))
+    return not reason and (forced or small.pays(p))
 
 
 @lru_cache(maxsize=4096)
 def choices(p: Problem, side: str) -> tuple[Choice, ...]:
     """The ways to run one side of `p` that are worth measuring, all legal, the default first."""
+    if side == BOTH:
+        if not joins(p, True):
+            return (APART,)
+        return (*(("joint", *cut.shape) for cut, _ in small.joint_tiles(p)), APART)
     portable = [("portable", *tile) for tile in _portable_tiles(p, _heads(p, side))]
     if _use_small(p):
         cut = [("small", *tile.shape) for tile in small.ranked(p, side)]
-        return tuple(cut if _family == "small" else [*cut, portable[0]])
+        return tuple([*cut, portable[0]] if _family == "auto" else cut)
     return tuple(portable)
 
 
@@ -225,7 +234,7 @@ def _heads(p: Problem, side: str) -> int:
 
 @lru_cache(maxsize=4096)
 def part(p: Problem, side: str, rpb: bool = False, choice: Choice | None = None) -> Plan:
-    """The launches of one side: forward, the gradient of the query, or those of keys and values.
+    """The launches of one side: forward, the gradient of the query, those of keys and values, both.
 
     `rpb` asks the query side for the gradient of the bias. Raises ValueError for a `choice` that
     is not `legal`.
@@ -242,6 +251,9 @@ def legal(p: Problem, side: str, choice: Choice) -> bool:
     if not choice or any(type(n) is not int for n in choice[1:]):
         return False
     family, tile = choice[0], choice[1:]
+    if side == BOTH:
+        joint = joins(p, True) and tile in {t.shape for t, _ in small.joint_tiles(p)}
+        return choice == APART or (family == "joint" and joint)
     if family == "small":
         return not small.why_not(p) and tile in {t.shape for t in small.tiles(p, side)}
     most = THREADS // sharing(p.dtype, p.head_dim, p.value_dim).lanes
@@ -262,6 +274,7 @@ def backward(
     extras: bool,
     query_choice: Choice | None = None,
     key_choice: Choice | None = None,
+    both: Choice | None = None,
 ) -> Plan:
     """The launches of the gradients: always of the query (it makes delta), others as asked for.
 
@@ -269,6 +282,8 @@ def backward(
     """
     if fuses(p, keys) and query_choice is None and key_choice is None:
         return _dense_backward(p, rpb)
+    if joins(p, keys) and both != APART and query_choice is None and key_choice is None:
+        return part(p, BOTH, rpb, both)
     plans = [part(p, QUERIES, rpb, query_choice)]
     if keys:
         plans.append(part(p, KEYS, False, key_choice))
@@ -283,6 +298,11 @@ def backward(
 def fuses(p: Problem, keys: bool) -> bool:
     """Whether one kernel computes all gradients, which leaves nothing to choose per side."""
     return keys and _use_small(p) and small.fuses(p)
+
+
+def joins(p: Problem, keys: bool) -> bool:
+    """Whether one launch may compute all gradients, by blocks of both sides."""
+    return keys and _family != "apart" and _use_small(p) and not fuses(p, keys) and small.joins(p)
 
 
 def delta_of(p: Problem) -> tuple[str, int, bool]:
@@ -308,6 +328,14 @@ def _forward(p: Problem, tile: tuple[int, ...], rpb: bool) -> Plan:
 
 def _small_query_side(p: Problem, tile: tuple[int, ...], rpb: bool) -> Plan:
     return _with_bias_sums(p, rpb, *small.query_side(p, rpb, _most_tables(p), tile))
+
+
+def _joint(p: Problem, tile: tuple[int, ...], rpb: bool) -> Plan:
+    return _with_bias_sums(p, rpb, *small.both_sides(p, rpb, _most_tables(p), tile))
+
+
+def _apart(p: Problem, tile: tuple[int, ...], rpb: bool) -> Plan:
+    return backward(p, True, rpb, False, both=APART)
 
 
 def _dense_backward(p: Problem, rpb: bool) -> Plan:
@@ -424,4 +452,6 @@ _PARTS = {
     ("small", FORWARD): lambda p, tile, rpb: small.forward(p, tile),
     ("small", QUERIES): _small_query_side,
     ("small", KEYS): lambda p, tile, rpb: small.key_side(p, tile),
+    ("joint", BOTH): _joint,
+    ("apart", BOTH): _apart,
 }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from natcupy.cuda import jit, plan, tuning
-from natcupy.cuda.heuristics import FORWARD, KEYS, QUERIES
+from natcupy.cuda.heuristics import BOTH, FORWARD, KEYS, QUERIES
 from natcupy.cuda.launch import current_launcher
 from natcupy.layouts import joined
 from natcupy.neighborhood import Neighborhood
@@ -255,9 +255,13 @@ def backward(
         if plan.fuses(p, keys):
             return plan.backward(p, keys, bool(wanted[3]), extras)
         trial = _trial({**tensors, **rest}, p, query.device)
+        if plan.joins(p, keys):
+            both = tuning.choice(p, BOTH, bool(wanted[3]), query.device, trial)
+            if both != plan.APART:
+                return plan.backward(p, keys, bool(wanted[3]), extras, both=both)
         queries = tuning.choice(p, QUERIES, bool(wanted[3]), query.device, trial)
         chosen = tuning.choice(p, KEYS, False, query.device, trial) if keys else None
-        return plan.backward(p, keys, bool(wanted[3]), extras, queries, chosen)
+        return plan.backward(p, keys, bool(wanted[3]), extras, queries, chosen, plan.APART)
 
     window = (kernel_size, stride, dilation, causal)
     what = (keys, bool(wanted[3]), extras)

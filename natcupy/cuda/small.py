@@ -318,7 +318,7 @@ def _pair(name: str, entries: tuple[int, ...]) -> dict[str, int]:
     return dict(list(array(name, entries, 0).items())[:2])
 
 
-def _divisor(name: str, number: int) -> dict[str, int]:
+def _divisor(name: str, number: int, of: str = "geometry.") -> dict[str, int]:
     """Fields of a `Divisor`: n // number is (2 n * times >> 32) >> shift for all n below 2**31.
 
     `times` is 2**(31 + shift) / number rounded up, where 2**shift is the least power of two from
@@ -329,7 +329,7 @@ def _divisor(name: str, number: int) -> dict[str, int]:
     times = -(-(2 ** (31 + shift)) // number)
     signed = times - 2**32 if times >= 2**31 else times
     fields = {"number": number, "times": signed, "shift": shift}
-    return {f"geometry.{name}.{field}": value for field, value in fields.items()}
+    return {f"{of}{name}.{field}": value for field, value in fields.items()}
 
 
 def forward(p: Problem, shape: Shape | None = None) -> Plan:
@@ -345,21 +345,72 @@ def query_side(p: Problem, rpb: bool, most: int, shape: Shape | None = None) -> 
     `most`, or as few as possible.
     """
     cut = tile(p, QUERIES, shape)
-    blocks = cut.items
-    if rpb:
-        teams = p.heads // cut.heads_here
-        blocks = max(1, min(blocks, most, -(-1024 // teams)))
-        # Blocks that always meet the same place of a map keep their sums in registers.
-        places = prod(cut.tiles)
-        blocks = blocks // places * places or blocks
+    blocks = _query_blocks(p, cut, rpb, most)
     kernel = "na2d_small_bwd_dq"
     return _recipe(kernel, p, cut, p.heads, blocks, RPB_GRAD=int(rpb)), blocks
+
+
+def _query_blocks(p: Problem, cut: Tile, rpb: bool, most: int) -> int:
+    """Blocks per head of the query side."""
+    if not rpb:
+        return cut.items
+    teams = p.heads // cut.heads_here
+    blocks = max(1, min(cut.items, most, -(-1024 // teams)))
+    # Blocks that always meet the same place of a map keep their sums in registers.
+    places = prod(cut.tiles)
+    return blocks // places * places or blocks
 
 
 def key_side(p: Problem, shape: Shape | None = None) -> Plan:
     """The launch that computes d_key and d_value."""
     cut = tile(p, KEYS, shape)
     return Plan((_recipe("na2d_small_bwd_dkv", p, cut, p.kv_heads, cut.items),))
+
+
+# ------------------------------------------------------------------------------------------------
+# both sides backward, in one launch
+
+
+JOINT_RESIDENT = 8  # warps whose registers a multiprocessor holds
+
+
+def joins(p: Problem) -> bool:
+    """Whether one launch can compute all gradients of `p`, which the kernels here can run.
+
+    Then a tile's tensors come from main memory once instead of twice, for a tenth more
+    instructions on the key side.
+    """
+    short = p.dtype != "F32" and p.head_dim == 32 and p.heads == p.kv_heads
+    return short and not _dense(p) and bool(joint_tiles(p))
+
+
+@lru_cache(maxsize=4096)
+def joint_tiles(p: Problem) -> tuple[tuple[Tile, Tile], ...]:
+    """Tiles of both sides, of one shape, that are worth measuring; the first one runs."""
+    of_keys = {t.shape: t for t in tiles(p, KEYS)}
+    made = [(t, of_keys[t.shape]) for t in ranked(p, QUERIES) if t.shape in of_keys]
+    # With one item more than blocks of the query side, nearly half of all blocks find no work.
+    return tuple(pair for pair in made if 4 * p.heads * sum(t.items for t in pair) <= LARGEST_GRID)
+
+
+def both_sides(p: Problem, rpb: bool, most: int, shape: Shape | None = None) -> tuple[Recipe, int]:
+    """The launch that computes the gradients of query, key and value, and query blocks per head.
+
+    `rpb` and `most` as in `query_side`.
+    """
+    cut, key_cut = next(pair for pair in joint_tiles(p) if shape in (None, pair[0].shape))
+    blocks = _query_blocks(p, cut, rpb, most)
+    teams = p.heads // cut.heads_here
+    share = 1 + -(-key_cut.items // blocks)  # blocks that work on the same tiles
+    values = _values(p, cut, p.heads)
+    of_keys = _values(p, key_cut, p.heads)
+    values |= {f"key_{name}": x for name, x in of_keys.items() if name.startswith("geometry.")}
+    values |= {"query_blocks": blocks * teams, "key_blocks": key_cut.items * teams}
+    values |= _divisor("by_share", share, of="")
+    constants, threads = _constants(p, RPB_GRAD=int(rpb)), (32 * cut.warps, 1, 1)
+    shared = max(cut.shared, key_cut.shared)
+    grid = blocks * teams * share
+    return recipe("na2d_small_bwd", constants, grid, threads, shared, values), blocks
 
 
 # ------------------------------------------------------------------------------------------------

@@ -208,7 +208,7 @@ def _parse(data: bytes | None, p: plan.Problem, side: str) -> plan.Choice | None
         given = json.loads(data)["choice"] if data else None
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    if not isinstance(given, list) or not 2 <= len(given) <= 5 or not isinstance(given[0], str):
+    if not isinstance(given, list) or not 1 <= len(given) <= 5 or not isinstance(given[0], str):
         return None
     found = tuple(given)
     return found if plan.legal(p, side, found) else None

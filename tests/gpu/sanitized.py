@@ -35,7 +35,7 @@ def main(name, part="0", of="1"):
     with rig.active():
         for label, case in chosen:
             tensors, cotangent = inputs(case, rig.device), cotangents(case, rig.device)
-            for family in families():
+            for family in families(case):
                 try:
                     with plan.use_family(family):
                         run(case, tensors, *cotangent)

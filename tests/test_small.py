@@ -48,6 +48,8 @@ CASES = (
     case("dense even", (8, 12), (4, 6), "an even number of rows, two unused columns",
          dilation=2, dtype=F16),
     case("dense row", (2, 16), (1, 8), "one row, in two groups", dilation=2, dtype=F16),
+    case("dense row of nine", (2, 18), (1, 9), "one row of two blocks", dilation=2, dtype=F16),
+    case("dense row, grouped", (1, 8), (1, 8), "one row, shared keys", heads=2, kv_heads=1),
     case("dense 3 x 8", (3, 8), (3, 8), "rectangular, all columns used"),
     case("dense nine", (9, 9), 9, "one window, but two blocks of columns"),
     case("no bias", (14, 15), 7, "the mask alone", rpb=False),

@@ -81,7 +81,7 @@ MISTAKES = {
         "small_keys.cuh", "                __syncthreads();\n                if constexpr",
         "                if constexpr"),
     "joint: delta of the wrong row": (
-        "small_keys.cuh", "outs.at(at.top + down + side, column)", "outs.at(at.top + down, column)"),
+        "small_keys.cuh", "outs.at(at.top + down + side,", "outs.at(at.top + down,"),
     "joint: delta without the gradient of the log-sum-exp": (
         "small_keys.cuh", "real && p.d_lse ? p.d_lse[token] : 0", "0"),
     "joint: delta of the second row forgotten": (

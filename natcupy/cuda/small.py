@@ -235,7 +235,8 @@ def _cover(p: Problem, side: str, t: Tile) -> heuristics.Cover:
 def _lane_sums(p: Problem) -> int:
     """Bytes of a warp's sums of the bias gradient in shared memory: of all rows, or of one."""
     height, blocks = p.hood.kernel_size[0], _columns(p) // 8
-    if p.dtype == "F32" or height > 9 or p.head_dim == 64:
+    one_row = _dense(p) and height == 1  # one step, which is no straight code
+    if p.dtype == "F32" or height > 9 or p.head_dim == 64 or one_row:
         return (height + 1) * blocks * 288
     return 256 if blocks == 1 else 768
 

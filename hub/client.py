@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,11 +42,17 @@ FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 20.0
 
 _LOCAL_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE)
+# What an answer that is not the Hub's makes the client stumble over.
+_STUMBLES = (KeyError, TypeError, AttributeError)
 _AT_THE_HUB = "https://huggingface.co/"
 # As the HTTP libraries under the client's versions call it.
 _NO_CONNECTION = frozenset({
     "ConnectError", "ConnectTimeout", "ConnectTimeoutError", "NameResolutionError",
     "NewConnectionError", "ProxyError", "SSLError", "gaierror",
+})  # fmt: skip
+_BAD_ADDRESS = frozenset({
+    "InvalidProxyURL", "InvalidSchema", "InvalidURL", "LocationParseError", "MissingSchema",
+    "UnsupportedProtocol",
 })  # fmt: skip
 
 Result = TypeVar("Result")
@@ -210,7 +217,13 @@ def cache_root(access: Access) -> Path:
     """The folder that downloads are kept in."""
     from huggingface_hub import constants
 
-    return Path(access.cache_dir or constants.HF_HUB_CACHE).expanduser()
+    folder = str(access.cache_dir or constants.HF_HUB_CACHE)
+    if os.path.expanduser(folder).startswith("~"):
+        raise HubError(
+            f"downloads are kept in {folder}, and this user has no home folder. Set HF_HOME to a "
+            "folder that can be written."
+        )
+    return Path(folder).expanduser()
 
 
 def cache_folder(repo: str, access: Access) -> Path:
@@ -257,15 +270,34 @@ def explained(subject: Subject) -> Iterator[None]:
         yield
     except HubError:
         raise
-    except (OSError, ValueError, RuntimeError, transport) as error:
-        ours = _translate(error, subject)
+    except Exception as error:
+        ours = _misunderstood(error, subject)
+        if ours is None and isinstance(error, OSError | ValueError | RuntimeError | transport):
+            ours = _translate(error, subject)
         if ours is None:
             raise
         # Not chained to the client's error: that one holds the request, and with it the token.
         raise ours from None
 
 
-def _translate(error: Exception, subject: Subject) -> HubError | None:
+def _misunderstood(error: Exception, subject: Subject) -> HubError | None:
+    """What goes wrong where an address is none, or who answers is not the Hub."""
+    kind = type(error).__name__
+    if kind in _BAD_ADDRESS:
+        return Offline(
+            f"the Hub has no valid address here ({kind}), so {subject} was not asked for. Correct "
+            "HF_ENDPOINT (https://...), or the proxy in HTTPS_PROXY, HTTP_PROXY or ALL_PROXY."
+        )
+    if kind == "JSONDecodeError" or isinstance(error, _STUMBLES):
+        return Unavailable(
+            f"what answered for {subject} is not the Hub ({kind}: {' '.join(str(error).split())}), "
+            "but perhaps a login page of the network or a proxy. Log in there, or correct "
+            "HF_ENDPOINT, then run the same call again."
+        )
+    return None
+
+
+def _translate(error: Exception, subject: Subject) -> Exception | None:
     from huggingface_hub import errors as theirs
 
     repo, revision = subject.repo, subject.revision
@@ -298,11 +330,11 @@ def _translate(error: Exception, subject: Subject) -> HubError | None:
     if isinstance(error, ValueError) and not isinstance(error, OSError):
         return None
     if isinstance(error, OSError) and error.errno in _LOCAL_TROUBLE:
-        return None
+        return _at_home(error)
     return _translate_transport(error, subject)
 
 
-def _translate_absent(error: Exception, subject: Subject) -> HubError | None:
+def _translate_absent(error: Exception, subject: Subject) -> Exception | None:
     """The client says "not in the cache" for whatever kept it from asking; look at the cause."""
     cause = error.__cause__
     if subject.name is None or not isinstance(cause, Exception) or _never_reached(cause):
@@ -310,7 +342,7 @@ def _translate_absent(error: Exception, subject: Subject) -> HubError | None:
     return _translate(cause, subject)
 
 
-def _translate_upload(error: RuntimeError, subject: Subject) -> HubError | None:
+def _translate_upload(error: RuntimeError, subject: Subject) -> Exception | None:
     """The client wraps what goes wrong while a file is uploaded; look at the cause."""
     cause = error.__cause__
     if not str(error).startswith("Error while uploading") or not isinstance(cause, Exception):
@@ -361,6 +393,13 @@ def _translate_transport(error: Exception, subject: Subject) -> HubError:
         f"the transfer of {subject} broke off ({type(error).__name__}). Run the same call again: "
         "it resumes where it stopped."
     )
+
+
+def _at_home(error: OSError) -> OSError:
+    """The same error, with what to do about a folder of the client's that cannot be used."""
+    why = error.strerror or os.strerror(error.errno)
+    text = f"{why}; set HF_HOME, where the Hub's client keeps tokens and files, to another folder"
+    return OSError(error.errno, text, error.filename)
 
 
 def _never_reached(error: BaseException | None) -> bool:

@@ -185,6 +185,31 @@ def write_folder(
             raise ValueError(f"a file name must be plain letters, digits, '._-', got {name!r}.")
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"the target must be a folder, got the file {folder}.")
+    made = not folder.exists()
+    try:
+        _replace(folder, writers, outdated)
+    except BaseException:
+        if made:
+            with contextlib.suppress(OSError):  # not empty: another process has saved there
+                folder.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """Give errors of the system the path that is meant, not a temporary one's or none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # one of ours, which says all
+            raise
+        text = error.strerror or os.strerror(error.errno)
+        raise OSError(error.errno, text, os.fspath(path)) from error
+
+
+def _replace(
+    folder: Path, writers: dict[str, Callable[[Path], None]], outdated: Callable[[str], bool]
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with _turn(folder) as alone:
         _finish(folder)
@@ -219,9 +244,11 @@ def _write(folder: Path, writers: dict[str, Callable[[Path], None]], gone: list[
     pending = {name: f".{name}.{uuid4().hex}.tmp" for name in writers}
     try:
         for name, temporary in pending.items():
-            writers[name](folder / temporary)
-            _sync(folder / temporary)
-        _commit(folder, pending | dict.fromkeys(gone, REMOVED))
+            with writing(folder / name):
+                writers[name](folder / temporary)
+                _sync(folder / temporary)
+        with writing(folder):
+            _commit(folder, pending | dict.fromkeys(gone, REMOVED))
     except BaseException:
         committed = _journal(folder).values()  # an interrupt may strike just after the commit
         for temporary in pending.values():

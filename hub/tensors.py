@@ -152,7 +152,9 @@ def write_tensors(
 
     Raises:
         ValueError: a name or dtype that `read_tensors` would refuse.
+        OSError: the file cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     dense = {}
@@ -165,7 +167,13 @@ def write_tensors(
         dense[name] = tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
     Path(path).touch()
     mode = Path(path).stat().st_mode & 0o777  # as the umask has it; save_file makes its own, 0600
-    save_file(dense, path, metadata={**(metadata or {}), "format": "pt"})
+    try:
+        save_file(dense, path, metadata={**(metadata or {}), "format": "pt"})
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(path)) from None
     Path(path).chmod(mode)
 
 

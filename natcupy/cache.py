@@ -406,6 +406,8 @@ def _patiently(action: Callable[[], Any], tries: int = 3) -> Any:
 
 
 def _reason(error: OSError) -> str:
+    if isinstance(error, FileExistsError):  # where a folder should be made
+        return f"{error.filename} is not a folder, or a link to nowhere"
     return error.strerror or type(error).__name__
 
 

@@ -239,6 +239,13 @@ def test_5000_spoilt_entries_are_all_built_anew(tmp_path):
     assert store.describe()["state"] == "disk"
 
 
+def test_a_link_to_nowhere_is_named(tmp_path):
+    (tmp_path / "link").symlink_to("nowhere")
+    store = Store(tmp_path / "link" / "binaries")
+    with pytest.warns(CacheWarning, match="link is not a folder, or a link to nowhere"):
+        assert store.get_or_build(INGREDIENTS, lambda: b"mine") == b"mine"
+
+
 # -- trust ----------------------------------------------------------------------------------------
 
 posix = pytest.mark.skipif(os.name != "posix", reason="owners and modes are POSIX")

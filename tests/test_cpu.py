@@ -443,6 +443,20 @@ def run_python(code, **environment):
     ).stdout
 
 
+def test_an_llvmlite_that_cannot_be_loaded_is_as_none(monkeypatch):
+    """Its library raises OSError where a folder is mounted noexec or a system library is absent."""
+
+    class Broken:
+        def find_spec(self, name, path=None, target=None):
+            if name == "llvmlite.binding":
+                raise OSError("Could not find/load shared object file 'libllvmlite.so'")
+
+    monkeypatch.delitem(sys.modules, "llvmlite.binding", raising=False)
+    monkeypatch.delattr("llvmlite.binding", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    assert "libllvmlite.so" in host._find_missing() and "backend=" in host._find_missing()
+
+
 def test_without_llvmlite_the_reason_names_the_remedy():
     out = run_python(
         "import sys; sys.modules['llvmlite'] = None\n"

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from natcupy.data import DataError, Pictures, find, find_split, list_pictures
+from natcupy.data import DataError, Pictures, files, find, find_split, list_pictures, workers
 from natcupy.data.files import Names
 from natcupy.zoo.preprocess import Preprocess, open_picture
 from tests.pictures import broken, class_folders, kinds, noise
@@ -402,3 +403,26 @@ def test_a_worker_does_not_outlive_its_parent(tmp_path, dies):
         time.sleep(0.02)
     time.sleep(0.3)
     assert (tmp_path / "asked").exists() and (tmp_path / "stayed").exists() == (not dies)
+
+
+def test_a_folder_that_vanishes_while_it_is_listed(tmp_path, monkeypatch):
+    for name in ("a.png", "gone/b.png", "stays/c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    entries = files._entries
+
+    def removing(path):
+        found = entries(path)
+        shutil.rmtree(tmp_path / "gone", ignore_errors=True)
+        return found
+
+    monkeypatch.setattr(files, "_entries", removing)
+    assert list_pictures(tmp_path) == ["a.png", "stays/c.png"]
+    with pytest.raises(FileNotFoundError):
+        list_pictures(tmp_path / "gone")
+
+
+@pytest.mark.parametrize(("cores", "processes", "wanted"), [(1, 1, 1), (3, 1, 3), (64, 4, 8)])
+def test_workers_by_the_cores_that_may_be_used(monkeypatch, cores, processes, wanted):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    assert workers.usual_workers(processes) == wanted

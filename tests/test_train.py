@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from natcupy.cli import finetune_arguments
 from natcupy.cli.parser import build_parser
+from natcupy.data import Pictures, find
 from natcupy.train import RECIPES, TrainConfig, TrainError, checkpoint, loaders, randomness
 from natcupy.train import augment as augmenting
 from natcupy.train.config import FREE
@@ -394,3 +395,22 @@ def test_optimizer_state_comes_back():
     with pytest.raises(TrainError, match=r"here must hold the tensors.*head\.bias"):
         lacking = {k: v for k, v in model.state_dict().items() if k != "head.bias"}
         checkpoint.load_weights(other, lacking, "here")
+
+
+def test_drawings_on_a_transparent_ground(tmp_path):
+    """In training they are what they are otherwise, though all their colours are one."""
+    ink = Preprocess((1, 32, 32), crop_mode="ink", mean=(0.2,), std=(0.35,), crop_pct=1.0)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        drawing = Image.new("RGBA", (60, 50))
+        drawing.paste((0, 0, 0, 255), (20, 10, 30, 40))
+        drawing.save(tmp_path / name / "x.png")
+    source = find(tmp_path, val_fraction=0.0).train
+    still = augmenting.Augment(ink, config(color_jitter=0.0, affine=0.0))
+    assert torch.equal(Pictures(source, still)[0][0], Pictures(source, ink)[0][0])
+
+
+def test_workers_of_a_run(monkeypatch):
+    monkeypatch.setattr(loaders, "usual_workers", lambda processes: 10 + processes)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert loaders._workers(config()) == 12 and loaders._workers(config(workers=0)) == 0

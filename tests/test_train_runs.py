@@ -6,6 +6,8 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from runs import LONG, config, draw_stripes, same, settled, step_of, tiny, weigh
 import natcupy
 from natcupy.data import DataError, find
 from natcupy.hub import Corrupt
-from natcupy.train import TrainError, finetune
+from natcupy.train import TrainError, finetune, run
 from natcupy.train.optimizer import rate
 
 pytest.importorskip("accelerate", reason="training needs accelerate: pip install 'natcupy[train]'")
@@ -352,3 +354,44 @@ def test_the_command(stripes, tmp_path, capsys):
     assert main(words) == 1
     assert "holds a run already" in capsys.readouterr().err
     assert main([*words[:4], "--output", str(tmp_path / "x"), "--recipe", "nat-in1"]) == 2
+
+
+# ---------------------------------------------------------------- two at once
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from natcupy.train.run import Hold
+with Hold() as hold:
+    hold.take(Path(sys.argv[1]))
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="locks of Unix")
+def test_a_run_that_another_process_trains(stripes, tmp_path):
+    """The second is told who is at work, changes nothing, and may begin once that one is killed."""
+    output = tmp_path / "run"
+    output.mkdir()
+    command = [sys.executable, "-c", HOLDER, str(output)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        told = rf"process {other.pid} of .*, trains in .*run\. Wait for its end.*--resume"
+        with pytest.raises(TrainError, match=told):
+            finetune(tiny(), stripes, None, config(output, epochs=1))
+        assert [path.name for path in output.iterdir()] == [run.RUNNING]
+        other.kill()
+    finetune(tiny(), stripes, None, config(output, epochs=1))
+    assert not (output / run.RUNNING).exists() and (output / "model").is_dir()
+
+
+def test_a_log_that_nobody_can_read_ends_no_run(monkeypatch):
+    class Gone:
+        def write(self, text):
+            raise OSError(errno.EIO, "Input/output error")
+
+    bar = run.Bar(config("somewhere"), 0, 1, shown=False)
+    monkeypatch.setattr(sys, "stderr", Gone())
+    bar.say("epoch 1")

@@ -6,42 +6,53 @@ status: 0 done, 1 it could not be done (one line on stderr says why), 2 wrong ar
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from importlib import import_module
+from typing import Any
 
 from natcupy.cli.parser import build_parser
 
 DEBUG_VARIABLE = "NATCUPY_DEBUG"
-# What the library raises for a wrong value, a missing file, an unreachable Hub, a missing extra or
-# a backend that cannot run. Anything else is a fault of natcupy's own and keeps its traceback.
-_EXPECTED = (OSError, ValueError, ImportError, RuntimeError)
+# What the library raises for a wrong value, a missing file, an unreachable Hub, a missing extra, a
+# backend that cannot run, or too little memory; and warnings that PYTHONWARNINGS makes errors.
+# Anything else is a fault of natcupy's own and keeps its traceback.
+_EXPECTED = (OSError, ValueError, ImportError, RuntimeError, MemoryError, Warning)
+
+_USUAL_FORMAT = warnings.formatwarning
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     _prepare_streams()
+    usual, warnings.formatwarning = warnings.formatwarning, _format_warning
     try:
         arguments = build_parser().parse_args(argv)
+        with _ended_in_order():
+            room = import_module(f"natcupy.cli.{arguments.room}")
+            status = room.run(arguments)
+            sys.stdout.flush()
+            return status
     except SystemExit as stop:  # argparse has printed help, version or the usage error
         return stop.code if isinstance(stop.code, int) else 2
-    try:
-        room = import_module(f"natcupy.cli.{arguments.room}")
-        status = room.run(arguments)
-        sys.stdout.flush()
-        return status
     except BrokenPipeError:  # `natcupy models | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("natcupy: stopped", file=sys.stderr)
-        return 130
+        return 128 + (stop.number if isinstance(stop, _Ended) else signal.SIGINT)
     except _EXPECTED as error:
         if os.environ.get(DEBUG_VARIABLE) == "1":
             raise
-        print(f"natcupy: error: {one_line(error)}", file=sys.stderr)
+        place = "standard output: " if _is_of_output(error) else ""
+        print(f"natcupy: error: {place}{one_line(error)}", file=sys.stderr)
         return 1
+    finally:
+        warnings.formatwarning = usual
 
 
 def _prepare_streams() -> None:
@@ -54,9 +65,62 @@ def _prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+class _Ended(KeyboardInterrupt):
+    """The system, a scheduler or a user asks this process to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextlib.contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Within, SIGTERM and SIGHUP end the command as Ctrl-C does, which removes temporary files."""
+
+    def end(number: int, frame: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)  # who asks twice does not want to wait
+        raise _Ended(number)
+
+    taken = []
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows knows one of them
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            with contextlib.suppress(ValueError):  # not in the main thread
+                signal.signal(number, end)
+                taken.append(number)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _is_of_output(error: BaseException) -> bool:
+    """Whether a `print` or `flush` of a command's failed: those errors name no file."""
+    if not isinstance(error, OSError) or error.errno is None or error.filename is not None:
+        return False
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    return place is not None and place.tb_frame.f_globals["__name__"].startswith("natcupy.cli")
+
+
+def _format_warning(message: Any, category: type[Warning], *place: Any) -> str:
+    """A warning of natcupy's own without the line of code, which means nothing to its reader."""
+    if category.__module__.startswith("natcupy"):
+        return f"natcupy: warning: {' '.join(str(message).split())}\n"
+    return _USUAL_FORMAT(message, category, *place)
+
+
 def one_line(error: BaseException) -> str:
     """An error's text without line breaks; its kind where it has no text."""
     if isinstance(error, OSError) and error.strerror and isinstance(error.filename, str):
         missing = isinstance(error, FileNotFoundError)
         return f"{error.filename}: {'no such file or folder' if missing else error.strerror}"
+    if isinstance(error, BlockingIOError) and error.filename is None:  # of fork
+        return f"no process can be started ({error.strerror}); try --workers 0, or ulimit -u"
+    if isinstance(error, OSError) and error.strerror and error.filename is None:
+        return error.strerror
+    if isinstance(error, MemoryError) and not str(error):
+        return "this needs more memory than there is"
     return " ".join(str(error).split()) or type(error).__name__

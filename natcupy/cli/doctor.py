@@ -7,6 +7,7 @@ fails its self-test. No token is ever printed, only whether there is one.
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 from importlib import metadata
 from typing import Any
@@ -16,10 +17,11 @@ from torch import Tensor
 
 import natcupy
 from natcupy import backends, cache
-from natcupy.cli import console, runtime
+from natcupy.cli import console, one_line, runtime
 from natcupy.cli.selftest import exact_products, self_test
 from natcupy.cuda import jit, tuning
 from natcupy.hub import client, embedded_names
+from natcupy.hub.errors import HubError
 
 PACKAGES = ("torch", "numpy", "pillow", "safetensors", "huggingface_hub", "llvmlite")
 KERNEL, SHAPE, DIM = 3, (7, 9), 16  # of the check
@@ -128,11 +130,21 @@ def _dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def _hub() -> dict[str, Any]:
     """Where the Hub client keeps its files, and whether it has a token."""
     access = client.Access()
-    folder = client.cache_root(access)
+    problems = []
+    folder = token = None
+    try:
+        folder = client.cache_root(access)
+    except HubError as error:
+        problems.append(one_line(error))
+    try:
+        token = client.has_login(access)
+    except OSError as error:
+        problems.append(f"the token cannot be read: {one_line(error)}")
     return {
-        "cache": str(folder),
-        "cache_exists": folder.is_dir(),
-        "token": client.has_login(access),
+        "cache": None if folder is None else str(folder),
+        "cache_exists": folder is not None and os.path.isdir(folder),
+        "token": token,
+        "problems": problems,
         "offline": client.is_offline(),
         "bundled_models": embedded_names(),
     }
@@ -155,8 +167,10 @@ def _readable(found: dict[str, Any]) -> list[str]:
         + _facts(
             [
                 ("binaries", f"{store['folder']} ({store['state']}, {store['entries']} entries)"),
-                ("Hub cache", hub["cache"] + ("" if hub["cache_exists"] else " (not there yet)")),
-                ("Hub token", "yes" if hub["token"] else "no"),
+                *([("", f"in memory, because {store['why']}")] if store["why"] else []),
+                ("Hub cache", f"{hub['cache']}{'' if hub['cache_exists'] else ' (not there yet)'}"),
+                ("Hub token", {True: "yes", False: "no", None: "unknown"}[hub["token"]]),
+                *(("problem", problem) for problem in hub["problems"]),
                 ("Hub offline", "yes (HF_HUB_OFFLINE)" if hub["offline"] else "no"),
                 ("bundled", ", ".join(hub["bundled_models"])),
             ]

@@ -59,7 +59,7 @@ FIELDS: dict[str, tuple[type | None, str, str]] = {
     "checkpoint_steps": (int, "N", "steps between checkpoints, 0 for epochs (default: 0)"),
     "progress": (None, "", "a bar (default: on a terminal)"),
     "seed": (int, "N", "default: 0"),
-    "workers": (int, "N", "processes that read pictures (default: 2)"),
+    "workers": (int, "N", "processes that read pictures (default: by the cores)"),
 }
 SPANS = {
     "betas": "of AdamW (default: 0.9 0.999)",

@@ -12,14 +12,16 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-from natcupy.cli import runtime
+from natcupy.cli import one_line, runtime
 from natcupy.data import named_files, why
+from natcupy.hub.files import writing
 from natcupy.zoo.dense import DenseModel
 from natcupy.zoo.dense.images import read_pixels
 
@@ -94,8 +96,8 @@ def each(
             continue
         try:
             record = work(number, pixels)
-        except (ValueError, OSError) as error:
-            yield {"file": str(file), "error": why(error)}
+        except (ValueError, OSError) as error:  # of another file than the picture
+            yield {"file": str(file), "error": one_line(error)}
             continue
         size = {"height": pixels.shape[0], "width": pixels.shape[1]}
         yield {"file": str(file), **size, "seconds": time.perf_counter() - begun, **record}
@@ -115,10 +117,11 @@ def colour(pixels: np.ndarray) -> np.ndarray:
 def save(image: Image.Image, path: Path) -> None:
     """Write a picture beside its place, then move it there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.stem}.part{path.suffix}")
+    part = path.with_name(f".{uuid4().hex}.part{path.suffix}")
     try:
-        image.save(part)
-        part.replace(path)
+        with writing(path):
+            image.save(part)
+            part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 

@@ -34,7 +34,7 @@ _lock = threading.Lock()
 def _find_missing() -> str | None:
     try:
         import llvmlite.binding
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: its library cannot be loaded
         return (
             f"llvmlite, which compiles the CPU kernels, cannot be imported ({error}); "
             'install it with pip install "natcupy[cpu]", or use backend="torch".'

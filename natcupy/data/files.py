@@ -62,10 +62,18 @@ def shown(path: str | os.PathLike[str]) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder; one that cannot be looked at (a link in a circle) is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
 def subfolders(folder: str | os.PathLike[str]) -> list[str]:
     """Names of the folders in a folder, sorted, without hidden ones."""
     with os.scandir(folder) as entries:
-        names = [e.name for e in entries if not e.name.startswith(".") and e.is_dir()]
+        names = [e.name for e in entries if not e.name.startswith(".") and is_folder(e)]
     return sorted(names, key=order)
 
 
@@ -84,7 +92,7 @@ def list_pictures(
     Args:
         folder: where to look.
         problems: gets (name, reason) of every folder that cannot be listed; without it, that
-            raises OSError.
+            raises OSError. One that vanishes meanwhile is none.
         beyond: folders that links must not lead back into, such as the one above.
     """
     found: list[str] = []
@@ -100,6 +108,8 @@ def list_pictures(
             seen.add(identity)
             files, folders = _entries(path)
         except OSError as error:
+            if inside and isinstance(error, FileNotFoundError):
+                continue  # it was removed meanwhile
             if problems is None:
                 raise
             problems.append((inside, why(error)))
@@ -117,7 +127,7 @@ def _entries(path: str) -> tuple[list[str], list[str]]:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
+            if is_folder(entry):
                 folders.append(entry.name)
             elif is_picture_name(entry.name):
                 files.append(entry.name)
@@ -135,7 +145,7 @@ def named_files(paths: Iterable[Path]) -> Iterator[Path]:
     Raises ValueError for a folder without pictures.
     """
     for path in paths:
-        if not path.is_dir():
+        if not os.path.isdir(path):  # unlike Path's, never an error
             yield path
             continue
         inside = list_pictures(path)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from natcupy.data.files import (
     Names,
+    is_folder,
     is_picture_name,
     list_pictures,
     shown,
@@ -158,7 +159,7 @@ def class_folders(folder: Path, beyond: tuple[Path, ...] = ()) -> FolderSource:
 def loose_pictures(folder: Path) -> int:
     """How many pictures lie in a folder itself, belonging to no class."""
     with os.scandir(folder) as entries:
-        return sum(is_picture_name(entry.name) and not entry.is_dir() for entry in entries)
+        return sum(is_picture_name(entry.name) and not is_folder(entry) for entry in entries)
 
 
 def _no_classes(folder: Path, part: bool) -> str:

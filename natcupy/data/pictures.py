@@ -20,9 +20,9 @@ class Pictures(torch.utils.data.Dataset):
 
     Args:
         source: where they come from.
-        transform: a model's `Preprocess` recipe, which gets pictures as they are stored since it
-            treats every mode by itself and whose batch axis is dropped; or any function of a PIL
-            picture "RGB" or "L".
+        transform: a model's `Preprocess` recipe, whose batch axis is dropped; or any function of a
+            PIL picture: of one "RGB" or "L", or, like a recipe, of one as it is stored if it has
+            `takes_stored` set.
 
     Items are (what the transform gives, label). Raises DataError, naming the picture, where one
     cannot be read.
@@ -35,10 +35,11 @@ class Pictures(torch.utils.data.Dataset):
         return len(self.source)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        stored = isinstance(self.transform, Preprocess)
+        recipe = isinstance(self.transform, Preprocess)
+        stored = recipe or getattr(self.transform, "takes_stored", False)
         picture = self.source.open(index) if stored else self.source.picture(index)
         try:
             made = self.transform(picture)
         except Exception as error:  # "ink" refuses a blank picture, for one
             raise DataError(f"{self.source.where(index)}: {why(error)}") from None
-        return made[0] if stored else made, self.source.label(index)
+        return made[0] if recipe else made, self.source.label(index)

@@ -18,13 +18,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from natcupy.data import PictureSet, why
-from natcupy.data.workers import leave_with_parent
+from natcupy.data.workers import leave_with_parent, usual_workers
 from natcupy.hub import from_pretrained
 from natcupy.zoo import ImageModel
 from natcupy.zoo.preprocess import Preprocess
 
 FEW = 64  # pictures: starting workers takes longer than preparing these
-MOST_WORKERS = 8
 
 
 @dataclass(frozen=True)
@@ -121,11 +120,7 @@ def pick_workers(wanted: int | None, count: int, processes: int = 1) -> int:
         if wanted < 0:
             raise ValueError(f"workers must be at least 0, got {wanted}.")
         return wanted
-    if count <= FEW:
-        return 0
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return max(min(cores // processes, MOST_WORKERS), 1)
+    return 0 if count <= FEW else usual_workers(processes)
 
 
 def loaded(model: ImageModel | str | os.PathLike[str]) -> ImageModel:

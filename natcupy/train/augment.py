@@ -1,8 +1,8 @@
 """A training picture: cropped, mirrored, changed a little, normalised. Pillow and torch alone.
 
-In: a PIL picture and a model's `Preprocess` recipe. Out: a float32 tensor `[C, H, W]`. Drawings
-(crop mode "ink") are framed as always and only turned and shifted a little. What timm has beyond
-this comes from `timm_parts` if the config wants it.
+In: a PIL picture as it is stored, and a model's `Preprocess` recipe. Out: a float32 tensor
+`[C, H, W]`. Drawings (crop mode "ink") are framed as always and only turned and shifted a little.
+What timm has beyond this comes from `timm_parts` if the config wants it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch.nn import functional as F
 from natcupy.train import timm_parts
 from natcupy.train.config import TrainConfig
 from natcupy.zoo.config import ConfigError
-from natcupy.zoo.preprocess import CROP_MODES, Preprocess
+from natcupy.zoo.preprocess import CROP_MODES, Preprocess, plain
 
 LUMA = torch.tensor([0.299, 0.587, 0.114])[:, None, None]  # ITU-R 601
 ATTEMPTS = 10
 
 
 class Augment:
-    """From a PIL picture "RGB" or "L" to a training item; draws from torch's generator.
+    """From a PIL picture to a training item; draws from torch's generator.
 
     Args:
         recipe: how the model's pictures are made otherwise.
@@ -34,6 +34,8 @@ class Augment:
 
     Raises ConfigError for variations that this model's pictures cannot have.
     """
+
+    takes_stored = True  # since drawings may be drawn on a transparent ground
 
     def __init__(self, recipe: Preprocess, config: TrainConfig) -> None:
         self.recipe, self.config = recipe, config
@@ -65,7 +67,7 @@ class Augment:
         if self.recipe.crop_mode == "ink":
             bands = CROP_MODES["ink"](picture, self.recipe)
         else:
-            cut = self._cropped(picture.convert("L" if channels == 1 else "RGB"))
+            cut = self._cropped(plain(picture).convert("L" if channels == 1 else "RGB"))
             bands = list((cut if self.policy is None else self.policy(cut)).split())
             # A model of other numbers of channels sees the colours in turn.
             bands = [bands[number % len(bands)] for number in range(channels)]

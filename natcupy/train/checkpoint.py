@@ -168,22 +168,16 @@ def write(
         writers[BEST] = lambda path: write_tensors(best, path, marked)
     text = json.dumps({"format": FORMAT, **vars(progress)}, allow_nan=False)
     writers[STATE] = lambda path: path.write_bytes(text.encode())
-    from safetensors import SafetensorError
-
     try:
         write_folder(folder, writers)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         held = "the one before is whole" if (folder / STATE).exists() else "there was none before"
-        why = "the disk is full" if _is_full(error) else str(error)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        why = "the disk is full" if full else error.strerror or str(error)
         raise TrainError(
             f"the checkpoint of step {progress.step} cannot be written to {folder}: {why}; {held}. "
-            "Make room, then continue with --resume."
+            "Make room there, then continue with --resume."
         ) from error
-
-
-def _is_full(error: Exception) -> bool:
-    number = getattr(error, "errno", None)
-    return number in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
 
 
 def read(folder: Path) -> Progress | None:

@@ -129,7 +129,8 @@ class TrainConfig:
         eval_every: epochs between examinations; the last epoch always has one.
         checkpoint_steps: steps between checkpoints within an epoch; 0: at the ends of epochs.
         seed: decides first weights of new heads, order, augmentation and dropped paths.
-        workers: processes that read pictures, per process that trains; 0 for none.
+        workers: processes that read pictures, per process that trains; 0 for none; None: by the
+            processors that it may use.
         resume: continue the run in `output`, or start it where there is none.
         progress: show a bar; None: where the output is a terminal.
     """
@@ -176,7 +177,7 @@ class TrainConfig:
     eval_every: int = _of(_whole(1, 100_000), 1)
     checkpoint_steps: int = _of(_whole(0, 10**9), 0)
     seed: int = _of(_whole(0, 2**32 - 1), 0)
-    workers: int = _of(_whole(0, 1024), 2)
+    workers: int | None = _of(_maybe(_whole(0, 1024)), None)
     resume: bool = _of(_switch, False)
     progress: bool | None = _of(_maybe(_switch), None)
 

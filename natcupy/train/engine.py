@@ -83,8 +83,8 @@ def train(
         DataError: an item that cannot be read.
         ImportError: the extra "train" is missing.
     """
-    with randomness.restored(), own_state():
-        engine = _Engine(model, task, config, facts or {})
+    with randomness.restored(), own_state(), run.Hold() as hold:
+        engine = _Engine(model, task, config, facts or {}, hold)
         try:
             return engine.run()
         finally:
@@ -93,7 +93,12 @@ def train(
 
 class _Engine:
     def __init__(
-        self, model: nn.Module, task: Task, config: TrainConfig, facts: dict[str, Any]
+        self,
+        model: nn.Module,
+        task: Task,
+        config: TrainConfig,
+        facts: dict[str, Any],
+        hold: run.Hold,
     ) -> None:
         self.task, self.config = task, config
         self.accelerator = accelerator = make_accelerator(config)
@@ -102,7 +107,7 @@ class _Engine:
         plan = loaders.Plan.of(len(task.training_items), config, accelerator.num_processes)
         self.plan = plan
         self.steps = plan.steps * (config.epochs + config.cooldown_epochs)
-        self._on_main(lambda: run.claim(config, {**task.facts(), **facts}))
+        self._on_main(lambda: run.claim(config, {**task.facts(), **facts}, hold))
         self.folder = Path(config.output).expanduser()
         self.copy = copy.deepcopy(model).to("cpu")
         self._start(model)

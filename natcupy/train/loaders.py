@@ -8,6 +8,7 @@ index): see `randomness`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from natcupy.data.workers import leave_with_parent
+from natcupy.data.workers import leave_with_parent, usual_workers
 from natcupy.train import randomness
 from natcupy.train.config import TrainConfig, TrainError
 
@@ -121,6 +122,12 @@ def examination(
         yield batch, sum(counts[number * batch_size :][:batch_size])
 
 
+def _workers(config: TrainConfig) -> int:
+    if config.workers is not None:
+        return config.workers
+    return usual_workers(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def _loader(
     items: Dataset,
     batches: list[list[tuple[int, int]]],
@@ -131,7 +138,7 @@ def _loader(
     return DataLoader(
         items,
         batch_sampler=batches,
-        num_workers=min(config.workers, len(batches)),
+        num_workers=min(_workers(config), len(batches)),
         collate_fn=collate,
         pin_memory=device.type == "cuda",
         worker_init_fn=leave_with_parent,

@@ -6,16 +6,25 @@ row per epoch), all replaced in one step; and the bar on the terminal.
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import errno
 import io
 import json
+import os
 import platform
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 import torch
 
@@ -23,14 +32,67 @@ from natcupy.hub.files import write_folder
 from natcupy.train.config import TrainConfig, TrainError
 
 RUN, LOG_CSV, LOG_JSON, CHECKPOINT = "run.json", "log.csv", "log.json", "checkpoint"
+RUNNING = ".running"
 
 
-def claim(config: TrainConfig, facts: Mapping[str, Any]) -> Path:
-    """Make the folder of a run, or check that it holds the run to be continued.
+class Hold:
+    """That this process trains in a folder, and no other.
+
+    A lock on a file in the folder, which ends with the process however that ends: what a kill
+    leaves of the file holds nobody up. Where the system cannot lock (Windows, some network drives)
+    it keeps nobody out. Workers forked from the process do not inherit it.
+    """
+
+    def __init__(self) -> None:
+        self._path, self._file = Path(), -1
+
+    def __enter__(self) -> Hold:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file >= 0:
+            self._path.unlink(missing_ok=True)
+            os.close(self._file)
+            self._file = -1
+
+    def take(self, folder: Path) -> None:
+        """Hold a folder until the end of the block. Raises TrainError if another process does."""
+        if fcntl is None:
+            return
+        self._path = folder / RUNNING
+        while self._file < 0:
+            file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                told = os.read(file, 200).decode("utf-8", "replace")
+                os.close(file)
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    return
+                raise TrainError(
+                    f"{told or 'another process'} trains in {folder}. Wait for its end, or end it, "
+                    "and continue with --resume (resume=True); or choose another output."
+                ) from None
+            if self._is_there(file):
+                self._file = file
+            else:  # whoever held it has just removed it
+                os.close(file)
+        os.ftruncate(self._file, 0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        os.write(self._file, f"process {os.getpid()} of {platform.node()}, since {since},".encode())
+
+    def _is_there(self, file: int) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(file), os.stat(self._path))
+        return False
+
+
+def claim(config: TrainConfig, facts: Mapping[str, Any], hold: Hold) -> Path:
+    """Make the folder of a run, or check that it holds the run to be continued; and hold it.
 
     Raises:
-        TrainError: it holds a run and none is to be continued; another run; other files; or it
-            cannot be written. Nothing in it was changed.
+        TrainError: it holds a run and none is to be continued; another run; other files; another
+            process trains there; or it cannot be written. Nothing in it was changed.
     """
     folder = Path(config.output).expanduser()
     wanted = {"config": config.binding(), "facts": json.loads(json.dumps(dict(facts)))}
@@ -43,6 +105,7 @@ def claim(config: TrainConfig, facts: Mapping[str, Any]) -> Path:
     if had is not None:
         _same_run(folder, had, wanted)
         _writable(folder)
+        hold.take(folder)
         return folder
     if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise TrainError(
@@ -55,6 +118,7 @@ def claim(config: TrainConfig, facts: Mapping[str, Any]) -> Path:
             f"the output {folder} cannot be made: {error.strerror or error}. Choose another."
         ) from None
     _writable(folder)
+    hold.take(folder)
     text = json.dumps({"natcupy run": 1, **wanted, "environment": environment()}, indent=1)
     write_folder(folder, {RUN: lambda path: path.write_bytes(text.encode())})
     return folder
@@ -123,11 +187,12 @@ class Bar:
         self._bar.set_postfix_str(", ".join([*words, f"{speed:.1f} items/s"]))
 
     def say(self, text: str) -> None:
-        """A line above the bar."""
-        if self.wanted:
-            self._bar.write(text, file=sys.stderr)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        """A line above the bar. That nobody can read it is no reason to end a run."""
+        with contextlib.suppress(OSError):
+            if self.wanted:
+                self._bar.write(text, file=sys.stderr)
+            else:
+                print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leave the line as it is."""

@@ -450,3 +450,36 @@ def test_one_switch_hides_the_bars(hub, files, cache, quiet):
         [sys.executable, "-c", SHOWN, cache], env=env, capture_output=True, text=True, check=True
     )
     assert done.stdout == "" and ("100%" in done.stderr) != quiet
+
+
+# ---------------------------------------------------------------- what is not the Hub
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (json.JSONDecodeError("Expecting value", "<html>", 0), Unavailable, "a login page"),
+        (KeyError("id"), Unavailable, r"is not the Hub \(KeyError: 'id'\)"),
+        (
+            type("InvalidURL", (Exception,), {})("http://user:secret@["),
+            Offline,
+            r"no valid address here.*HF_ENDPOINT",
+        ),
+    ],
+)
+def test_who_answers_is_not_the_hub(error, kind, text):
+    with (
+        pytest.raises(kind, match=text) as caught,
+        client.explained(client.Subject("me/model", "main")),
+    ):
+        raise error
+    assert "me/model@main" in str(caught.value) and "secret" not in str(caught.value)
+
+
+def test_a_folder_of_the_client_that_cannot_be_read():
+    with (
+        pytest.raises(PermissionError, match="Permission denied; set HF_HOME") as caught,
+        client.explained(client.Subject("me/model", "main")),
+    ):
+        raise PermissionError(13, "Permission denied", "/root/.cache/huggingface/token")
+    assert caught.value.filename == "/root/.cache/huggingface/token"

@@ -231,3 +231,17 @@ def test_hashes_and_bounded_reading(tmp_path):
         read_bytes(path, 10)
     with pytest.raises(NotFound):
         read_bytes(tmp_path, 10)
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path):
+    """The name is the file's own, not the temporary one's; a folder made for it does not stay."""
+
+    def full(path):
+        path.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="space") as caught:
+        write_folder(tmp_path / "new", {"a": writer("x"), "b": full})
+    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.filename == str(tmp_path / "new" / "b")
+    assert not (tmp_path / "new").exists()

@@ -1,6 +1,8 @@
 """Safetensors files: what is written reads back; what is wrong is refused by one class, cheaply."""
 
+import errno
 import json
+import os
 
 import pytest
 import torch
@@ -160,3 +162,19 @@ def test_header_bombs_are_refused_before_they_are_parsed(monkeypatch):
 
 def test_mutations_raise_one_class():
     assert mutated_tensors(20_000, 20261124) > 15_000
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such limit")
+def test_a_file_that_cannot_be_written(tmp_path):
+    """An error of the system, with its number, where the writer of safetensors has its own."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large") as caught:
+            write_tensors({"x": torch.zeros(1 << 19)}, tmp_path / "x.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.errno == errno.EFBIG
+    assert caught.value.filename == str(tmp_path / "x.safetensors")

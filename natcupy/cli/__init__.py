@@ -75,14 +75,17 @@ class _Ended(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def _ended_in_order() -> Iterator[None]:
-    """Within, SIGTERM and SIGHUP end the command as Ctrl-C does, which removes temporary files."""
+    """Within, SIGTERM and SIGHUP end the command as Ctrl-C does, which removes temporary files.
+
+    Not under torchrun: a process that waits for another one would not see the signal.
+    """
 
     def end(number: int, frame: Any) -> None:
         signal.signal(number, signal.SIG_DFL)  # who asks twice does not want to wait
         raise _Ended(number)
 
     taken = []
-    for name in ("SIGTERM", "SIGHUP"):
+    for name in () if "LOCAL_RANK" in os.environ else ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows knows one of them
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:
             with contextlib.suppress(ValueError):  # not in the main thread

@@ -51,7 +51,9 @@ class Hold:
 
     def __exit__(self, *_: object) -> None:
         if self._file >= 0:
-            self._path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                if self._is_there(self._file):
+                    self._path.unlink()
             os.close(self._file)
             self._file = -1
 
@@ -77,9 +79,11 @@ class Hold:
                 self._file = file
             else:  # whoever held it has just removed it
                 os.close(file)
-        os.ftruncate(self._file, 0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        os.write(self._file, f"process {os.getpid()} of {platform.node()}, since {since},".encode())
+        text = f"process {os.getpid()} of {platform.node()}, since {since},"
+        with contextlib.suppress(OSError):  # it is the lock that counts
+            os.ftruncate(self._file, 0)
+            os.write(self._file, text.encode())
 
     def _is_there(self, file: int) -> bool:
         with contextlib.suppress(FileNotFoundError):

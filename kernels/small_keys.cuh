@@ -193,6 +193,11 @@ __device__ __forceinline__ void key_side(
                 __syncthreads();  // what was staged before has been read
                 stage(g, at.item, at.role, staged, at.first_head, p.query, p.d_out,
                       g.queries_per_kv, member, 1, at.top, at.left, at.rows);
+                // Of an odd number of columns one past the last row is read, and weighs nothing.
+                if (g.pitch % 2 && at.rows < g.staged)
+                    for (int n = threadIdx.x; n < 2 * g.heads_here * CHUNKS; n += blockDim.x)
+                        clear_chunk(staged + n / CHUNKS * tensor_bytes(g) + at.rows * line +
+                                    n % CHUNKS * 16);
                 stage_biases(
                     g, tables, p.rpb, at.first_head, g.queries_per_kv, member, (float)LOG2_E);
                 for (int n = at.role.warp; n < g.heads_here * at.rows; n += at.role.warps) {

@@ -35,6 +35,7 @@ CASES = (
     case("even", (12, 19), (4, 6), "even windows lean left", dtype=F16),
     case("nine", (19, 20), 9, "the widest window: all 16 columns of a step"),
     case("nine, 64", (11, 18), (9, 8), "the same with longer rows", dim=64),
+    case("odd pitch", (9, 22), 7, "one column past the last staged row is read"),
     case("far border", (26, 26), 9, "18 query columns see a tile of keys"),
     case("three", (7, 17), 3, "most of a step is masked", dim=64),
     case("one row", (5, 30), (1, 9), "a window of one row: every pair is staggered", dtype=F16),
@@ -95,7 +96,17 @@ def named(name):
     return next(case for case in CASES if case.name == name)
 
 
-TWICE = ("nat", "odd rows", "wide", "far border", "remainder", "heads first", "eleven", "ten")
+TWICE = (
+    "nat",
+    "odd rows",
+    "wide",
+    "far border",
+    "odd pitch",
+    "remainder",
+    "heads first",
+    "eleven",
+    "ten",
+)
 
 
 @pytest.mark.parametrize("name", TWICE)

@@ -116,7 +116,7 @@ def plan_stages(device: torch.device, made: dict[str, Any], work: Path, path: Pa
         Stage("questions", (questions,), 60),
         tests("kernel tables", work, tables, 90),
         tests("numbers", work, [NUMBERS], 90, select=f"not random and not ({LARGE})"),
-        tests("torch", work, [TORCH, *OTHERS], 90),
+        tests("torch", work, [TORCH, *OTHERS], 130),
         Stage(
             "speed of the operation",
             ((*python, "benchmarks.op", *speed, "--seconds", "0.06", "--out", str(op), "--way",

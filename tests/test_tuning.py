@@ -73,7 +73,8 @@ def clock(monkeypatch, tmp_path):
 
 def new_process():
     """Forget what this process settled, not what is stored."""
-    small.ranked.cache_clear()
+    for kept in (small.ranked, small.joint_tile, small.joint_tiles):
+        kept.cache_clear()
     tuning._forget(lambda choice: True)
 
 
@@ -114,6 +115,14 @@ BAD = (
     ("portable", 8), ("portable", 8, 8, 8), ("portable", 0, 8), ("portable", 56, 57),
     ("portable", 40, 40), ("portable", "8", 8), ("other", 8, 8), ("", 8, 8), (3, 8, 8),
 )  # fmt: skip
+
+
+def test_a_stored_joint_choice_serves_its_whole_class():
+    """Of any batch of the class, though each has its own few that are worth measuring."""
+    few, more = nat((56, 56), 90, batch=3), nat((56, 56), 90, batch=4)
+    assert tuning.problem_class(few, BOTH, True) == tuning.problem_class(more, BOTH, True)
+    for choice in plan.choices(few, BOTH):
+        assert plan.legal(more, BOTH, choice) and plan.part(more, BOTH, True, choice).recipes
 
 
 def test_only_what_can_join_is_joined():

@@ -169,6 +169,7 @@ class Row:
 
 
 WIDE = 2**30
+H100 = "tiles-nvidia-h100-80gb-hbm3-2026-11-26.json"
 MAPS = {16: (14, 14), 32: (28, 28), 64: (56, 56), WIDE: (112, 200)}  # that rows are counted on
 ROWS = (
     Row("64 KiB", FORWARD, 16, (2, 14, 4), Counted(1.14, 2, 16)),
@@ -208,17 +209,19 @@ ROWS = (
     Row("100 KiB", KEYS, 64, (1, 14, 4), Counted(2.64, 2, 8)),
     Row("100 KiB", KEYS, WIDE, (2, 8, 2), Counted(2.43, 2, 8)),
     Row("228 KiB", FORWARD, 16, (2, 14, 2), Counted(1.14, 4, 16)),
-    Row("228 KiB", FORWARD, 32, (4, 28, 2), Counted(1.0, 2, 16)),
+    Row("228 KiB", FORWARD, 32, (4, 16, 2), Measured(H100, "28x28 h4 d1 dim32 k7 b128, forward")),
     Row("228 KiB", FORWARD, 64, (7, 8, 1), Counted(1.64, 2, 14)),
     Row("228 KiB", FORWARD, WIDE, (2, 28, 4), Counted(1.66, 2, 16)),
     Row("228 KiB", QUERIES, 16, (2, 14, 1), Counted(1.14, 4, 8)),
     Row("228 KiB", QUERIES, 32, (4, 28, 1), Counted(1.0, 2, 8)),
     Row("228 KiB", QUERIES, 64, (4, 14, 1), Counted(1.65, 2, 8)),
-    Row("228 KiB", QUERIES, WIDE, (2, 28, 2), Counted(1.66, 2, 8)),
-    Row("228 KiB", KEYS, 16, (2, 14, 1), Counted(1.14, 6, 12)),
-    Row("228 KiB", KEYS, 32, (4, 28, 1), Counted(1.0, 2, 8)),
-    Row("228 KiB", KEYS, 64, (4, 14, 1), Counted(1.65, 2, 8)),
-    Row("228 KiB", KEYS, WIDE, (2, 28, 2), Counted(1.66, 2, 8)),
+    Row(
+        "228 KiB", QUERIES, WIDE, (2, 20, 2), Measured(H100, "112x112 h2 d1 dim32 k7 b16, queries")
+    ),
+    Row("228 KiB", KEYS, 16, (2, 14, 2), Measured(H100, "14x14 h8 d1 dim32 k7 b128, keys")),
+    Row("228 KiB", KEYS, 32, (4, 10, 1), Measured(H100, "28x28 h4 d1 dim32 k7 b128, keys")),
+    Row("228 KiB", KEYS, 64, (4, 8, 1), Measured(H100, "56x56 h2 d1 dim32 k7 b128, keys")),
+    Row("228 KiB", KEYS, WIDE, (2, 16, 2), Measured(H100, "112x112 h2 d1 dim32 k7 b16, keys")),
 )
 
 

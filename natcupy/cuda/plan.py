@@ -252,8 +252,8 @@ def legal(p: Problem, side: str, choice: Choice) -> bool:
         return False
     family, tile = choice[0], choice[1:]
     if side == BOTH:
-        joint = joins(p, True) and tile in {t.shape for t, _ in small.joint_tiles(p)}
-        return choice == APART or (family == "joint" and joint)
+        joint = family == "joint" and joins(p, True) and small.joint_tile(p, tile) is not None
+        return choice == APART or joint
     if family == "small":
         return not small.why_not(p) and tile in {t.shape for t in small.tiles(p, side)}
     most = THREADS // sharing(p.dtype, p.head_dim, p.value_dim).lanes

@@ -386,12 +386,22 @@ def joins(p: Problem) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def joint_tiles(p: Problem) -> tuple[tuple[Tile, Tile], ...]:
-    """Tiles of both sides, of one shape, that are worth measuring; the first one runs."""
-    of_keys = {t.shape: t for t in tiles(p, KEYS)}
-    made = [(t, of_keys[t.shape]) for t in ranked(p, QUERIES) if t.shape in of_keys]
+def joint_tile(p: Problem, shape: Shape) -> tuple[Tile, Tile] | None:
+    """The tile of this shape on the query side, and the cheapest of as many warps for the keys."""
+    cut = next((t for t in tiles(p, QUERIES) if t.shape == shape), None)
+    mates = (*ranked(p, KEYS), *tiles(p, KEYS)) if cut is not None else ()
+    mate = next((t for t in mates if t.warps == cut.warps), None)
     # With one item more than blocks of the query side, nearly half of all blocks find no work.
-    return tuple(pair for pair in made if 4 * p.heads * sum(t.items for t in pair) <= LARGEST_GRID)
+    if mate is None or 4 * p.heads * (cut.items + mate.items) > LARGEST_GRID:
+        return None
+    return cut, mate
+
+
+@lru_cache(maxsize=4096)
+def joint_tiles(p: Problem) -> tuple[tuple[Tile, Tile], ...]:
+    """Tiles of both sides, of as many warps, that are worth measuring; the first one runs."""
+    made = (joint_tile(p, t.shape) for t in ranked(p, QUERIES))
+    return tuple(pair for pair in made if pair is not None)
 
 
 def both_sides(p: Problem, rpb: bool, most: int, shape: Shape | None = None) -> tuple[Recipe, int]:
@@ -399,7 +409,7 @@ def both_sides(p: Problem, rpb: bool, most: int, shape: Shape | None = None) -> 
 
     `rpb` and `most` as in `query_side`.
     """
-    cut, key_cut = next(pair for pair in joint_tiles(p) if shape in (None, pair[0].shape))
+    cut, key_cut = joint_tile(p, shape) if shape else joint_tiles(p)[0]
     blocks = _query_blocks(p, cut, rpb, most)
     teams = p.heads // cut.heads_here
     share = 1 + -(-key_cut.items // blocks)  # blocks that work on the same tiles

@@ -1,6 +1,7 @@
 """The registry: names, sizes, state-dict keys, parameters and multiply-adds of every model."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -320,7 +321,7 @@ def test_size_functions_are_public():
     for name, function in MODELS.items():
         assert getattr(zoo, name) is function
         assert function.__name__ == name
-        assert function.__doc__
+        assert function.__doc__ or sys.flags.optimize > 1
 
 
 # -- overrides ----------------------------------------------------------------------------------

@@ -68,17 +68,20 @@ def test_traffic(given, family):
 
 def conflicts_are_rare(name, traffic, rpb):
     for kind in ("cp.async", "shared read", "shared write"):
-        # Outside the loops, where tables are added up, some may conflict.
+        # Outside the loops, where tables are added up, some may conflict; and where delta of two
+        # rows is subtracted at once.
         allowed = (
             1.02 if name.endswith(("dq", "bwd", "dense")) and rpb and kind != "cp.async" else 1
         )
+        if name.endswith("bwd") and kind == "shared write":
+            allowed = 1.05
         assert traffic[f"{kind} wavefronts"] <= traffic[f"{kind} ideal"] * allowed, (name, kind)
 
 
 # Warp instructions of the forward kernel's PTX per fragment, 2 rows by 8 columns of queries, with
 # what a block does before and after: what bounds it where main memory does not.
 FRAGMENTS = (
-    (case("28", (28, 28), 7, "windows that stagger"), 56, 870),
+    (case("28", (28, 28), 7, "windows that stagger, in the tile measured fastest"), 56, 935),
     (case("dense", (14, 14), 7, "groups of one window", dilation=2, heads=4), 64, 715),
 )
 

@@ -139,9 +139,8 @@ def _gpu_times(
         events[1].record()
         host.append((time.perf_counter() - before) * 1e3)
         queued.append(events)
-        if (
-            alone or len(queued) % 8 == 0
-        ):  # else the host runs far ahead, and a full queue blocks it
+        # else the host runs far ahead, and a full queue blocks it
+        if alone or len(queued) % 8 == 0:
             torch.cuda.synchronize(device)
     torch.cuda.synchronize(device)
     return [start.elapsed_time(end) for start, end in queued], host

@@ -521,7 +521,7 @@ def test_own_warnings_are_one_line():
 
 def test_doctor_without_a_home(monkeypatch):
     def unreadable(access):
-        raise PermissionError(13, "Permission denied", "/root/token")
+        raise PermissionError(13, "Permission denied", "/home/someone/token")
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "~no-such-user/hub")
     monkeypatch.setattr("natcupy.hub.client.has_login", unreadable)
@@ -529,7 +529,7 @@ def test_doctor_without_a_home(monkeypatch):
     assert (found["cache"], found["cache_exists"], found["token"]) == (None, False, None)
     home, token = found["problems"]
     assert "~no-such-user/hub, and this user has no home folder. Set HF_HOME" in home
-    assert token == "the token cannot be read: /root/token: Permission denied"
+    assert token == "the token cannot be read: /home/someone/token: Permission denied"
 
 
 def test_what_cannot_be_looked_at_stops_no_other_picture(run, digits):

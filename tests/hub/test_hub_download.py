@@ -481,5 +481,5 @@ def test_a_folder_of_the_client_that_cannot_be_read():
         pytest.raises(PermissionError, match="Permission denied; set HF_HOME") as caught,
         client.explained(client.Subject("me/model", "main")),
     ):
-        raise PermissionError(13, "Permission denied", "/root/.cache/huggingface/token")
-    assert caught.value.filename == "/root/.cache/huggingface/token"
+        raise PermissionError(13, "Permission denied", "/home/someone/token")
+    assert caught.value.filename == "/home/someone/token"

@@ -20,7 +20,7 @@ struct Params {
     int query_blocks;
     int key_blocks;
     Divisor by_share;  // blocks of both sides that lie together: one of the query side, then others
-    double scale;
+    Scale scale;
     View query;
     View key;
     View value;
@@ -35,7 +35,7 @@ struct Params {
     acc_t* partial;  // [blocks per head, heads, 2 * kernel_size - 1 per axis]
 };
 
-extern "C" __global__ void __launch_bounds__(256, 1)
+extern "C" __global__ void __launch_bounds__(256, CROWDED ? 2 : 1)
 na2d_small_bwd(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) unsigned char shared[];
     int block = blockIdx.x;

@@ -23,7 +23,7 @@ struct Params {
     SmallGeometry geometry;
     int items;       // dilation groups of all images
     int slots;       // warps of the launch per head
-    double scale;
+    Scale scale;
     View query;
     View key;
     View value;
@@ -85,11 +85,11 @@ __device__ __forceinline__ void row_scores(
 
 // This lane's chunk of every row of the group to shared memory.
 __device__ __forceinline__ void stage_rows(
-    unsigned to, const Lines& from, int chunk, bool real) {
+    unsigned to, const Lines& from, bool real) {
     if (real) {
 #pragma unroll
         for (int row = 0; row < KH; ++row)
-            copy_chunk(to + row * LINE, from.at(row) + chunk * CHUNK);
+            copy_chunk(to + row * LINE, from.at(row));
     } else {
 #pragma unroll
         for (int row = 0; row < KH; ++row) clear_chunk(to + row * LINE);
@@ -243,29 +243,26 @@ na2d_small_bwd_dense(const __grid_constant__ Params p) {
         const int bias = sees ? rpb_index(column, query, KW) : (int)NO_BIAS;
         biases[e] = staged + TABLE_AT + (BIAS_PITCH + bias) * 4;
     }
-    const float scale = (float)p.scale * (float)LOG2_E;
+    const float scale = p.scale.base_two;
     // As in na2d_small_bwd_dq: lse is not subtracted from each score.
-    const float unscale = -inverse((float)p.scale);
 
     for (int n = slot; n < p.items; n += p.slots) {
         SmallItem item;
         item.set(g, n);
         __syncwarp();  // what was staged before has been read
         // Lane 4 g + c has chunk c of column g; columns that are not there are the last again.
-        const Lines outs(p.out, g, item, head, 0, near);
+        const Lines outs(p.out, g, item, head, 0, near, loaded(c));
         Chunk o[2 * PAIRS][PIECES];
 #pragma unroll
         for (int row = 0; row < 2 * PAIRS; ++row)
-            read_row(outs.at(least(row, KH - 1)), c, true, o[row]);
+            read_row(outs.at(least(row, KH - 1)), true, o[row]);
         const bool real = column < KW;
         const unsigned to = staged + rows_at;
-        stage_rows(to + QUERIES_AT, Lines(p.query, g, item, head, 0, near), c, real);
-        stage_rows(to + OUTS_AT, Lines(p.d_out, g, item, head, 0, near), c, real);
-        stage_rows(to + KEYS_AT, Lines(p.key, g, item, head, 0, near), c, real);
-        stage_rows(to + VALUES_AT, Lines(p.value, g, item, head, 0, near), c, real);
-        const long long image = (item.batch * g.heads + head) * g.length[0] * g.length[1];
-        const long long token = image + item.token(g, 0, near);
-        const long long below = (long long)g.dilation[0] * g.length[1];
+        stage_rows(to + QUERIES_AT, Lines(p.query, g, item, head, 0, near, loaded(c)), real);
+        stage_rows(to + OUTS_AT, Lines(p.d_out, g, item, head, 0, near, loaded(c)), real);
+        stage_rows(to + KEYS_AT, Lines(p.key, g, item, head, 0, near, loaded(c)), real);
+        stage_rows(to + VALUES_AT, Lines(p.value, g, item, head, 0, near, loaded(c)), real);
+        const long long numbers = item.number(g, g.heads, head, 0, near);
         copies_done();
         __syncwarp();
 #pragma unroll
@@ -284,9 +281,9 @@ na2d_small_bwd_dense(const __grid_constant__ Params p) {
             for (int h = 0; h < 2; ++h) {
                 const int row = 2 * a + h;
                 if (row >= KH) continue;
-                const long long at = token + row * below;
-                if (p.d_lse) delta[h] -= p.d_lse[at];
-                const float start = p.lse[at] * unscale;
+                const auto own_number = [&](float* all) { return number_at(all, g, numbers, row); };
+                if (p.d_lse) delta[h] -= *own_number(p.d_lse);
+                const float start = *own_number(p.lse) * -p.scale.inverse;
                 // Lanes c = 0, 1 write the one, lanes 2, 3 the other, for two rows of keys.
                 write_float(staged + STARTS_AT + row * 128 + c / 2 * 64 + column / 2 * 16 +
                                 c % 2 * 8 + column % 2 * 4,
@@ -303,8 +300,8 @@ na2d_small_bwd_dense(const __grid_constant__ Params p) {
 #pragma unroll
                 for (int e = 0; e < 4; ++e) d_query[a][j][e] = 0;
         if (RPB_GRAD) sums.clear();
-        const Lines d_keys(p.d_key, g, item, head, 0, near);
-        const Lines d_values(p.d_value, g, item, head, 0, near);
+        const Lines d_keys(p.d_key, g, item, head, 0, near, stored(c));
+        const Lines d_values(p.d_value, g, item, head, 0, near, stored(c));
         unsigned place = lane;  // addresses are made in every round: there are no registers to spare
 #pragma unroll 1
         for (int first = 0; first < KH; first += 2) {
@@ -315,7 +312,7 @@ na2d_small_bwd_dense(const __grid_constant__ Params p) {
 #pragma unroll
             for (int side = 0; side < 2; ++side) {
                 const bool write = real && first + side < KH;
-                store_row(d_keys.at(first + side), d_key, side, (float)p.scale, c, write);
+                store_row(d_keys.at(first + side), d_key, side, p.scale.plain, c, write);
                 store_row(d_values.at(first + side), d_value, side, 1, c, write);
             }
         }
@@ -323,10 +320,10 @@ na2d_small_bwd_dense(const __grid_constant__ Params p) {
 #pragma unroll
             for (int row = 2 * PAIRS; row < ROW_SUMS; ++row)
                 sums.push(row, sums.held[row - 2 * PAIRS]);
-        const Lines d_queries(p.d_query, g, item, head, 0, near);
+        const Lines d_queries(p.d_query, g, item, head, 0, near, stored(c));
 #pragma unroll
         for (int row = 0; row < KH; ++row)
-            store_row(d_queries.at(row), d_query[row / 2], row % 2, (float)p.scale, c, real);
+            store_row(d_queries.at(row), d_query[row / 2], row % 2, p.scale.plain, c, real);
     }
 
     if (RPB_GRAD) {  // of each bias the numbers of all pairs, by query

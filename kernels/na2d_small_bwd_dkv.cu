@@ -9,7 +9,7 @@
 
 struct Params {
     SmallGeometry geometry;  // its heads are those of keys and values
-    double scale;
+    Scale scale;
     View query;
     View key;
     View value;
@@ -22,7 +22,8 @@ struct Params {
 };
 
 // At most 8 warps; of short rows of halves a multiprocessor's registers hold 12.
-extern "C" __global__ void __launch_bounds__(D == 32 && !FLOATS && KW <= 9 ? 384 : 256, 1)
+extern "C" __global__ void
+__launch_bounds__(D == 32 && !FLOATS && KW <= 9 && !CROWDED ? 384 : 256, CROWDED ? 2 : 1)
 na2d_small_bwd_dkv(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) unsigned char shared[];
     key_side<true>(p, p.geometry, shared, block_from_the_end());

@@ -10,7 +10,7 @@
 struct Params {
     SmallGeometry geometry;
     int items;       // tiles of all dilation groups of all images
-    double scale;
+    Scale scale;
     View query;
     View key;
     View value;
@@ -24,7 +24,7 @@ struct Params {
     acc_t* partial;  // [blocks per head, heads, 2 * kernel_size - 1 per axis]
 };
 
-extern "C" __global__ void __launch_bounds__(256, 1)
+extern "C" __global__ void __launch_bounds__(256, CROWDED ? 2 : 1)
 na2d_small_bwd_dq(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) unsigned char shared[];
     query_side<true>(p, p.geometry, shared, blockIdx.x, gridDim.x);

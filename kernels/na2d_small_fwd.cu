@@ -8,9 +8,9 @@
 // a pair that does not see each other finds minus infinity.
 //
 // The softmax is exact and streamed, without a running maximum: weights are 2^(t - reference), where
-// the reference is the query's largest score in the middle row of its window. Where another score
-// is so far above it that weights leave the range of their type, the fragment is done again with
-// the largest score of all.
+// the reference is the query's largest score in the middle row of its window, or nothing at all in
+// bfloat16, which is as precise far from one as near it. Where weights leave the range of their type,
+// the fragment is done again with the largest score of all.
 //
 // Scores are in units of the scale: biases, divided by it, are what products are added to.
 //
@@ -25,7 +25,7 @@
 
 struct Params {
     SmallGeometry geometry;
-    double scale;
+    Scale scale;
     View query;
     View key;
     View value;
@@ -37,18 +37,32 @@ struct Params {
 enum {
     MIDDLE = KH / 2 / EACH * EACH,            // a step that both queries of a pair see
     FULL = (DENSE ? KH : KH - 1) / EACH,      // whole steps that both see
-    STRAIGHT = BLOCKS == 3 ? 1 : FULL <= 4 ? FULL : FULL % 2 == 0 ? 2 : FULL % 3 == 0 ? 3 : 1
+    STRAIGHT = BLOCKS == 3 ? 1 : FULL <= 3 ? FULL : FULL % 2 == 0 ? 2 : FULL % 3 == 0 ? 3 : 1
 };
 
-struct Sums {  // of a pair of rows; `low` is minus the reference, in base two
-    float out[D / 8][4], low[2], total[2];
+// Of a pair of rows; `low` is minus the reference, in base two. Of weights in halves `whole` has the
+// sum after rounding: over it, a key that alone weighs anything gives its value exactly.
+struct Sums {
+    float out[D / 8][4], low[2], total[2], whole[4];
+
+    __device__ __forceinline__ float share(int side) const {
+        return inverse(FLOATS ? total[side] : whole[2 * side]);
+    }
 };
 
-template <class T> struct Range {  // of weights: the first reference becomes 2^-SHIFT
-    static constexpr float SHIFT = 0, MOST = 1e18f;
+// Of weights, which are MOST together, and LEAST where they are not referred to any score; else the
+// first reference becomes 2^-SHIFT.
+template <class T> struct Range {
+    static constexpr bool REFERS = true;
+    static constexpr float SHIFT = 0, MOST = 1e18f, LEAST = 0;
 };
 template <> struct Range<F16> {
-    static constexpr float SHIFT = 8, MOST = 65504;
+    static constexpr bool REFERS = true;
+    static constexpr float SHIFT = 8, MOST = 65504, LEAST = 0;
+};
+template <> struct Range<BF16> {
+    static constexpr bool REFERS = false;
+    static constexpr float SHIFT = 0, MOST = 1e18f, LEAST = 1e-18f;
 };
 
 // What a fragment is at: a step of keys, values and biases, and the bias of the second query's next
@@ -138,6 +152,7 @@ __device__ __forceinline__ void step(
             }
     }
     accumulate(scalar_t(), sums.out, weights, at.values, block_bytes(g), blocks);
+    add_up(scalar_t(), sums.whole, weights, blocks);
     at.advance(pitch(g) * ROW);
 }
 
@@ -145,6 +160,8 @@ __device__ __forceinline__ void step(
 __device__ __forceinline__ void attend(
     const SmallGeometry& g, Left& query, Place at, float scale, bool staggered, Sums& sums) {
     sums.total[0] = sums.total[1] = 0;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) sums.whole[e] = 0;
 #pragma unroll
     for (int j = 0; j < D / 8; ++j)
 #pragma unroll
@@ -163,15 +180,17 @@ __device__ __forceinline__ void attend(
     }
 }
 
-// Whether weights left their range, or a NaN or infinity came to any row of the fragment.
-__device__ __forceinline__ bool spoilt(const Sums& sums) {
+// Whether weights left their range, or a NaN or infinity came to any row of the fragment. Totals are
+// those of whole rows.
+__device__ __forceinline__ bool spoilt(const Sums& sums, float least_total) {
     float sum = 0;
 #pragma unroll
     for (int j = 0; j < D / 8; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e) sum += sums.out[j][e];
     return __any_sync(0xFFFFFFFFu, !(fabsf(sum) < -minus_infinity() &&
-                                     sums.total[0] + sums.total[1] <= Range<scalar_t>::MOST));
+                                     sums.total[0] + sums.total[1] <= Range<scalar_t>::MOST &&
+                                     sums.total[0] >= least_total && sums.total[1] >= least_total));
 }
 
 // One row of the fragment key by key, in floats: a product of 16 rows would multiply what other rows
@@ -221,10 +240,10 @@ na2d_small_fwd(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) unsigned char shared[];
     const SmallGeometry& g = p.geometry;
     const Role role(g);
-    int number = block_from_the_end();
-    const int first_head = remainder(number, g.by_teams) * g.heads_here;
+    int rest = block_from_the_end();
+    const int first_head = remainder(rest, g.by_teams) * g.heads_here;
     SmallItem item;
-    if (!item.set(g, number)) return;
+    if (!item.set(g, rest)) return;
 
     // Stage what the tile sees, and the biases.
     const int row0 = item.begin[0], height = item.extent[0], width = item.extent[1];
@@ -235,7 +254,7 @@ na2d_small_fwd(const __grid_constant__ Params p) {
     float* tables = (float*)(shared + 2 * g.heads_here * tensor_bytes(g));
     stage(g, item, role, staged, first_head, p.key, p.value, 1, 0, g.queries_per_kv, top, left,
           window(last, height, KH).end - top);
-    stage_biases(g, tables, p.rpb, first_head, 1, 0, inverse(fabsf((float)p.scale)));
+    stage_biases(g, tables, p.rpb, first_head, 1, 0, fabsf(p.scale.inverse));
 
     // This warp's columns: the first key column of its steps, each lane's columns of the bias.
     const int column0 = item.begin[1] + role.column, head = first_head + role.head;
@@ -255,16 +274,13 @@ na2d_small_fwd(const __grid_constant__ Params p) {
     }
     const int row1 = row0 + 2 * role.split;
     unsigned stride = 2 * g.splits;
-    const Grid queries(p.query, g, item, head), outs(p.out, g, item, head);
-    const scalar_t* source = queries.at(row1, near);
-    scalar_t* target = outs.at(row1, near);
-    float* lse = p.lse + (item.batch * g.heads + head) * g.length[0] * g.length[1] +
-                 item.token(g, row1, near);
+    const Lines queries(p.query, g, item, head, row1, near, loaded(c));
+    const Lines outs(p.out, g, item, head, row1, near, stored(c));
+    const long long number = item.number(g, g.heads, head, row1, near);
     Chunk first[PIECES], second[PIECES];
     const auto load = [&](int row) {
-        read_row(source, c, row <= last, first);
-        read_row(source + queries.down, c, row < last, second);
-        source += stride * queries.down;
+        read_row(queries.at(row - row1), row <= last, first);
+        read_row(queries.at(row + 1 - row1), row < last, second);
     };
     load(row1);
     copies_done();
@@ -276,8 +292,8 @@ na2d_small_fwd(const __grid_constant__ Params p) {
                           row_offset(begin - left, role.lane);
     const Across values = Across(begin - left, role.lane, block_bytes(g)) +
                           (staged + (2 * role.head + 1) * tensor_bytes(g));
-    const float scale = fabsf((float)p.scale) * (float)LOG2_E;
-    const unsigned sign = (float)p.scale >= 0 ? 0 : FLOATS ? 0x80000000u : 0x80008000u;
+    const float scale = fabsf(p.scale.base_two);
+    const unsigned sign = p.scale.plain >= 0 ? 0 : FLOATS ? 0x80000000u : 0x80008000u;
 
 #pragma unroll 1
     for (int row = row1; row <= last; row += stride) {
@@ -289,41 +305,39 @@ na2d_small_fwd(const __grid_constant__ Params p) {
         const unsigned skip = (from - top) * line;
         const bool staggered = !DENSE && two && window(row + 1, height, KH).begin != from;
         Sums sums;
-        bool again = KH == 1, alone;  // of one row there is no middle that both see
+        // Of one row there is no middle that both see.
+        bool again = KH == 1 && Range<scalar_t>::REFERS, alone;
 #pragma unroll 1
         while (true) {
             Place at = {keys + skip, {}, values + skip};
 #pragma unroll
             for (int x = 0; x < OWN; ++x)
                 at.biases[x] = offsets[x] + (from - row + KH - 1) * (BIAS_PITCH * 4);
-            refer(g, query, at, scale, staggered, again ? 0 : MIDDLE,
-                  again ? KH + staggered : MIDDLE + 1, sums.low);
+            sums.low[0] = sums.low[1] = 0;
+            if (Range<scalar_t>::REFERS || again)
+                refer(g, query, at, scale, staggered, again ? 0 : MIDDLE,
+                      again ? KH + staggered : MIDDLE + 1, sums.low);
             attend(g, query, at, scale, staggered, sums);
-            alone = spoilt(sums);
+#pragma unroll
+            for (int side = 0; side < 2; ++side) sums.total[side] = sum_of_quad(sums.total[side]);
+            alone = spoilt(sums, again ? 0 : Range<scalar_t>::LEAST);
             if (!alone || again) break;
             again = true;
         }
-#pragma unroll
-        for (int side = 0; side < 2; ++side) sums.total[side] = sum_of_quad(sums.total[side]);
         load(row + stride);
-        scalar_t* to = target;
-        float* lse_to = lse;
-        target += stride * outs.down;
-        lse += stride * g.dilation[0] * g.length[1];
         if (alone) {
 #pragma unroll 1
             for (int side = 0; side < (two ? 2 : 1); ++side) {
                 const int top_row = window(row + side, height, KH).begin;
                 Chunk one[PIECES];
-                read_row(queries.at(row + side, near), c, true, one);
+                read_row(queries.at(row + side - row1), true, one);
                 attend_alone(
                     g, one, staged + 2 * role.head * tensor_bytes(g) + (top_row - top) * line,
                     seen.begin - left,
                     table + 4 * (rpb_index(seen.begin, near, KW) +
                                  (top_row - row - side + KH) * BIAS_PITCH),
-                    scale, sign != 0, c, column < width, to, lse_to);
-                to += outs.down;
-                lse_to += g.dilation[0] * g.length[1];
+                    scale, sign != 0, c, column < width, outs.at(row + side - row1) - stored(c),
+                    number_at(p.lse, g, number, row + side - row1));
             }
             continue;
         }
@@ -331,10 +345,8 @@ na2d_small_fwd(const __grid_constant__ Params p) {
         for (int side = 0; side < 2; ++side) {
             const bool write = column < width && (side == 0 || two);
             const float sum = (log_2(sums.total[side]) - sums.low[side]) * (float)LN_2;
-            store_row(to, sums.out, side, inverse(sums.total[side]), c, write);
-            if (write && c == 0) *lse_to = sum;
-            to += outs.down;
-            lse_to += g.dilation[0] * g.length[1];
+            store_row(outs.at(row + side - row1), sums.out, side, sums.share(side), c, write);
+            if (write && c == 0) *number_at(p.lse, g, number, row + side - row1) = sum;
         }
     }
 }

@@ -25,13 +25,13 @@ __device__ __forceinline__ int place(int chunk, int column) {
     return chunk ^ (ROW == 64 ? turn : column % 2 * 4 + turn);
 }
 
-// This lane's chunks of a row in global memory: c, c + 4, ...; or zeros.
+// This lane's chunks of a row in global memory, of which the first is at `chunk`; or zeros.
 __device__ __forceinline__ void read_row(
-    const scalar_t* row, int c, bool real, Chunk (&x)[PIECES]) {
+    const scalar_t* chunk, bool real, Chunk (&x)[PIECES]) {
 #pragma unroll
     for (int n = 0; n < PIECES; ++n) {
         x[n] = {};
-        if (real) x[n] = read_global(row + (4 * n + c) * CHUNK);
+        if (real) x[n] = read_global(chunk + 4 * n * CHUNK);
     }
 }
 
@@ -266,6 +266,26 @@ __device__ __forceinline__ void accumulate(
     }
 }
 
+// sum += weights of the first `blocks` blocks, as products see them: rounded. Every column is the sum
+// of a whole row. Floats are not rounded, and not summed here.
+__device__ __forceinline__ unsigned ones(F16) { return 0x3C003C00u; }
+__device__ __forceinline__ unsigned ones(BF16) { return 0x3F803F80u; }
+template <class Half, int N>
+__device__ __forceinline__ void add_up(Half, float (&sum)[4], const Weights<N>& w, int blocks) {
+    const unsigned one = ones(Half());
+    if (N >= 2 && blocks >= 2) {
+        const unsigned a[4] = {w.word[0][0][0], w.word[0][1][0], w.word[N > 1][0][0],
+                               w.word[N > 1][1][0]};
+        multiply(Half(), sum, a, one, one);
+    }
+    if (blocks % 2 == 1) {
+        constexpr int LAST = N == 3 ? 2 : 0;
+        multiply(Half(), sum, w.word[LAST][0][0], w.word[LAST][1][0], one);
+    }
+}
+template <int N>
+__device__ __forceinline__ void add_up(F32, float (&)[4], const Weights<N>&, int) {}
+
 // Column n of out[4 j + i] is number i of chunk 8 j + n / 2 + n % 2 * 4.
 template <int N>
 __device__ __forceinline__ void accumulate(
@@ -300,6 +320,10 @@ __device__ __forceinline__ void accumulate(
     }
 }
 
+// The first number of a row that lane `c` of four reads, and that it writes.
+__device__ __forceinline__ int loaded(int c) { return c * CHUNK; }
+__device__ __forceinline__ int stored(int c) { return FLOATS ? c * CHUNK : c % 2 * 8 + c / 2 * 4; }
+
 __device__ __forceinline__ void write_global(scalar_t* at, const unsigned (&w)[4]) {
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
         :: "l"(at), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]) : "memory");
@@ -315,9 +339,8 @@ __device__ __forceinline__ void write_global(
 // chunks.
 template <class Half>
 __device__ __forceinline__ void store_result(
-    Half, scalar_t* row, const float (&x)[D / 8][4], int side, float factor, int c, bool write) {
+    Half, scalar_t* to, const float (&x)[D / 8][4], int side, float factor, int c, bool write) {
     const bool odd = c & 1;
-    scalar_t* to = row + c % 2 * 8 + c / 2 * 4;
 #pragma unroll
     for (int j = 0; j < D / 8; j += 2) {
         const unsigned low =
@@ -329,19 +352,20 @@ __device__ __forceinline__ void store_result(
     }
 }
 __device__ __forceinline__ void store_result(
-    F32, scalar_t* row, const float (&x)[D / 8][4], int side, float factor, int c, bool write) {
+    F32, scalar_t* to, const float (&x)[D / 8][4], int side, float factor, int, bool write) {
 #pragma unroll
     for (int n = 0; n < PIECES; ++n) {
         unsigned w[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j)
             w[j] = __float_as_uint(x[n / 2 * 4 + j][2 * side + n % 2] * factor);
-        if (write) write_global(row + (4 * n + c) * CHUNK, w);
+        if (write) write_global(to + 4 * n * CHUNK, w);
     }
 }
 
-// All lanes take part; `write` says which rows there are.
+// All lanes take part, `to` is where each one's `stored` number of the row is; `write` says which rows
+// there are.
 __device__ __forceinline__ void store_row(
-    scalar_t* row, const float (&x)[D / 8][4], int side, float factor, int c, bool write) {
-    store_result(scalar_t(), row, x, side, factor, c, write);
+    scalar_t* to, const float (&x)[D / 8][4], int side, float factor, int c, bool write) {
+    store_result(scalar_t(), to, x, side, factor, c, write);
 }

@@ -13,14 +13,16 @@ struct Params {
     void* out;       // [size], stored as SCALAR
 };
 
-extern "C" __global__ void __launch_bounds__(MAX_THREADS)
+enum { MOST = 1024 };  // threads of a block: many slices need many loads at once
+
+extern "C" __global__ void __launch_bounds__(MOST)
 reduce_partials(const __grid_constant__ Params p) {
-    __shared__ acc_t sums[MAX_THREADS];
+    __shared__ acc_t sums[MOST];
     for (long long first = blockIdx.x * 32ll; first < p.size; first += gridDim.x * 32ll) {
         const long long at = first + threadIdx.x;
         acc_t sum = 0;
         if (at < p.size)
-#pragma unroll 4
+#pragma unroll 8
             for (int s = threadIdx.y; s < p.slices; s += blockDim.y)
                 sum += p.partial[s * p.size + at];
         __syncthreads();  // the sums of the results before these have been read

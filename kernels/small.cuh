@@ -50,6 +50,13 @@ struct SmallGeometry {
     Divisor by_splits;
 };
 
+struct Scale {  // the scale of the logits, as floats
+    float plain;
+    float base_two;  // times log2(e)
+    float inverse;   // 1 over it
+    float never;     // minus infinity over it: what a score starts from that weighs nothing
+};
+
 enum {
     KH = KERNEL_HEIGHT,
     KW = KERNEL_WIDTH,
@@ -102,7 +109,7 @@ __device__ __forceinline__ int step_blocks(const SmallGeometry& g, int i, int ro
 __device__ __forceinline__ int block_from_the_end() { return gridDim.x - 1 - blockIdx.x; }
 
 struct SmallItem {  // a tile of one dilation group of one image
-    long long batch;
+    unsigned batch;
     int group[2], extent[2], begin[2];  // extent of the group; tokens in group coordinates
 
     // False for the tiles that shorter dilation groups lack.
@@ -120,41 +127,48 @@ struct SmallItem {  // a tile of one dilation group of one image
         return divide(g.length[a] - group[a] + g.dilation[a] - 1, g.by_dilation[a]);
     }
 
-    // The number of a token within its image.
-    __device__ __forceinline__ long long token(const SmallGeometry& g, int row, int column) const {
-        return (long long)(group[0] + row * g.dilation[0]) * g.length[1] +
-               group[1] + column * g.dilation[1];
+    // Place on the map of a token of the group.
+    __device__ __forceinline__ unsigned row(const SmallGeometry& g, int row) const {
+        return group[0] + row * g.dilation[0];
+    }
+    __device__ __forceinline__ unsigned column(const SmallGeometry& g, int column) const {
+        return group[1] + column * g.dilation[1];
+    }
+    // Bytes to a token's number among those of all heads, [batch, heads, *spatial].
+    __device__ __forceinline__ long long number(
+        const SmallGeometry& g, int heads, int head, int y, int x) const {
+        const long long rows = (long long)(batch * heads + head) * g.length[0] + row(g, y);
+        return (rows * g.length[1] + column(g, x)) * 4;
+    }
+    // The row of a token and head.
+    __device__ __forceinline__ scalar_t* at(
+        const View& v, const SmallGeometry& g, int head, int y, int x) const {
+        return (scalar_t*)v.data + v.batch * batch + v.head * (unsigned)head +
+               v.axis[0] * row(g, y) + v.axis[1] * column(g, x);
     }
 };
 
-struct Grid {  // the rows of one head of one image, addressed by row and column of a group
-    scalar_t* first;
-    long long down, right;
-
-    __device__ __forceinline__ Grid(
-        const View& v, const SmallGeometry& g, const SmallItem& item, int head) {
-        first = (scalar_t*)v.data + item.batch * v.batch + head * v.head +
-                item.group[0] * v.axis[0] + item.group[1] * v.axis[1];
-        down = g.dilation[0] * v.axis[0];
-        right = g.dilation[1] * v.axis[1];
-    }
-    __device__ __forceinline__ scalar_t* at(int row, int column) const {
-        return first + row * down + column * right;
-    }
-};
-
-struct Lines {  // the rows of one column of one head, from a first row on
-    scalar_t* first;
-    long long down;
+// What a lane reads or writes of some rows of one column, from a first row on. The plan sees to it that
+// 32 bits hold the bytes from one corner of what is staged for a tile to the other.
+struct Lines {
+    char* first;
+    unsigned down;
 
     __device__ __forceinline__ Lines(const View& v, const SmallGeometry& g, const SmallItem& item,
-                                     int head, int row, int column) {
-        const Grid grid(v, g, item, head);
-        first = grid.at(row, column);
-        down = grid.down;
+                                     int head, int row, int column, int inside) {
+        first = (char*)(item.at(v, g, head, row, column) + inside);
+        down = g.dilation[0] * (unsigned)v.axis[0] * (unsigned)sizeof(scalar_t);
     }
-    __device__ __forceinline__ scalar_t* at(int rows) const { return first + rows * down; }
+    __device__ __forceinline__ scalar_t* at(int rows, unsigned aside = 0) const {
+        return (scalar_t*)(first + (rows * down + aside));
+    }
 };
+
+// The number of the token `rows` rows below the one whose own is `first` bytes from the start.
+__device__ __forceinline__ float* number_at(
+    float* all, const SmallGeometry& g, long long first, int rows) {
+    return (float*)((char*)all + first + rows * (unsigned)(g.dilation[0] * g.length[1] * 4));
+}
 
 __device__ __forceinline__ Interval window(int position, int length, int kernel_size) {
     return window(position, length, kernel_size, 1, false);
@@ -168,7 +182,7 @@ struct Role {  // what a warp does
 
     __device__ __forceinline__ Role(const SmallGeometry& g, unsigned thread = threadIdx.x) {
         lane = thread % 32;
-        warp = thread / 32;
+        warp = __shfl_sync(0xFFFFFFFFu, thread / 32, 0);
         warps = blockDim.x / 32;
         int rest = warp;
         column = PAIRED ? 0 : remainder(rest, g.by_blocks) * 8;
@@ -197,9 +211,9 @@ __device__ __forceinline__ void stage(
 #pragma unroll 1
     for (int which = 0; which < 2; ++which) {
         const View& v = which ? b : a;
-        const Grid from(v, g, item, 0);
-        const scalar_t* first = from.at(row + role.warp, column + at) + chunk * CHUNK;
-        const long long down = role.warps * from.down, right = STRIDE * from.right;
+        const scalar_t* first = item.at(v, g, 0, row + role.warp, column + at) + chunk * CHUNK;
+        const long long down = v.axis[0] * (unsigned)(role.warps * g.dilation[0]);
+        const long long right = v.axis[1] * (unsigned)(STRIDE * g.dilation[1]);
 #pragma unroll 1
         for (int here = 0; here < g.heads_here; ++here) {
             int head = (first_head + here) * times + plus;

@@ -66,7 +66,14 @@ struct Place {
     }
 };
 
-enum { FLIGHT = 5 };  // fragments of rows on their way at once: the loop waits for memory
+// Numbers from a staged row to the next: an even number, so that pairs are read, and two rows of 8
+// columns lie in different banks.
+__device__ __forceinline__ int number_pitch(const SmallGeometry& g) {
+    const int even = g.pitch + g.pitch % 2, bank = even % 32;
+    return even + (bank < 8 ? 8 - bank : bank > 24 ? 40 - bank : 0);
+}
+
+enum { FLIGHT = 2 };  // fragments of rows on their way at once: the loop waits for memory
 
 // Subtracts the delta of all staged queries of a head from `known`, [row][even]; `d_outs` is where
 // their staged gradients of the output are.
@@ -74,12 +81,14 @@ template <class Params>
 __device__ __forceinline__ void subtract_delta(
     const Params& p, const SmallGeometry& g, const Place& at, int head, unsigned d_outs,
     float* known, int even) {
-    const Grid outs(p.out, g, at.item, head);
     const unsigned line = g.pitch * ROW;
+    const unsigned right = g.dilation[1] * (unsigned)p.out.axis[1] * (unsigned)sizeof(scalar_t);
 #pragma unroll 1
-    for (int down = 2 * at.role.warp; down < at.rows; down += 2 * at.role.warps)
+    for (int down = 2 * at.role.warp; down < at.rows; down += 2 * at.role.warps) {
+        const Lines outs(p.out, g, at.item, head, at.top + down, at.left + at.role.lane / 4,
+                         loaded(at.c));
 #pragma unroll 1
-        for (int begin = 0; begin < even; begin += 8 * FLIGHT) {
+        for (int begin = 0; begin < g.pitch; begin += 8 * FLIGHT) {
             const int first = begin + at.role.lane / 4;
             const auto real = [&](int n, int side) {
                 const int x = first + 8 * n;
@@ -87,15 +96,13 @@ __device__ __forceinline__ void subtract_delta(
             };
             Chunk o[FLIGHT][2][PIECES];
 #pragma unroll
-            for (int n = 0; n < FLIGHT; ++n) {
-                const int column = least(at.left + first + 8 * n, at.width - 1);
+            for (int n = 0; n < FLIGHT; ++n)
 #pragma unroll
                 for (int side = 0; side < 2; ++side)
-                    read_row(outs.at(at.top + down + side, column), at.c, real(n, side), o[n][side]);
-            }
+                    read_row(outs.at(side, (begin + 8 * n) * right), real(n, side), o[n][side]);
 #pragma unroll
             for (int n = 0; n < FLIGHT; ++n) {
-                if (begin + 8 * n >= even) break;
+                if (begin + 8 * n >= g.pitch) break;
                 const unsigned staged =
                     d_outs + down * line + row_offset(begin + 8 * n, at.role.lane);
                 Chunk d[2][PIECES];
@@ -116,6 +123,7 @@ __device__ __forceinline__ void subtract_delta(
                     known[(down + at.c) * even + first + 8 * n] -= at.c ? delta[1] : delta[0];
             }
         }
+    }
 }
 
 // What block `block` does. With KNOWS_DELTA, p.delta holds what the query side has written; without,
@@ -133,7 +141,7 @@ __device__ __forceinline__ void key_side(
         anew(block);
         return Place(g, thread, block);
     };
-    const int even = g.pitch + g.pitch % 2;
+    const int even = number_pitch(g);
     const int tokens = g.staged * even, queries = g.heads * g.queries_per_kv;
     const unsigned staged = shared_address(shared), line = g.pitch * ROW;
     // Columns are read from an even one on, so one past the last may be read and weigh nothing.
@@ -144,22 +152,18 @@ __device__ __forceinline__ void key_side(
     // A row past the last table is read but never used.
     float* known = tables + g.heads_here * BIASES + BIAS_PITCH;
     if (threadIdx.x < BIAS_PITCH) known[(int)threadIdx.x - BIAS_PITCH] = 0;
-    const float scale = (float)p.scale * (float)LOG2_E;
-    // As in na2d_small_bwd_dq: lse is not subtracted from each score.
-    const float unscale = -inverse((float)p.scale);
-    const float never = p.scale > 0 ? minus_infinity() : -minus_infinity();
     const auto seen_from = [&](const Place& at, int begin) {
         return Seen(g, at.left, begin, at.near, at.width, at.c,
                     shared_address(tables) + at.role.head * BIASES * 4);
     };
-    const auto lines = [&](const View& v, const Place& at) {
-        return Lines(v, g, at.item, at.head, at.own, at.near);
+    const auto lines = [&](const View& v, const Place& at, int inside) {
+        return Lines(v, g, at.item, at.head, at.own, at.near, inside);
     };
+    const Lines keys = lines(p.key, once, loaded(once.c)), values = lines(p.value, once, loaded(once.c));
+    const Lines d_keys = lines(p.d_key, once, stored(once.c));
+    const Lines d_values = lines(p.d_value, once, stored(once.c));
     // For the first columns of queries: mostly there are no others.
     Seen seen = seen_from(once, once.from);
-    // Floats make them anew for every pair of rows.
-    const Lines keys = lines(p.key, once), values = lines(p.value, once);
-    const Lines d_keys = lines(p.d_key, once), d_values = lines(p.d_value, once);
 
     // NOTE: the sums of a pair of rows run over all query heads of a group, so heads are staged anew
     // for every pair; the plan gives a warp one pair where heads are grouped, if it can.
@@ -169,14 +173,14 @@ __device__ __forceinline__ void key_side(
         {
             const Place at = here();
             if (at.active && at.own + below <= at.last) {
-                const Lines from_keys = FLOATS ? lines(p.key, at) : keys;
-                const Lines from_values = FLOATS ? lines(p.value, at) : values;
+                const Lines from_keys = LONG ? lines(p.key, at, loaded(at.c)) : keys;
+                const Lines from_values = LONG ? lines(p.value, at, loaded(at.c)) : values;
                 Chunk k[2][PIECES], v[2][PIECES];
 #pragma unroll
                 for (int side = 0; side < 2; ++side) {
                     const bool there = side == 0 || at.own + below + 1 < at.height;
-                    read_row(from_keys.at(below + side), at.c, there, k[side]);
-                    read_row(from_values.at(below + side), at.c, there, v[side]);
+                    read_row(from_keys.at(below + side), there, k[side]);
+                    read_row(from_values.at(below + side), there, v[side]);
                 }
                 key.set(k[0], k[1], g.zero);
                 value.set(v[0], v[1], g.zero);
@@ -200,23 +204,29 @@ __device__ __forceinline__ void key_side(
                                     n % CHUNKS * 16);
                 stage_biases(
                     g, tables, p.rpb, at.first_head, g.queries_per_kv, member, (float)LOG2_E);
-                for (int n = at.role.warp; n < g.heads_here * at.rows; n += at.role.warps) {
-                    const int down = n % at.rows, h = n / at.rows;
-                    const int query_head = (at.first_head + h) * g.queries_per_kv + member;
-                    const long long image =
-                        (at.item.batch * queries + query_head) * g.length[0] * g.length[1];
-                    for (int x = at.role.lane; x < even; x += 32) {
-                        const bool real = x < g.pitch && at.left + x < at.width;
-                        const long long token =
-                            image + at.item.token(g, at.top + down, at.left + x);
-                        float* write = known + 2 * h * tokens + down * even + x;
-                        write[0] = real ? p.lse[token] * unscale : never;
-                        if constexpr (KNOWS_DELTA)
-                            write[tokens] = real ? -p.delta[token] : 0;
-                        else
-                            write[tokens] = real && p.d_lse ? p.d_lse[token] : 0;
+#pragma unroll 1
+                for (int h = 0; h < g.heads_here; ++h)
+#pragma unroll 1
+                    for (int down = at.role.warp; down < at.rows; down += at.role.warps) {
+                        const int query_head = (at.first_head + h) * g.queries_per_kv + member;
+                        long long number = at.item.number(
+                            g, queries, query_head, at.top + down, at.left + at.role.lane);
+                        float* write = known + 2 * h * tokens + down * even + at.role.lane;
+#pragma unroll 1
+                        for (int x = at.role.lane; x < even; x += 32) {
+                            const bool real = x < g.pitch && at.left + x < at.width;
+                            // As in na2d_small_bwd_dq: lse is not subtracted from each score.
+                            write[0] = real ? *number_at(p.lse, g, number, 0) * -p.scale.inverse
+                                            : p.scale.never;
+                            if constexpr (KNOWS_DELTA)
+                                write[tokens] = real ? -*number_at(p.delta, g, number, 0) : 0;
+                            else
+                                write[tokens] =
+                                    real && p.d_lse ? *number_at(p.d_lse, g, number, 0) : 0;
+                            number += 32 * 4 * g.dilation[1];
+                            write += 32;
+                        }
                     }
-                }
                 copies_done();
                 __syncthreads();
                 if constexpr (!KNOWS_DELTA) {
@@ -277,7 +287,7 @@ __device__ __forceinline__ void key_side(
                             const bool sees = side ? query >= second : query < past;
 #pragma unroll
                             for (int e = 0; e < 2; ++e) {
-                                t0[h][2 * side + e] = sees ? start[e] : never;
+                                t0[h][2 * side + e] = sees ? start[e] : p.scale.never;
                                 d0[h][2 * side + e] = d0[h][e];
                             }
                         }
@@ -305,7 +315,7 @@ __device__ __forceinline__ void key_side(
                             for (int e = 0; e < 2; ++e) {
                                 const float bias = PAIRED ? read_float(biases[e] + down)
                                                    : side ? lower_bias[2 * h + e] : upper_bias[e];
-                                x[e] = exp_2(t[h][2 * side + e] * scale + bias);
+                                x[e] = exp_2(t[h][2 * side + e] * p.scale.base_two + bias);
                                 y[e] = x[e] * d[h][2 * side + e];
                             }
                             weights.set(h, side, x[0], x[1]);
@@ -327,13 +337,13 @@ __device__ __forceinline__ void key_side(
         }
         const Place at = here();
         if (!at.active || at.own + below > at.last) continue;
-        const Lines to_keys = FLOATS ? lines(p.d_key, at) : d_keys;
-        const Lines to_values = FLOATS ? lines(p.d_value, at) : d_values;
+        const Lines to_keys = LONG ? lines(p.d_key, at, stored(at.c)) : d_keys;
+        const Lines to_values = LONG ? lines(p.d_value, at, stored(at.c)) : d_values;
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
             const bool write =
                 at.column < at.width && (side == 0 || at.own + below + 1 < at.height);
-            store_row(to_keys.at(below + side), d_key, side, (float)p.scale, at.c, write);
+            store_row(to_keys.at(below + side), d_key, side, p.scale.plain, at.c, write);
             store_row(to_values.at(below + side), d_value, side, 1, at.c, write);
         }
     }

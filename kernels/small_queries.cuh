@@ -9,65 +9,82 @@
 // reduce_partials adds the blocks' tables in order.
 
 // Steps of straight code: with sums of long rows in registers there are too few of these.
-enum { STRAIGHT = D == 64 && RPB_GRAD ? 1 : UNROLLED };
+enum { STRAIGHT = RPB_GRAD && (D == 64 || (KH > 8 && KW > 8)) ? 1 : UNROLLED };
 
 // What a warp holds of the bias gradient: for every row of the table that a pair of rows meets this
 // lane's numbers, in registers if the loop over rows is straight code, else in shared memory.
+//
+// A window of at most 8 columns never holds two columns 8 apart, so of two such at most one weighs
+// anything: they share a number, as those 16 apart do under wider windows.
 struct Sums {
     enum {
+        FOLDED = (KW + 7) / 8,  // blocks of 8 columns that have numbers of their own
+        WIDE = 2 * FOLDED,      // numbers of a lane per row
         ROWS = KH + 1,
         HELD = STRAIGHT == 1 ? 0 : ROWS,
         // Bytes from query to query, from block to block, from row to row: numbers that are written
         // or read at once lie in different banks.
-        QUERY = HELD && BLOCKS > 1 ? 96 : 32,
+        QUERY = HELD && FOLDED > 1 ? 96 : 32,
         BLOCK = QUERY == 96 ? 32 : 288,
-        LINE = HELD ? 8 * QUERY : BLOCKS * BLOCK,
+        LINE = HELD ? 8 * QUERY : FOLDED * BLOCK,
         BYTES = (HELD ? 1 : (int)ROWS) * LINE  // in registers, rows are added up one by one
     };
-    float held[HELD + 1][OWN];
+    float held[HELD + 1][WIDE];
     unsigned at;   // of this warp's numbers in shared memory: [row][block][query][key]
     int lane;
     int distance;  // from the first query row to its window; positive where there is nothing yet
+    int column, width;  // the first query column, and the group's columns
     int shift;     // from the first query column to its first key column
 
     __device__ __forceinline__ unsigned place(int row, int x) const {
         return at + row * LINE + lane / 4 * QUERY + x / 2 * BLOCK + lane % 4 * 8;
     }
-    __device__ __forceinline__ void keep(int row, const float (&sum)[OWN]) const {
+    __device__ __forceinline__ void keep(int row, const float (&sum)[WIDE]) const {
 #pragma unroll
-        for (int x = 0; x < OWN; x += 2)
+        for (int x = 0; x < WIDE; x += 2)
             asm volatile("st.shared.v2.f32 [%0], {%1, %2};"
                 :: "r"(place(row, x)), "f"(sum[x]), "f"(sum[x + 1]));
     }
-    __device__ __forceinline__ void add(int row, const float (&y)[OWN]) {
+    __device__ __forceinline__ void add(int row, const float (&y)[WIDE]) {
         if (HELD) {
 #pragma unroll
-            for (int x = 0; x < OWN; ++x) held[row * !!HELD][x] += y[x];
+            for (int x = 0; x < WIDE; ++x) held[row * !!HELD][x] += y[x];
         } else {
-            float sum[OWN];
+            float sum[WIDE];
 #pragma unroll
-            for (int x = 0; x < OWN; x += 2)
+            for (int x = 0; x < WIDE; x += 2)
                 asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
                     : "=f"(sum[x]), "=f"(sum[x + 1]) : "r"(place(row, x)));
 #pragma unroll
-            for (int x = 0; x < OWN; ++x) sum[x] += y[x];
+            for (int x = 0; x < WIDE; ++x) sum[x] += y[x];
             keep(row, sum);
         }
     }
     __device__ __forceinline__ void clear() {
-        const float zero[OWN] = {};
+        const float zero[WIDE] = {};
         if (HELD) {
 #pragma unroll
             for (int row = 0; row < HELD; ++row)
 #pragma unroll
-                for (int x = 0; x < OWN; ++x) held[row][x] = 0;
+                for (int x = 0; x < WIDE; ++x) held[row][x] = 0;
         } else {
             for (int row = 0; row < ROWS; ++row) keep(row, zero);
         }
     }
 
+    // The queries, as bits, that see their key of bias number `lane` among the warp's columns.
+    __device__ __forceinline__ unsigned seeing() const {
+        unsigned found = 0;
+#pragma unroll
+        for (int query = 0; query < 8; ++query) {
+            const int begin = window(least(column + query, width - 1), width, KW).begin;
+            const unsigned key = column + query + lane - (KW - 1) - begin;
+            if (key < KW) found |= 1 << query;
+        }
+        return found;
+    }
     // One row to the warp's table: of each bias the numbers of 8 queries, in order.
-    __device__ __forceinline__ void flush(float* table, int row) const {
+    __device__ __forceinline__ void flush(float* table, int row, unsigned found) const {
         const int key = lane - (KW - 1) - shift;  // that the first query's bias number `lane` is for
         __syncwarp();
         if (lane < 2 * KW - 1) {
@@ -76,8 +93,9 @@ struct Sums {
 #pragma unroll
             for (int query = 0; query < 8; ++query) {
                 const unsigned x = key + query;
-                sum += read_float_if(x < COLUMNS, at + (HELD ? 0 : row * LINE) + query * QUERY +
-                                                      x / 8 * (BLOCK - 32) + x * 4);
+                sum += read_float_if(found & 1 << query, at + (HELD ? 0 : row * LINE) +
+                                                             query * QUERY + x / 8 % FOLDED * BLOCK +
+                                                             x % 8 * 4);
             }
             *to = sum;
         }
@@ -85,26 +103,31 @@ struct Sums {
     }
     // What follows is at other distances: rows that it does not meet go to the table, in registers
     // the last one after the other, as the distance to the window never grows within a tile.
-    __device__ __forceinline__ void move(float* table, int new_distance, int new_shift) {
+    __device__ __forceinline__ void move(
+        float* table, int new_distance, int new_column, int new_width, int new_shift) {
         if (distance <= 0) {
-            const bool near = HELD && shift == new_shift && new_distance <= distance;
+            const bool near = HELD && column == new_column && width == new_width &&
+                              new_distance <= distance;
             const int rows = near ? distance - new_distance : (int)ROWS;
+            const unsigned found = seeing();
 #pragma unroll 1
             for (int n = 0; n < rows; ++n) {
                 if (HELD) keep(0, held[HELD - !!HELD]);
-                flush(table, HELD ? KH : n);
+                flush(table, HELD ? KH : n, found);
                 if (HELD) {
                     --distance;
 #pragma unroll
                     for (int row = HELD - 1; row >= 0; --row)
 #pragma unroll
-                        for (int x = 0; x < OWN; ++x)
+                        for (int x = 0; x < WIDE; ++x)
                             held[row][x] = row > 0 ? held[row > 0 ? row - 1 : 0][x] : 0;
                 }
             }
             if (!HELD) clear();
         }
         distance = new_distance;
+        column = new_column;
+        width = new_width;
         shift = new_shift;
     }
 };
@@ -122,7 +145,8 @@ __device__ __forceinline__ void attend(
     float bias[OWN];  // of the second query's next row: the first query's row before it
 #pragma unroll
     for (int x = 0; x < OWN; ++x) bias[x] = read_float(biases[x]);
-    float before[OWN] = {};  // the first query's dS of the row before, which has the same bias
+    // The first query's dS of the row before, which has the same bias.
+    float before[Sums::WIDE] = {};
     float t0[STEP][4], d0[STEP][4];  // what products are added to
 #pragma unroll
     for (int h = 0; h < STEP; ++h)
@@ -141,35 +165,41 @@ __device__ __forceinline__ void attend(
         query.renew(g.zero);
         d_out.renew(g.zero);
         Weights<STEP> ds;
-        float both[OWN];  // dS that share biases
+        float both[Sums::WIDE];  // dS that share biases
 #pragma unroll
         for (int h = 0; h < STEP; ++h) {
             const int row = PAIRED ? i + h : i, x = PAIRED ? 0 : 2 * h;
             ds.clear(h);
             if (row >= SEEN) continue;
+            if (PAIRED || h == 0)
+#pragma unroll
+                for (int z = 0; z < Sums::WIDE; ++z) {
+                    both[z] = before[z];
+                    before[z] = 0;
+                }
+            const int folded = x % Sums::WIDE;
             float next[2] = {0, 0};
             if (row < KH)
 #pragma unroll
                 for (int e = 0; e < 2; ++e)
                     next[e] = read_float(biases[x + e] + (row + 1) * (BIAS_PITCH * 4));
-#pragma unroll
-            for (int e = 0; e < 2; ++e) both[x + e] = before[x + e];
             if (row > 0 || !staggered) {
                 float y[2];
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
                     y[e] = exp_2(t[h][2 + e] * scale + bias[x + e]) * d[h][2 + e];
-                    both[x + e] += y[e];
+                    both[folded + e] += y[e];
                 }
                 ds.set(h, 1, y[0], y[1]);
             }
-#pragma unroll
-            for (int e = 0; e < 2; ++e) before[x + e] = 0;
             if (row < KH) {
+                float y[2];
 #pragma unroll
-                for (int e = 0; e < 2; ++e)
-                    before[x + e] = exp_2(t[h][e] * scale + next[e]) * d[h][e];
-                ds.set(h, 0, before[x], before[x + 1]);
+                for (int e = 0; e < 2; ++e) {
+                    y[e] = exp_2(t[h][e] * scale + next[e]) * d[h][e];
+                    before[folded + e] += y[e];
+                }
+                ds.set(h, 0, y[0], y[1]);
             }
 #pragma unroll
             for (int e = 0; e < 2; ++e) bias[x + e] = next[e];
@@ -179,6 +209,7 @@ __device__ __forceinline__ void attend(
         keys += EACH * line;
         values += EACH * line;
         across += EACH * line;
+        __syncwarp();
     }
     if (RPB_GRAD && !staggered) sums.add(KH, before);
 }
@@ -187,7 +218,9 @@ __device__ __forceinline__ void attend(
 template <bool TELLS_DELTA, class Params>
 __device__ __forceinline__ void query_side(
     const Params& p, const SmallGeometry& g, unsigned char* shared, int worker, int workers) {
-    const Role role(g);
+    unsigned thread = threadIdx.x;
+    anew(thread);
+    const Role role(g, thread);
     // Of those of a team.
     const int first_head = remainder(worker, g.by_teams) * g.heads_here;
     const int head = first_head + role.head;
@@ -198,7 +231,6 @@ __device__ __forceinline__ void query_side(
     stage_biases(g, tables, p.rpb, first_head, 1, 0, (float)LOG2_E);
     if (RPB_GRAD)
         for (int n = role.lane; n < BIASES; n += 32) own[n] = 0;
-    const float scale = (float)p.scale * (float)LOG2_E;
     const int c = role.lane % 4;
     Sums sums;
     sums.at = shared_address(tables + (g.heads_here + role.warps) * BIASES) +
@@ -206,11 +238,7 @@ __device__ __forceinline__ void query_side(
     sums.lane = role.lane;
     if (RPB_GRAD) sums.clear();
     sums.distance = 1;
-    sums.shift = 0;
-    // Scores start from minus lse over the scale, so that lse is not subtracted from each; rows that
-    // are not there from what weighs nothing.
-    const float unscale = -inverse((float)p.scale);
-    const float never = p.scale > 0 ? minus_infinity() : -minus_infinity();
+    sums.column = sums.width = sums.shift = 0;
 
     for (int n = worker; n < p.items; n += workers) {
         SmallItem item;
@@ -241,34 +269,29 @@ __device__ __forceinline__ void query_side(
         const unsigned offset = staged + 2 * role.head * tensor_bytes(g);
         const unsigned keys = offset + row_offset(begin - left, role.lane);
         const Across across = Across(begin - left, role.lane, block_bytes(g)) + offset;
-        const long long image = (item.batch * g.heads + head) * g.length[0] * g.length[1];
         copies_done();
         __syncthreads();
         if (!active) continue;
 
         const int first = row0 + 2 * role.split;
-        const auto lines = [&](const View& v, int column) {
-            return Lines(v, g, item, head, first, column);
+        const auto lines = [&](const View& v, int inside) {
+            return Lines(v, g, item, head, first, near, inside);
         };
-        const Lines queries = lines(p.query, near), outs = lines(p.out, near);
-        const Lines d_outs = lines(p.d_out, near), d_queries = lines(p.d_query, near);
-        unsigned again = near;  // long rows leave no registers to remember lines in
+        const Lines queries = lines(p.query, loaded(c)), outs = lines(p.out, loaded(c));
+        const Lines d_outs = lines(p.d_out, loaded(c)), d_queries = lines(p.d_query, stored(c));
+        const long long numbers = item.number(g, g.heads, head, first, near);
         const int shift = begin - column0;
 #pragma unroll 1
         for (int row = first; row <= last; row += 2 * g.splits) {
             const int from = window(row, height, KH).begin, distance = from - row;
             const bool two = row + 1 < height;
-            if (LONG) anew(again);
-            const Lines from_queries = LONG ? lines(p.query, again) : queries;
-            const Lines from_outs = LONG ? lines(p.out, again) : outs;
-            const Lines from_d_outs = LONG ? lines(p.d_out, again) : d_outs;
             Chunk q[2][PIECES], d[2][PIECES], o[2][PIECES];
 #pragma unroll
             for (int side = 0; side < 2; ++side) {
                 const bool there = side == 0 || two;
-                read_row(from_queries.at(row - first + side), c, there, q[side]);
-                read_row(from_d_outs.at(row - first + side), c, there, d[side]);
-                read_row(from_outs.at(row - first + side), c, there, o[side]);
+                read_row(queries.at(row - first + side), there, q[side]);
+                read_row(d_outs.at(row - first + side), there, d[side]);
+                read_row(outs.at(row - first + side), there, o[side]);
             }
             Left query, d_out;
             query.set(q[0], q[1], g.zero);
@@ -278,16 +301,20 @@ __device__ __forceinline__ void query_side(
 #pragma unroll
             for (int side = 0; side < 2; ++side) {
                 const bool real = column < width && (side == 0 || two);
-                const long long token = image + item.token(g, row + side, near);
-                if (p.d_lse && real) delta[side] -= p.d_lse[token];
+                const auto own_number = [&](float* all) {
+                    return number_at(all, g, numbers, row - first + side);
+                };
+                if (p.d_lse && real) delta[side] -= *own_number(p.d_lse);
                 if constexpr (TELLS_DELTA)
-                    if (real && c == 0) p.delta[token] = delta[side];
-                start[side] = real ? p.lse[token] * unscale : never;
+                    if (real && c == 0) *own_number(p.delta) = delta[side];
+                // Scores start from minus lse over the scale, so that lse is not subtracted from
+                // each; rows that are not there from what weighs nothing.
+                start[side] = real ? *own_number(p.lse) * -p.scale.inverse : p.scale.never;
                 delta[side] = -delta[side];
             }
             if (RPB_GRAD) {
-                if (distance != sums.distance || shift != sums.shift)
-                    sums.move(own, distance, shift);
+                if (distance != sums.distance || column0 != sums.column || width != sums.width)
+                    sums.move(own, distance, column0, width, shift);
             }
             unsigned biases[OWN];
 #pragma unroll
@@ -297,18 +324,16 @@ __device__ __forceinline__ void query_side(
             float out[D / 8][4];
             const bool staggered = !DENSE && two && window(row + 1, height, KH).begin != from;
             attend(g, query, d_out, keys + skip, keys + tensor_bytes(g) + skip, across + skip,
-                   biases, scale, start, delta, staggered, out, sums);
-            if (LONG) anew(again);
-            const Lines to = LONG ? lines(p.d_query, again) : d_queries;
+                   biases, p.scale.base_two, start, delta, staggered, out, sums);
 #pragma unroll
             for (int side = 0; side < 2; ++side)
-                store_row(to.at(row - first + side), out, side, (float)p.scale, c,
+                store_row(d_queries.at(row - first + side), out, side, p.scale.plain, c,
                           column < width && (side == 0 || two));
         }
     }
 
     if (RPB_GRAD) {  // the warps of each head, in order
-        sums.move(own, 1, 0);
+        sums.move(own, 1, 0, 0, 0);
         __syncthreads();
         // Padded rows are added up whole, which meets no bank twice.
         constexpr int ROWS = 2 * KH - 1, WIDTH = 2 * KW - 1;

@@ -14,6 +14,7 @@ from kernel_cases import BF16, F16, F32, cotangents, inputs, truth
 from ptxsim import Checks
 from ptxsim.launcher import PtxLauncher
 from small_cases import case
+from small_traffic import plan_of
 from test_kernels import Gpu, Interpreter, check, run
 from test_plan import problem
 from tolerances import close
@@ -187,6 +188,16 @@ def test_blocks_that_take_several_tiles(engine, monkeypatch):
     check(case("several", (17, 10), 3, "", batch=2, heads=2, dilation=(1, 2)), engine)
 
 
+def test_tables_of_many_blocks_are_added(engine):
+    """Enough of them that the second stage of their sum has blocks of 1024 threads."""
+    given = case("many", (6, 9), 3, "", batch=plan.MANY_SLICES + 5)
+    with plan.use_family("small"):
+        check(given, engine)
+        made = plan.backward(plan_of(given, 90), True, True, False).recipes
+    (sums,) = (recipe for recipe in made if recipe.spec.entry == "reduce_partials")
+    assert sums.block == (32, 32, 1)
+
+
 @pytest.mark.parametrize("wanted", ["query", "value", "query key value", "rpb"])
 def test_some_gradients_of_dense_groups(wanted, engine):
     """One kernel makes those of query, key and value, with or without that of the bias."""
@@ -241,12 +252,51 @@ def planned(**changes):
         ({"alignment": 8}, "multiples of 16 bytes"),
         ({"scale": 0.0}, "scale"),
         ({"kernel_size": (13, 13), "head_dim": 64, "value_dim": 64, "arch": 86}, "shared memory"),
+        ({"shape": (64, 2**21)}, "within 2**32 bytes"),
     ],
     ids=str,
 )
 def test_calls_they_do_not_take(changes, reason):
     assert not small.why_not(planned())
     assert reason in small.why_not(planned(**changes))
+
+
+@pytest.mark.parametrize("arch", [75, 80, 86, 90, 120])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_a_batch_or_map_of_another_size_compiles_nothing(arch, dilation):
+    """So that what a warm-up has prepared is what runs; but a map of one window is of its own."""
+    found = set()
+    for shape in ((56, 56), (28, 28), (16, 40), (15, 15)):
+        for images in (1, 2, 64):
+            more = {"dilation": (dilation, dilation), "dtype": "F16", "rpb": True}
+            p = planned(shape=shape, batch=images, arch=arch, **more)
+            recipes = list(plan.forward(p).recipes)
+            for family in ("auto", "apart"):
+                with plan.use_family(family):
+                    recipes += plan.backward(p, True, True, False).recipes
+            specs = {r.spec for r in recipes if r.spec.entry.startswith("na2d_small")}
+            found.add(frozenset(specs))
+    assert len(found) == 1 and len(*found) == 4
+
+
+def test_rows_that_lie_far_apart(engine):
+    """32 bits of bytes from row to row of a tile: beyond 2**31, of pages that nobody touches."""
+    given = case("far", (20, 6), (5, 3), "", dtype=F16)
+    step = 2**26
+    tensors = inputs(given, engine.device)
+    for name in ("query", "key", "value"):
+        near = tensors[name].detach()
+        far = torch.empty(20 * step, dtype=F16, device=engine.device)
+        far = far.as_strided(near.shape, (20 * step, step, 32, 32, 1))
+        far.copy_(near)
+        tensors[name] = far.requires_grad_()
+    d_out, d_lse = cotangents(given, engine.device)
+    true = truth(given, tensors, d_out, d_lse)
+    with plan.use_family("small"):
+        out, _, gradients = run(given, engine, tensors, d_out, d_lse)
+    close(out, true[0], given.dtype)
+    for name, gradient in gradients.items():
+        close(gradient, true[2][name], given.dtype, name, backward=True)
 
 
 def test_calls_they_should_not_take():

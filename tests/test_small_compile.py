@@ -27,9 +27,9 @@ MAPS = ((56, 56), (7, 7))
 TABLE = Path(__file__).with_name("small_resources.json")
 
 
-def specs(dim, dtype, rpb, shape, k=7):
+def specs(dim, dtype, rpb, shape, k=7, arch="90a"):
     p = problem(shape, (k, k), (1, 1), (1, 1), (False, False), head_dim=dim, value_dim=dim,
-                dtype=dtype, rpb=rpb, arch=90)  # fmt: skip
+                dtype=dtype, rpb=rpb, arch=int(arch.rstrip("a")))  # fmt: skip
     with plan.use_family("small"):
         plans = [plan.forward(p), plan.backward(p, True, rpb, False)]
     with plan.use_family("apart"):
@@ -44,16 +44,23 @@ def jobs():
     Floats, and DiNAT's windows of 11, on the architectures whose compilers differ.
     """
     found = {}
+
+    def add(archs, *call, k=7):
+        for arch in archs:
+            found.update(dict.fromkeys((spec, arch) for spec in specs(*call, k=k, arch=arch)))
+
     for shape in MAPS:
-        found |= dict.fromkeys(product(specs(32, "BF16", True, shape), ARCHS))
+        add(ARCHS, 32, "BF16", True, shape)
         for dim, dtype, rpb in product((32, 64), ("F16", "BF16"), (False, True)):
             archs = ("90a", "75") if dtype == "F16" and dim == 32 else ("90a",)
-            found |= dict.fromkeys(product(specs(dim, dtype, rpb, shape), archs))
-        found |= dict.fromkeys(product(specs(32, "F32", True, shape), ("80", "90a", "120a")))
-        found |= dict.fromkeys(product(specs(64, "F32", True, shape), ("80", "90a", "120a")))
+            add(archs, dim, dtype, rpb, shape)
+        add(("80", "90a", "120a"), 32, "F32", True, shape)
+        add(("80", "90a", "120a"), 64, "F32", True, shape)
     for dtype, n in (("BF16", 56), ("BF16", 11), ("F32", 56)):
-        found |= dict.fromkeys(product(specs(32, dtype, True, (n, n), k=11), ("90a",)))
-    found |= dict.fromkeys(product(specs(64, "BF16", True, (56, 56), k=13), ("90a",)))
+        add(("90a",), 32, dtype, True, (n, n), k=11)
+    for k in (3, 5, 9):
+        add(("90a",), 32, "BF16", True, (56, 56), k=k)
+    add(("90a",), 64, "BF16", True, (56, 56), k=13)
     return tuple(found)
 
 
@@ -91,14 +98,23 @@ def test_no_warning(measured):
     assert not {name: warnings for name, _, warnings in measured if warnings}
 
 
+# Bytes of a thread that crowded kernels may put aside, for twice the warps: numbers that are read
+# once for a tile or a pair of rows.
+ASIDE = 96
+
+
 def test_no_spill(measured):
-    assert not {name: row for name, row, _ in measured if any(row[1:])}
+    assert not {name: row for name, row, _ in measured if spills(name, row)}
 
 
 def test_no_spill_in_the_table():
     """Of every architecture, where CI compiles for one in turn."""
     table = json.loads(TABLE.read_text())["kernels"]
-    assert not {name: row for name, row in table.items() if any(row[1:])}
+    assert not {name: row for name, row in table.items() if spills(name, row)}
+
+
+def spills(name, row):
+    return max(row[1:]) > ASIDE if "CROWDED=1" in name else any(row[1:])
 
 
 def test_resources_are_those_of_the_table(measured):

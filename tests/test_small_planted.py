@@ -10,7 +10,7 @@ from ptxsim.errors import PtxCheckError
 from small_cases import case, forget_plans
 from test_kernels import Interpreter, check
 
-from natcupy.cuda import heuristics, plan
+from natcupy.cuda import heuristics, plan, small
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("cupy") is None, reason="NVRTC comes with CuPy, which is not installed"
@@ -31,7 +31,7 @@ MISTAKES = {
         "na2d_small_fwd.cu", "(log_2(sums.total[side]) - sums.low[side])",
         "log_2(sums.total[side])"),
     "biases not in units of the scale": (
-        "na2d_small_fwd.cu", "inverse(fabsf((float)p.scale))", "1"),
+        "na2d_small_fwd.cu", "fabsf(p.scale.inverse)", "1"),
     "the last step of staggered rows left out": (
         "na2d_small_fwd.cu", "if (staggered) step(", "if (false) step("),
     "a quotient of half the number": ("small.cuh", "(unsigned)n << 1", "(unsigned)n"),
@@ -51,14 +51,29 @@ MISTAKES = {
     "columns past the map stored": (
         "na2d_small_fwd.cu", "const bool write = column < width &&", "const bool write ="),
     "bias sums not flushed": (
-        "small_queries.cuh", "if (distance != sums.distance || shift != sums.shift)",
+        "small_queries.cuh",
+        "if (distance != sums.distance || column0 != sums.column || width != sums.width)",
         "if (false)"),
-    "a query's part of a bias forgotten": ("small_queries.cuh", "query < 8;", "query < 7;"),
+    "widths: bias sums go on in a narrower group": (
+        "small_queries.cuh", " || width != sums.width)", ")"),
+    "widths: bias sums move on in a narrower group": (
+        "small_queries.cuh", " && width == new_width &&", " &&"),
+    "columns: bias sums go on in other columns": (
+        "small_queries.cuh", "column0 != sums.column || ", ""),
+    "columns: bias sums move on in other columns": (
+        "small_queries.cuh", "column == new_column && ", ""),
+    "folded bias sums read by queries that do not see": (
+        "small_queries.cuh", "if (key < KW) found", "if (true) found"),
+    "folded bias sums apart by too little": (
+        "small_queries.cuh", "x / 8 % FOLDED * BLOCK", "0 * BLOCK"),
+    "a query's part of a bias forgotten": (
+        "small_queries.cuh", "query < 8; ++query) {\n                const unsigned x",
+        "query < 7; ++query) {\n                const unsigned x"),
     "no barrier between tiles": (
         "small_queries.cuh", "        __syncthreads();  // the keys", "        // the keys"),
     "rows past the map weigh": (
-        "small_queries.cuh", "real ? p.lse[token] * unscale : never",
-        "p.lse[token] * unscale"),
+        "small_queries.cuh", "real ? *own_number(p.lse) * -p.scale.inverse : p.scale.never",
+        "real ? *own_number(p.lse) * -p.scale.inverse : 0"),
     "no gradient of the log-sum-exp": (
         "small_queries.cuh", "if (p.d_lse && real)", "if (false)"),
     "second query block forgotten": (
@@ -81,9 +96,9 @@ MISTAKES = {
         "small_keys.cuh", "                __syncthreads();\n                if constexpr",
         "                if constexpr"),
     "joint: delta of the wrong row": (
-        "small_keys.cuh", "outs.at(at.top + down + side,", "outs.at(at.top + down,"),
+        "small_keys.cuh", "outs.at(side, (begin", "outs.at(0, (begin"),
     "joint: delta without the gradient of the log-sum-exp": (
-        "small_keys.cuh", "real && p.d_lse ? p.d_lse[token] : 0", "0"),
+        "small_keys.cuh", "real && p.d_lse ? *number_at(p.d_lse, g, number, 0) : 0", "0"),
     "joint: delta of the second row forgotten": (
         "small_keys.cuh", "if (at.c < 2 && real(n, at.c))", "if (at.c < 1 && real(n, at.c))"),
     "dense: no wait for copies": ("na2d_small_bwd_dense.cu", "        copies_done();\n", ""),
@@ -115,6 +130,9 @@ def one_multiprocessor(monkeypatch):
 PLAIN = case("planted", (9, 13), (3, 5), "", dtype=F16, heads=2, kv_heads=1, batch=2)
 JOINT = replace(PLAIN, name="planted, joint", kv_heads=2)
 FLOAT = case("planted, float", (6, 9), 3, "", dtype=F32)
+WIDTHS = case("planted, two widths", (9, 15), (3, 5), "", dtype=F16, dilation=(1, 2))
+COLUMNS = case("planted, narrow tiles", (9, 21), (3, 5), "", dtype=F16, batch=2)
+GIVEN = {"float": FLOAT, "joint": JOINT, "widths": WIDTHS, "columns": COLUMNS}
 DENSE = case("planted, dense", (3, 5), (3, 5), "", dtype=F16, heads=2, batch=2)
 WIDE = case("planted, wide", (5, 26), (5, 9), "", dtype=F16)
 
@@ -134,18 +152,33 @@ def engine(one_multiprocessor, tmp_path, monkeypatch):
 def test_planted_mistakes_are_found(mistake, engine, tmp_path, monkeypatch):
     file, right, wrong = MISTAKES[mistake]
     spoil(tmp_path, file, right, wrong)
-    given = {"float": FLOAT, "dense": DENSE, "joint": JOINT}.get(mistake.split(":")[0], PLAIN)
+    given = (GIVEN | {"dense": DENSE}).get(mistake.split(":")[0], PLAIN)
+    if given is COLUMNS:
+        narrow(monkeypatch)
     if mistake == "joint: blocks of keys past the last":
         monkeypatch.setattr(plan, "BLOCKS", 3)  # for four images: two blocks find no keys
         given = replace(JOINT, batch=4)
         plan.forget()
-    if file == "small_keys.cuh" and "query" in mistake:
+    if (file == "small_keys.cuh" and "query" in mistake) or "apart" in mistake:
         given = WIDE
     with pytest.raises((PtxCheckError, AssertionError)):
         check(given, engine)
 
 
-@pytest.mark.parametrize("given", [PLAIN, JOINT, FLOAT, DENSE, WIDE], ids=str)
-def test_the_kernels_as_they_are_pass(given, engine, tmp_path):
+def narrow(monkeypatch):
+    """Tiles of 8 columns and a few rows only, so that a block meets several columns."""
+    every = small.tiles
+
+    def few(p, side):
+        return tuple(t for t in every(p, side) if t.blocks == 1 and t.rows <= 6)
+
+    monkeypatch.setattr(small, "tiles", few)
+    forget_plans()
+
+
+@pytest.mark.parametrize("given", [PLAIN, JOINT, FLOAT, DENSE, WIDE, WIDTHS, COLUMNS], ids=str)
+def test_the_kernels_as_they_are_pass(given, engine, tmp_path, monkeypatch):
     spoil(tmp_path)
+    if given is COLUMNS:
+        narrow(monkeypatch)
     check(given, engine)

@@ -35,12 +35,14 @@ SMALL_GEOMETRY = (
     ("by_blocks", "Divisor", 1),
     ("by_splits", "Divisor", 1),
 )
+SCALE = tuple((name, "float", 1) for name in ("plain", "base_two", "inverse", "never"))
 DIVISOR = tuple((name, "int", 1) for name in ("number", "times", "shift"))
 NESTED = {
     "Geometry": GEOMETRY,
     "View": VIEW,
     "SmallGeometry": SMALL_GEOMETRY,
     "Divisor": DIVISOR,
+    "Scale": SCALE,
 }
 PARAMS = {
     "na_fwd": (
@@ -102,20 +104,20 @@ PARAMS = {
     ),
     "na2d_small_fwd": (
         ("geometry", "SmallGeometry", 1),
-        ("scale", "double", 1),
+        ("scale", "Scale", 1),
         *((name, "View", 1) for name in ("query", "key", "value", "out")),
         *((name, "pointer", 1) for name in ("rpb", "lse")),
     ),
     "na2d_small_bwd_dq": (
         ("geometry", "SmallGeometry", 1),
         ("items", "int", 1),
-        ("scale", "double", 1),
+        ("scale", "Scale", 1),
         *((name, "View", 1) for name in ("query", "key", "value", "out", "d_out", "d_query")),
         *((name, "pointer", 1) for name in ("rpb", "lse", "d_lse", "delta", "partial")),
     ),
     "na2d_small_bwd_dkv": (
         ("geometry", "SmallGeometry", 1),
-        ("scale", "double", 1),
+        ("scale", "Scale", 1),
         *((name, "View", 1) for name in ("query", "key", "value", "d_out", "d_key", "d_value")),
         *((name, "pointer", 1) for name in ("rpb", "lse", "delta")),
     ),
@@ -123,7 +125,7 @@ PARAMS = {
         *((name, "SmallGeometry", 1) for name in ("geometry", "key_geometry")),
         *((name, "int", 1) for name in ("items", "query_blocks", "key_blocks")),
         ("by_share", "Divisor", 1),
-        ("scale", "double", 1),
+        ("scale", "Scale", 1),
         *((name, "View", 1) for name in ("query", "key", "value", "out", "d_out")),
         *((name, "View", 1) for name in ("d_query", "d_key", "d_value")),
         *((name, "pointer", 1) for name in ("rpb", "lse", "d_lse", "partial")),
@@ -132,7 +134,7 @@ PARAMS = {
         ("geometry", "SmallGeometry", 1),
         ("items", "int", 1),
         ("slots", "int", 1),
-        ("scale", "double", 1),
+        ("scale", "Scale", 1),
         *((name, "View", 1) for name in ("query", "key", "value", "out", "d_out")),
         *((name, "View", 1) for name in ("d_query", "d_key", "d_value")),
         *((name, "pointer", 1) for name in ("rpb", "lse", "d_lse", "partial")),
@@ -144,7 +146,13 @@ PARAMS = {
         ("out", "pointer", 1),
     ),
 }
-_CODES = {"int": ("i", 4), "long": ("q", 8), "double": ("d", 8), "pointer": ("Q", 8)}
+_CODES = {
+    "int": ("i", 4),
+    "long": ("q", 8),
+    "double": ("d", 8),
+    "float": ("f", 4),
+    "pointer": ("Q", 8),
+}
 
 
 def flatten(fields, prefix: str = "") -> Iterator[tuple[str, str]]:

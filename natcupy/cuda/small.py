@@ -3,8 +3,9 @@
 In: a `Problem`. Out: why the kernels cannot run it, or their recipes. Tile sizes, like image sizes
 and strides, are arguments of the kernels; compiled in are dtype, head_dim, the window, whether
 there is a bias, and whether every dilation group is exactly one window ("dense": a 7 x 7 map under
-a 7 x 7 window, or a dilation that stretches the window over the map). For float32 also the terms of
-a product: three, as exact as float32 arithmetic, or one where torch's own setting allows TF32.
+a 7 x 7 window, or a dilation that stretches the window over the map); of some the registers that
+they are to make do with. For float32 also the terms of a product: three, as exact as float32
+arithmetic, or one where torch's own setting allows TF32.
 
 Which of the legal tiles runs is for `heuristics` to say, or for whoever plans to choose.
 
@@ -15,12 +16,12 @@ two halves would share no bias, and none of the three kernels' walks over pairs 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import prod
+from math import e, inf, log2, prod
 
 from natcupy.cuda import heuristics
-from natcupy.cuda.heuristics import FORWARD, KEYS, QUERIES, SIDES
+from natcupy.cuda.heuristics import BOTH, FORWARD, KEYS, QUERIES, SIDES
 from natcupy.cuda.recipes import Plan, Problem, Recipe, access, array, recipe, views
 from natcupy.cuda.tiling import ITEM_SIZE
 from natcupy.neighborhood import inverse_window, window
@@ -29,6 +30,7 @@ DIMS = (32, 64)  # head_dim
 LARGEST_WINDOW = 13  # per axis: the windows of 8 neighbours span at most 24 columns
 LARGEST_HALO = 6.0  # staged tokens per token: beyond, tiles are too small for shared memory's sake
 WARPS = 8  # of a block
+BLOCKS = 1024  # of all heads that are to add up gradients of the bias one after the other's tiles
 LARGEST_GRID = 2**31 - 1
 LARGEST_TABLE = 2**31 - 1  # entries of all heads' bias tables, indexed in 32 bits
 
@@ -48,12 +50,27 @@ def why_not(p: Problem) -> str:
         "no additional keys": p.extras == 0,
         "a scale of 1e-6 to 1e6 in size": 1e-6 <= abs(p.scale) <= 1e6,
         "rows at multiples of 16 bytes": access(p) == 16,
+        "a tile's rows within 2**32 bytes": _reach(p) < 2**32,
         "bias tables of 2**31 - 1 entries": p.heads * p.biases <= LARGEST_TABLE,
     }
     missing = [rule for rule, held in reasons.items() if not held]
     if not missing and not all(tiles(p, side) for side in SIDES):
         missing.append("a tile that fits shared memory, in at most 2**31 - 1 blocks")
     return f"they need {' and '.join(missing)}" if missing else ""
+
+
+def _reach(p: Problem) -> int:
+    """Bytes from one corner to the other of the largest box of tokens that a tile may stage."""
+    if p.rank != 2:
+        return 0
+    groups, most = _groups(p), (max(ROWS), 8 * WARPS)
+    extents = [
+        min(n, tile + 2 * k) * d
+        for n, tile, k, d in zip(groups, most, p.hood.kernel_size, p.hood.dilation, strict=True)
+    ]
+    steps = (strides[1:-1] for name, strides in p.strides if not name.startswith("extra"))
+    reach = (sum(n * step for n, step in zip(extents, axes, strict=True)) for axes in steps)
+    return max(reach, default=0) * ITEM_SIZE[p.dtype]
 
 
 def pays(p: Problem) -> bool:
@@ -152,9 +169,26 @@ Shape = tuple[int, int, int, int]  # blocks of 8 columns, rows, splits, heads
 def _warps(p: Problem, side: str) -> tuple[int, int]:
     """Warps of a block, and of a multiprocessor's registers, as the kernels' launch bounds say."""
     if side == FORWARD and p.head_dim == 32:
-        return (6, 12) if p.dtype == "F32" else (WARPS, 16)
+        return (6, 12) if p.dtype == "F32" else (WARPS, CROWD)
+    if _crowds(p, side):
+        return WARPS, CROWD
     short = p.head_dim == 32 and p.dtype != "F32" and p.hood.kernel_size[1] <= 9
     return WARPS, 12 if side == KEYS and short else 8
+
+
+CROWD = 16  # warps whose registers a multiprocessor holds where kernels make do with 128 a thread
+
+
+def _crowds(p: Problem, side: str) -> bool:
+    """Whether kernels are to make do with half the registers, so that twice the warps can run.
+
+    Where shared memory can hold so many, and a warp's sums are so few: what registers do not hold
+    any more is read once a tile. A warp waits most of its time (5.7 clocks an instruction on an
+    H100). It depends on nothing that is not compiled in: a batch or map of another size needs no
+    other kernel.
+    """
+    few = p.head_dim == 32 and p.dtype != "F32" and p.hood.kernel_size[1] <= 8 and not _dense(p)
+    return side != FORWARD and few and p.arch >= 80
 
 
 @lru_cache(maxsize=4096)
@@ -234,11 +268,19 @@ def _cover(p: Problem, side: str, t: Tile) -> heuristics.Cover:
 
 def _lane_sums(p: Problem) -> int:
     """Bytes of a warp's sums of the bias gradient in shared memory: of all rows, or of one."""
-    height, blocks = p.hood.kernel_size[0], _columns(p) // 8
+    height, width = p.hood.kernel_size
+    folded = -(-width // 8)  # columns 8 or 16 apart, which no window holds both of, share a number
     one_row = _dense(p) and height == 1  # one step, which is no straight code
-    if p.dtype == "F32" or height > 9 or p.head_dim == 64 or one_row:
-        return (height + 1) * blocks * 288
-    return 256 if blocks == 1 else 768
+    many = height > 9 or (height > 8 and width > 8)
+    if p.dtype == "F32" or many or p.head_dim == 64 or one_row:
+        return (height + 1) * folded * 288
+    return 256 if folded == 1 else 768
+
+
+def _number_pitch(pitch: int) -> int:
+    """Numbers from a staged row to the next: `number_pitch` in small_keys.cuh."""
+    even = pitch + pitch % 2
+    return even + max(0, 8 - even % 32) + (40 - even % 32 if even % 32 > 24 else 0)
 
 
 def _measure(p: Problem, groups, dense: bool, side: str, shape: Shape) -> Tile:
@@ -254,7 +296,7 @@ def _measure(p: Problem, groups, dense: bool, side: str, shape: Shape) -> Tile:
     if side == QUERIES and p.rpb:
         shared += blocks * splits * here * (table + _lane_sums(p))
     if side == KEYS:
-        shared += here * 2 * staged * (pitch + pitch % 2) * 4 + line + row
+        shared += here * 2 * staged * _number_pitch(pitch) * 4 + line + row
     counts = (-(-groups[0] // rows), -(-groups[1] // (8 * blocks)))
     items = p.batch * prod(p.hood.dilation) * prod(counts)
     moved = _moved(groups[0], kernel[0], rows, side == KEYS) * pitch * counts[1] / prod(groups)
@@ -303,7 +345,10 @@ def _values(p: Problem, tile: Tile, heads: int) -> dict[str, int | float]:
         **_divisor("by_blocks", tile.blocks),
         **_divisor("by_splits", tile.splits),
         "items": tile.items,
-        "scale": p.scale,
+        "scale.plain": p.scale,
+        "scale.base_two": p.scale * log2(e),
+        "scale.inverse": 1 / p.scale,
+        "scale.never": -inf if p.scale > 0 else inf,
         **views(p),
     }
 
@@ -346,17 +391,19 @@ def query_side(p: Problem, rpb: bool, most: int, shape: Shape | None = None) -> 
     `most`, or as few as possible.
     """
     cut = tile(p, QUERIES, shape)
-    blocks = _query_blocks(p, cut, rpb, most)
+    # Few, so that most tiles of a block add to what it holds already.
+    few = -(-BLOCKS * cut.heads_here // p.heads)
+    blocks = _query_blocks(p, cut, rpb, min(most, few))
     kernel = "na2d_small_bwd_dq"
-    return _recipe(kernel, p, cut, p.heads, blocks, RPB_GRAD=int(rpb)), blocks
+    constants = {"RPB_GRAD": int(rpb), "CROWDED": int(_crowds(p, QUERIES))}
+    return _recipe(kernel, p, cut, p.heads, blocks, **constants), blocks
 
 
 def _query_blocks(p: Problem, cut: Tile, rpb: bool, most: int) -> int:
     """Blocks per head of the query side."""
     if not rpb:
         return cut.items
-    teams = p.heads // cut.heads_here
-    blocks = max(1, min(cut.items, most, -(-1024 // teams)))
+    blocks = max(1, min(cut.items, most))
     # Blocks that always meet the same place of a map keep their sums in registers.
     places = prod(cut.tiles)
     return blocks // places * places or blocks
@@ -365,14 +412,12 @@ def _query_blocks(p: Problem, cut: Tile, rpb: bool, most: int) -> int:
 def key_side(p: Problem, shape: Shape | None = None) -> Plan:
     """The launch that computes d_key and d_value."""
     cut = tile(p, KEYS, shape)
-    return Plan((_recipe("na2d_small_bwd_dkv", p, cut, p.kv_heads, cut.items),))
+    crowded = int(_crowds(p, KEYS))
+    return Plan((_recipe("na2d_small_bwd_dkv", p, cut, p.kv_heads, cut.items, CROWDED=crowded),))
 
 
 # ------------------------------------------------------------------------------------------------
 # both sides backward, in one launch
-
-
-JOINT_RESIDENT = 8  # warps whose registers a multiprocessor holds
 
 
 def joins(p: Problem) -> bool:
@@ -403,8 +448,17 @@ def joint_tile(p: Problem, shape: Shape) -> tuple[Tile, Tile] | None:
 @lru_cache(maxsize=4096)
 def joint_tiles(p: Problem) -> tuple[tuple[Tile, Tile], ...]:
     """Tiles of both sides, of one shape, that are worth measuring; the first one runs."""
-    made = (joint_tile(p, t.shape) for t in ranked(p, QUERIES))
-    return tuple(pair for pair in made if pair is not None)
+    made = (joint_tile(p, t.shape) for t in tiles(p, QUERIES))
+    legal = {_joint_cover(p, *pair): pair for pair in made if pair is not None}
+    return tuple(legal[cover] for cover in heuristics.rank(p.arch, BOTH, tuple(legal))[:RANKED])
+
+
+def _joint_cover(p: Problem, cut: Tile, mate: Tile) -> heuristics.Cover:
+    """Of the launch: queries see two tensors, and keys are seen from three, out among them."""
+    one, shared = _cover(p, QUERIES, cut), max(cut.shared, mate.shared)
+    most = _warps(p, BOTH)[1]
+    halo = cut.moved + 1.5 * mate.moved
+    return replace(one, halo=halo, shared=shared, grid=2 * one.grid, most_warps=most)
 
 
 def both_sides(p: Problem, rpb: bool, most: int, shape: Shape | None = None) -> tuple[Recipe, int]:
@@ -413,6 +467,7 @@ def both_sides(p: Problem, rpb: bool, most: int, shape: Shape | None = None) -> 
     `rpb` and `most` as in `query_side`.
     """
     cut, key_cut = joint_tile(p, shape) if shape else joint_tiles(p)[0]
+    # As many as tiles, if they may: beside the keys' blocks that read the same rows at that time.
     blocks = _query_blocks(p, cut, rpb, most)
     teams = p.heads // cut.heads_here
     share = 1 + -(-key_cut.items // blocks)  # blocks that work on the same tiles
@@ -421,8 +476,8 @@ def both_sides(p: Problem, rpb: bool, most: int, shape: Shape | None = None) -> 
     values |= {f"key_{name}": x for name, x in of_keys.items() if name.startswith("geometry.")}
     values |= {"query_blocks": blocks * teams, "key_blocks": key_cut.items * teams}
     values |= _divisor("by_share", share, of="")
-    constants, threads = _constants(p, RPB_GRAD=int(rpb)), (32 * cut.warps, 1, 1)
-    shared = max(cut.shared, key_cut.shared)
+    shared, threads = max(cut.shared, key_cut.shared), (32 * cut.warps, 1, 1)
+    constants = _constants(p, RPB_GRAD=int(rpb), CROWDED=int(_crowds(p, BOTH)))
     grid = blocks * teams * share
     return recipe("na2d_small_bwd", constants, grid, threads, shared, values), blocks
 

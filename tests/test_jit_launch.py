@@ -414,6 +414,26 @@ def test_a_forked_child_is_told_to_spawn(launcher, driver, monkeypatch):
     assert len(driver.heard("launch")) == 1
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_is_told_before_it_asks_for_memory(launcher):
+    launcher.launch(recipe(), GPU)
+    room.refuse_forked(GPU)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            room.refuse_forked(torch.device("cpu"))
+            room.refuse_forked(GPU)
+            os.write(writing, b"nothing")
+        except RuntimeError as error:
+            os.write(writing, str(error).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        assert "'spawn'" in pipe.read()
+    os.waitpid(child, 0)
+
+
 def test_a_fork_before_the_first_launch_is_fine(launcher, driver, monkeypatch):
     here = os.getpid()
     monkeypatch.setattr(room.os, "getpid", lambda: here + 1)

@@ -29,6 +29,31 @@ LARGEST_ARGS = 4096  # bytes of kernel parameters that every driver takes
 WITHOUT_ASKING = 49152  # bytes of dynamic shared memory that need no attribute
 
 
+FORKED = (
+    "CUDA kernels cannot run in a process forked from one that has used CUDA; start workers with "
+    "the 'spawn' method, or keep GPU work out of them."
+)
+_used = _forked = False  # whether kernels have run here, or in the process that this is a fork of
+
+
+def _note_use() -> None:
+    global _used
+    if not _used and hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_note_fork)
+    _used = True
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+def refuse_forked(device: torch.device) -> None:
+    """Say what is wrong before torch, asked for memory, says "initialization error"."""
+    if _forked and device.type == "cuda":
+        raise RuntimeError(FORKED)
+
+
 @dataclass(frozen=True)
 class Launch:
     """One kernel launch, complete: `args` are the bytes of the one struct passed by value."""
@@ -205,11 +230,9 @@ class CuPyLauncher:
             self._runtime = CuPyRuntime()
         if self._process is None:
             self._process = os.getpid()
+            _note_use()
         if self._process != os.getpid():
-            raise RuntimeError(
-                "CUDA kernels cannot run in a process forked from one that has used CUDA; start "
-                "workers with the 'spawn' method, or keep GPU work out of them."
-            )
+            raise RuntimeError(FORKED)
         return self._runtime
 
     def target(self, device: torch.device) -> Target:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from natcupy.cuda import jit, plan, tuning
 from natcupy.cuda.heuristics import BOTH, FORWARD, KEYS, QUERIES
-from natcupy.cuda.launch import current_launcher
+from natcupy.cuda.launch import current_launcher, refuse_forked
 from natcupy.layouts import joined
 from natcupy.neighborhood import Neighborhood
 
@@ -179,6 +179,7 @@ def forward(
 
     `known` holds the plans of checked calls with tensors of these shapes, strides and dtypes.
     """
+    refuse_forked(query.device)
     if known is None:
         _check(query, key, value, extra_k, extra_v)
     out = query.new_empty((*query.shape[:-1], value.shape[-1]))
@@ -216,6 +217,7 @@ def backward(
     `packed` lets those of query, key and value lie in one tensor where the three themselves do, so
     that whoever cut it need not join them again. `known` is that of the forward pass.
     """
+    refuse_forked(query.device)
     _check(query, key, value, extra_k, extra_v, out, d_out)
     inputs = (query, key, value, rpb, extra_k, extra_v)
     if query.numel() == 0 or not any(wanted):

@@ -53,6 +53,15 @@ def attend(tensors, hood, scale, dtype):
     return out.transpose(1, 2).unflatten(1, shape), lse.transpose(1, 2).unflatten(1, shape)
 
 
+def runs(case, tensors, d_out, d_lse, dtype, gradients=True):
+    """Outcomes in two orders of the channels: the same numbers, rounded otherwise."""
+    turned = {n: x if x is None or n == "rpb" else x.detach().flip(-1) for n, x in tensors.items()}
+    first = outcome(case, tensors, d_out, d_lse, dtype, gradients)
+    out, lse, made = outcome(case, turned, d_out.flip(-1), d_lse, dtype, gradients)
+    back = {n: x if n == "rpb" else x.flip(-1) for n, x in made.items()}
+    return first, (out.flip(-1), lse, back)
+
+
 def outcome(case, tensors, d_out, d_lse, dtype, gradients=True):
     """(out, lse, gradients by name); gradients in the dtype of the computation."""
     given = {n: None if x is None else x.detach().to(dtype) for n, x in tensors.items()}

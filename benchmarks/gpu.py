@@ -1,14 +1,16 @@
-"""`python -m benchmarks.gpu`: everything that a GPU is needed for, in one call under eight minutes.
+"""`python -m benchmarks.gpu`: everything that a GPU is needed for, in calls under ten minutes.
 
 In: a checkout with torch, CuPy, numpy and pytest on a machine with one NVIDIA GPU; nothing is
 installed or downloaded. Out, in `--out` (by default benchmarks/results): `gpu-DEVICE-DATE.json`,
-the record that `benchmarks.freshness` reads, its summary in Markdown, the speed tables of
-`benchmarks.op` and `benchmarks.model` beside every peer, and a log.
+the record that `benchmarks.freshness` reads, its summary in Markdown, and a log.
 
 Stages are processes of their own, in order of value; when `--seconds` are spent the rest is dropped
-and named. Nothing that fails ends the run: it is in the record. `--sanitizer` is a mode of its own,
-compute-sanitizer over the tables of kernel cases; `--interpreter` tries the script's own logic with
-a tiny part of everything on the tests' simulated GPU, and its record is no record of a GPU.
+and named. Nothing that fails ends the run: it is in the record. The tests are one call. `--speeds`
+is another: the tables of `benchmarks.op` and `benchmarks.model` beside every peer, what the warps
+wait for (`benchmarks.counters`) and every tile's time (`benchmarks.tiles`), each a record of its
+own. `--sanitizer` is a third, compute-sanitizer over the tables of kernel cases; `--interpreter`
+tries the script's own logic with a tiny part of everything on the tests' simulated GPU, and its
+record is no record of a GPU.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from benchmarks import record, report, sanitizer
 from benchmarks.stages import Stage, run_stages
 
 ROOT = Path(__file__).parent.parent
-SECONDS = 440.0  # of the whole run
+SECONDS = 540.0  # of the whole run
 PYTEST = (
     sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider",
     "-p", "recording", "--continue-on-collection-errors",
@@ -52,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--only", help="only stages whose name holds this")
     mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--speeds", action="store_true", help="benchmarks instead of tests")
     mode.add_argument("--sanitizer", action="store_true", help="compute-sanitizer, own mode")
     mode.add_argument("--interpreter", action="store_true", help="try the script without a GPU")
     arguments = parser.parse_args(argv)
@@ -71,13 +74,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         work = Path(scratch)
         if arguments.sanitizer:
             stages = [sanitizer.stage(tool, work, arguments.seconds - 20)]
+        elif arguments.speeds:
+            stages = speed_stages(path)
         else:
             stages = plan_stages(device, made, work, path)
         stages = [s for s in stages if arguments.only is None or arguments.only in s.name]
         log = path.with_suffix(".log")
         log.unlink(missing_ok=True)
         made["stages"] = run_stages(stages, arguments.seconds, ROOT, log, say)
-        gather(made, work, arguments.sanitizer)
+        if not arguments.speeds:
+            gather(made, work, arguments.sanitizer)
     made["seconds"] = round(time.monotonic() - begun, 1)
     record.write(path, made)
     text = summary(made)
@@ -93,7 +99,9 @@ def say(text: str) -> None:
 
 def new_record(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """A record without results; a dry run's is of a kind of its own."""
-    kind = "sanitizer" if arguments.sanitizer else "dry" if arguments.interpreter else "gpu"
+    modes = {"sanitizer": arguments.sanitizer, "dry": arguments.interpreter}
+    modes |= {"speeds": arguments.speeds, "gpu": True}
+    kind = next(name for name, chosen in modes.items() if chosen)
     return record.new(kind, device) | {"plans": record.plans_hash()}
 
 
@@ -106,34 +114,44 @@ def plan_stages(device: torch.device, made: dict[str, Any], work: Path, path: Pa
     if device.type == "cpu":
         return dry_stages(made, work, path)
     python = (sys.executable, "-m")
-    name = path.stem.removeprefix("gpu-")
-    op, model = (path.with_name(f"{kind}-{name}.json") for kind in ("op", "model"))
     questions = (*python, "benchmarks.questions", "--json", str(work / "questions.json"))
     tables = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "tests").glob("test_small*.py"))]
     tables = ["tests/test_kernels.py", "tests/test_jit_launch.py", *tables]
-    speed = ("--device", "cuda", "--no-plot", "--batch", "64")
     return [
         Stage("questions", (questions,), 60),
-        tests("kernel tables", work, tables, 90),
-        tests("numbers", work, [NUMBERS], 90, select=f"not random and not ({LARGE})"),
-        tests("torch", work, [TORCH, *OTHERS], 130),
-        Stage(
-            "speed of the operation",
-            ((*python, "benchmarks.op", *speed, "--seconds", "0.06", "--out", str(op), "--way",
-              "natcupy,SDPA,windows,NATTEN"),), 80, 20,
-        ),
+        tests("kernel tables", work, tables, 110),
+        tests("numbers", work, [NUMBERS], 200, select=f"not random and not ({LARGE})"),
+        tests("torch", work, [TORCH, *OTHERS], 150),
         tests("large tensors", work, [NUMBERS], 60, select=LARGE, workers=0),
-        tests("faults", work, [FAULTS], 90, workers=0),
+        tests("faults", work, [FAULTS], 120, workers=0),
         tests("random calls", work, [NUMBERS], 120, select="random", seconds=20),
-        Stage(
-            "speed of models",
-            ((*python, "benchmarks.model", *speed, "--seconds", "0.2", "--out", str(model), "--way",
-              "natcupy cuda,natcupy torch,windows"),), 60, 20,
+    ]
+
+
+def speed_stages(path: Path) -> list[Stage]:
+    """Benchmarks, each of which writes a record of its own beside `path`; most valuable first."""
+    name = path.stem.removeprefix("speeds-")
+
+    def stage(what: str, most: float, module: str, *arguments: str, kind: str = "") -> Stage:
+        out = path.with_name(f"{kind or module}-{name}.json")
+        command = (sys.executable, "-m", f"benchmarks.{module}", *arguments, "--out", str(out))
+        return Stage(what, (command,), most, 20)
+
+    table = ("--device", "cuda", "--no-plot")
+    others = ("--way", "natcupy cuda,SDPA,windows,NATTEN")
+    few = ("--way", "natcupy cuda")
+    return [
+        stage("operation", 110, "op", *table, "--batch", "128", "--seconds", "0.06", *others),
+        stage("counters", 60, "counters"),
+        stage("models", 60, "model", *table, "--batch", "256", "--seconds", "0.3", *few),
+        stage("tiles", 120, "tiles", "--seconds", "100"),
+        stage(
+            "FlexAttention", 100, "op", *table, "--batch", "128", "--seconds", "0.06",
+            "--case", "NAT-Tiny level", "--way", "FlexAttention,natcupy cuda", kind="flex",
         ),
-        Stage(
-            "speed of FlexAttention",
-            ((*python, "benchmarks.op", *speed, "--seconds", "0.06", "--case", "level 1", "--way",
-              "FlexAttention,natcupy cuda", "--out", str(work / "flex.json")),), 60, 25,
+        stage(
+            "compiled models", 240, "model", *table, "--batch", "256", "--seconds", "0.3",
+            "--case", "nat_tiny at", "--compiled", *few, kind="compiled",
         ),
     ]  # fmt: skip
 

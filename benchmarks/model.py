@@ -36,7 +36,12 @@ LAYERS = (NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttentio
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Run the command; the path of its record."""
-    arguments = harness.parser("model").parse_args(argv)
+    parser = harness.parser("model")
+    parser.add_argument(
+        "--compiled", action="store_true",
+        help="also the model and Swin-Tiny under torch.compile and, on a GPU, the model's graph",
+    )  # fmt: skip
+    arguments = parser.parse_args(argv)
     device, dtype = harness.settings(arguments)
     ways = (*pick_ways(arguments.way), NOTHING)
     swin = create(SWIN, device, dtype)
@@ -48,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             made["rows"] += rows(
                 case, model, batch, ways, swin, device, dtype, Roofline(**made["roofline"]),
                 forward_only=arguments.forward_only, seconds=arguments.seconds,
+                compiled=arguments.compiled,
             )  # fmt: skip
             harness.save(made, arguments)
     return harness.finish(made, arguments)
@@ -91,6 +97,7 @@ def rows(
     *,
     forward_only: bool = False,
     seconds: float = 0.3,
+    compiled: bool = False,
 ) -> list[dict[str, Any]]:
     """Every way on one model and batch, and timm's Swin-Tiny on the same pictures."""
     make = torch.Generator().manual_seed(0)
@@ -124,6 +131,9 @@ def rows(
                 }
             )
         asked.append(common | _swin(swin, images, step, training))
+        if compiled:
+            mine = common | {"flops": 2 * macs * batch * passes}
+            asked += [mine | row for row in _compiled(model, swin, images, step, training, truth)]
         found += harness.together(asked, device, seconds)
         model.zero_grad(set_to_none=True)
     return found
@@ -137,18 +147,58 @@ def _attending(model: nn.Module, way: Way, run):
     return both
 
 
-def _swin(swin: nn.Module | str, images: Tensor, step, training: bool) -> dict[str, Any]:
+def _swin(
+    swin: nn.Module | str,
+    images: Tensor,
+    step,
+    training: bool,
+    make=lambda model: model,
+    name: str = "",
+) -> dict[str, Any]:
     why_not = swin if isinstance(swin, str) else None
     if why_not is None and tuple(images.shape[2:]) != (224, 224):
         why_not = "it takes 224 x 224 pictures only"
     return {
-        "way": f"timm {SWIN}",
+        "way": f"timm {SWIN}{name}",
         "exact": False,
-        "run": None if why_not else step(swin.train(training), images),
+        "run": None if why_not else step(make(swin.train(training)), images),
         "why_not": why_not,
         # Swin (arXiv 2103.14030), table 1
         "flops": int(2 * 4.5e9) * len(images) * (3 if training else 1),
     }
+
+
+def _compiled(
+    model: nn.Module, swin: nn.Module | str, images: Tensor, step, training: bool, truth: Tensor
+) -> list[dict[str, Any]]:
+    """The model and Swin-Tiny as torch.compile makes them, and the model as a CUDA graph."""
+    rows = []
+    if not isinstance(swin, str):
+        rows.append(_swin(swin, images, step, training, torch.compile, ", compiled"))
+    rows.append(_made("natcupy, compiled", model, torch.compile, images, step, training, truth))
+    if images.is_cuda and not training:
+        graph = natcupy.graph(model.eval(), images)
+        rows.append(_made("natcupy, graph", graph, lambda x: x, images, step, training, truth))
+    return rows
+
+
+def _made(
+    name: str, model, make, images: Tensor, step, training: bool, truth: Tensor
+) -> dict[str, Any]:
+    """One row: `make(model)`, or why there is none."""
+    made, why_not, error = make(model), None, None
+    try:
+        if training:
+            step(made, images)()
+        else:
+            with torch.inference_mode():
+                error, why_not = harness.finite((made(images)[:1] - truth).abs().max().item())
+    except Exception as failure:  # a compiler raises whatever it likes
+        why_not = harness.reason(failure)
+    return {
+        "way": name, "exact": not training, "run": step(made, images), "why_not": why_not,
+        "error": error,
+    }  # fmt: skip
 
 
 def _reference(model: nn.Module, image: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ struct Params {
 enum {
     MIDDLE = KH / 2 / EACH * EACH,            // a step that both queries of a pair see
     FULL = (DENSE ? KH : KH - 1) / EACH,      // whole steps that both see
-    STRAIGHT = BLOCKS == 3 ? 1 : FULL <= 3 ? FULL : FULL % 2 == 0 ? 2 : FULL % 3 == 0 ? 3 : 1
+    STRAIGHT = BLOCKS == 3 || (DENSE && CROWDED) ? 1 : FULL <= 3 ? FULL : FULL % 2 == 0 ? 2 : FULL % 3 == 0 ? 3 : 1
 };
 
 // Of a pair of rows; `low` is minus the reference, in base two. Of weights in halves `whole` has the
@@ -235,7 +235,8 @@ __device__ __forceinline__ void attend_alone(
     if (write && c == 0) *lse = (peak + log_2(total)) * (float)LN_2;
 }
 
-extern "C" __global__ void __launch_bounds__(FLOATS ? 192 : 256, D == 32 && !(FLOATS && BLOCKS == 3) ? 2 : 1)
+extern "C" __global__ void
+__launch_bounds__(FLOATS ? 192 : 256, CROWDED ? 3 : D == 32 && !(FLOATS && BLOCKS == 3) ? 2 : 1)
 na2d_small_fwd(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) unsigned char shared[];
     const SmallGeometry& g = p.geometry;

@@ -168,27 +168,28 @@ Shape = tuple[int, int, int, int]  # blocks of 8 columns, rows, splits, heads
 
 def _warps(p: Problem, side: str) -> tuple[int, int]:
     """Warps of a block, and of a multiprocessor's registers, as the kernels' launch bounds say."""
-    if side == FORWARD and p.head_dim == 32:
-        return (6, 12) if p.dtype == "F32" else (WARPS, CROWD)
     if _crowds(p, side):
-        return WARPS, CROWD
+        return WARPS, CROWD[side]
+    if side == FORWARD and p.head_dim == 32:
+        return (6, 12) if p.dtype == "F32" else (WARPS, 16)
     short = p.head_dim == 32 and p.dtype != "F32" and p.hood.kernel_size[1] <= 9
     return WARPS, 12 if side == KEYS and short else 8
 
 
-CROWD = 16  # warps whose registers a multiprocessor holds where kernels make do with 128 a thread
+# Warps whose registers a multiprocessor holds where kernels make do with 80 or 128 a thread.
+CROWD = {FORWARD: 24, QUERIES: 16, KEYS: 16, BOTH: 16}
 
 
 def _crowds(p: Problem, side: str) -> bool:
-    """Whether kernels are to make do with half the registers, so that twice the warps can run.
+    """Whether kernels are to make do with fewer registers, so that more warps can run.
 
     Where shared memory can hold so many, and a warp's sums are so few: what registers do not hold
     any more is read once a tile. A warp waits most of its time (5.7 clocks an instruction on an
     H100). It depends on nothing that is not compiled in: a batch or map of another size needs no
     other kernel.
     """
-    few = p.head_dim == 32 and p.dtype != "F32" and p.hood.kernel_size[1] <= 8 and not _dense(p)
-    return side != FORWARD and few and p.arch >= 80
+    few = p.head_dim == 32 and p.dtype != "F32" and p.hood.kernel_size[1] <= 8
+    return few and p.arch >= 80 and (side == FORWARD or not _dense(p))
 
 
 @lru_cache(maxsize=4096)
@@ -381,7 +382,8 @@ def _divisor(name: str, number: int, of: str = "geometry.") -> dict[str, int]:
 def forward(p: Problem, shape: Shape | None = None) -> Plan:
     """The launch that computes `out` and `lse`."""
     cut = tile(p, FORWARD, shape)
-    return Plan((_recipe("na2d_small_fwd", p, cut, p.heads, cut.items),))
+    crowded = int(_crowds(p, FORWARD))
+    return Plan((_recipe("na2d_small_fwd", p, cut, p.heads, cut.items, CROWDED=crowded),))
 
 
 def query_side(p: Problem, rpb: bool, most: int, shape: Shape | None = None) -> tuple[Recipe, int]:

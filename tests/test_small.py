@@ -198,19 +198,24 @@ def test_tables_of_many_blocks_are_added(engine):
     assert sums.block == (32, 32, 1)
 
 
+@pytest.mark.parametrize("shape", [(7, 7), (9, 10)], ids=["dense", "joint"])
+@pytest.mark.parametrize("lse", [True, False], ids=["lse", "out alone"])
 @pytest.mark.parametrize("wanted", ["query", "value", "query key value", "rpb"])
-def test_some_gradients_of_dense_groups(wanted, engine):
+def test_some_gradients_of_one_launch(wanted, lse, shape, engine):
     """One kernel makes those of query, key and value, with or without that of the bias."""
-    given = case("some", (7, 7), 7, "", heads=2)
+    given = case("some", shape, 7, "", heads=2)
     tensors = {n: x for n, x in inputs(given, engine.device).items() if x is not None}
     d_out, d_lse = cotangents(given, engine.device)
+    if not lse:
+        d_lse = torch.zeros_like(d_lse)
     _, _, true = truth(given, inputs(given, engine.device), d_out, d_lse)
     for name, tensor in tensors.items():
         tensor.requires_grad_(name in wanted)
     with engine.active():
         out = ops.attention(tensors["query"], tensors["key"], tensors["value"], given.hood,
                             given.factor, tensors["rpb"], None, None)  # fmt: skip
-        made = torch.autograd.grad(out, [tensors[n] for n in wanted.split()], [d_out, d_lse])
+        results, given_to_them = (out, [d_out, d_lse]) if lse else (out[0], d_out)
+        made = torch.autograd.grad(results, [tensors[n] for n in wanted.split()], given_to_them)
     for name, gradient in zip(wanted.split(), made, strict=True):
         close(gradient, true[name], given.dtype, name, backward=True)
 

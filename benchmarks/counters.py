@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import record
+from benchmarks import record, sanitizer
 from benchmarks.cases import OP_CASES
 
 METRICS = (
@@ -34,12 +33,6 @@ METRICS = (
 LAYERS = ("level 1", "level 2", "level 3", "level 4")
 
 
-def find() -> str | None:
-    """The tool's path: on PATH, or where the toolkit puts it."""
-    places = (shutil.which("ncu"), "/usr/local/cuda/bin/ncu")
-    return next((place for place in places if place and Path(place).exists()), None)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 2 without a GPU or without the tool."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.counters", description=__doc__)
@@ -47,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=128, help="images (default %(default)s)")
     parser.add_argument("--run", action="store_true", help="be what is profiled")
     arguments = parser.parse_args(argv)
-    tool = find()
+    tool = sanitizer.find("ncu")
     if not torch.cuda.is_available() or (tool is None and not arguments.run):
         print("it needs a CUDA GPU and ncu, which comes with CUDA.", file=sys.stderr)
         return 2

@@ -24,9 +24,9 @@ _NOISE = re.compile(
 )
 
 
-def find() -> str | None:
-    """The tool's path: on PATH, or where the toolkit puts it."""
-    places = (shutil.which("compute-sanitizer"), "/usr/local/cuda/bin/compute-sanitizer")
+def find(tool: str = "compute-sanitizer") -> str | None:
+    """The path of a tool: on PATH, or where the toolkit puts it."""
+    places = (shutil.which(tool), f"/usr/local/cuda/bin/{tool}")
     return next((place for place in places if place and Path(place).exists()), None)
 
 

@@ -244,7 +244,6 @@ na2d_small_bwd_dense(const __grid_constant__ Params p) {
         biases[e] = staged + TABLE_AT + (BIAS_PITCH + bias) * 4;
     }
     const float scale = p.scale.base_two;
-    // As in na2d_small_bwd_dq: lse is not subtracted from each score.
 
     for (int n = slot; n < p.items; n += p.slots) {
         SmallItem item;
@@ -283,6 +282,7 @@ na2d_small_bwd_dense(const __grid_constant__ Params p) {
                 if (row >= KH) continue;
                 const auto own_number = [&](float* all) { return number_at(all, g, numbers, row); };
                 if (p.d_lse) delta[h] -= *own_number(p.d_lse);
+                // As in na2d_small_bwd_dq: lse is not subtracted from each score.
                 const float start = *own_number(p.lse) * -p.scale.inverse;
                 // Lanes c = 0, 1 write the one, lanes 2, 3 the other, for two rows of keys.
                 write_float(staged + STARTS_AT + row * 128 + c / 2 * 64 + column / 2 * 16 +

@@ -37,7 +37,8 @@ struct Params {
 enum {
     MIDDLE = KH / 2 / EACH * EACH,            // a step that both queries of a pair see
     FULL = (DENSE ? KH : KH - 1) / EACH,      // whole steps that both see
-    STRAIGHT = BLOCKS == 3 || (DENSE && CROWDED) ? 1 : FULL <= 3 ? FULL : FULL % 2 == 0 ? 2 : FULL % 3 == 0 ? 3 : 1
+    STRAIGHT = BLOCKS == 3 || (DENSE && CROWDED) ? 1
+               : FULL <= 3 ? FULL : FULL % 2 == 0 ? 2 : FULL % 3 == 0 ? 3 : 1
 };
 
 // Of a pair of rows; `low` is minus the reference, in base two. Of weights in halves `whole` has the

@@ -182,7 +182,7 @@ struct Role {  // what a warp does
 
     __device__ __forceinline__ Role(const SmallGeometry& g, unsigned thread = threadIdx.x) {
         lane = thread % 32;
-        warp = __shfl_sync(0xFFFFFFFFu, thread / 32, 0);
+        warp = __shfl_sync(0xFFFFFFFFu, thread / 32, 0);  // so that it is known to be the warp's
         warps = blockDim.x / 32;
         int rest = warp;
         column = PAIRED ? 0 : remainder(rest, g.by_blocks) * 8;

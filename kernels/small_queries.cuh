@@ -209,7 +209,7 @@ __device__ __forceinline__ void attend(
         keys += EACH * line;
         values += EACH * line;
         across += EACH * line;
-        __syncwarp();
+        __syncwarp();  // a mark that ptxas mixes no steps across: registers are few
     }
     if (RPB_GRAD && !staggered) sums.add(KH, before);
 }
@@ -219,7 +219,7 @@ template <bool TELLS_DELTA, class Params>
 __device__ __forceinline__ void query_side(
     const Params& p, const SmallGeometry& g, unsigned char* shared, int worker, int workers) {
     unsigned thread = threadIdx.x;
-    anew(thread);
+    anew(thread);  // or the compiler keeps for this what the other side has made of it
     const Role role(g, thread);
     // Of those of a team.
     const int first_head = remainder(worker, g.by_teams) * g.heads_here;

@@ -5,7 +5,7 @@ In: sizes. Out: a `kernel_cases.Case` that the small-window kernels take.
 
 from kernel_cases import BF16, Case
 
-from natcupy.cuda import plan, small
+from natcupy.cuda import plan, small_tiles
 
 
 def case(name, shape, kernel_size, why, dim=32, **more):
@@ -17,5 +17,5 @@ def case(name, shape, kernel_size, why, dim=32, **more):
 def forget_plans():
     """Plan again what has been planned, as for another GPU."""
     plan.forget()
-    for planned in vars(small).values():
+    for planned in vars(small_tiles).values():
         getattr(planned, "cache_clear", bool)()

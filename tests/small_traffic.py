@@ -13,7 +13,7 @@ from math import prod
 from kernel_cases import Case
 from test_plan import problem
 
-from natcupy.cuda import plan, run, small
+from natcupy.cuda import plan, run, small, small_tiles
 from natcupy.neighborhood import inverse_window, window
 
 
@@ -45,14 +45,14 @@ def expected(given: Case, arch: int = 90) -> dict[str, tuple[int, int]]:
 
 def _joint(given: Case, p) -> tuple[int, int]:
     """Both sides; the key side makes delta itself, from out and the gradient of log-sum-exp."""
-    pair = small.joint_tiles(p)[0]
+    pair = small_tiles.joint_tiles(p)[0]
     sides = [_kernel(given, p, side, tile, joint=True)
              for side, tile in zip((small.QUERIES, small.KEYS), pair, strict=True)]  # fmt: skip
     return tuple(map(sum, zip(*sides, strict=True)))
 
 
 def _kernel(given: Case, p, side: str, tile=None, joint: bool = False) -> tuple[int, int]:
-    tile = tile or small.tile(p, side)
+    tile = tile or small_tiles.tile(p, side)
     row = given.head_dim * given.dtype.itemsize // 32
     heads = given.kv_heads if side == small.KEYS else given.heads
     group = given.heads // given.kv_heads if side == small.KEYS else 1
@@ -83,7 +83,7 @@ def _kernel(given: Case, p, side: str, tile=None, joint: bool = False) -> tuple[
 
 def _fused(given: Case, p) -> tuple[int, int]:
     """Five tensors in and three out, log-sum-exp and its gradient, a table per warp."""
-    tile, row = small.tile(p, small.QUERIES), given.head_dim * given.dtype.itemsize // 32
+    tile, row = small_tiles.tile(p, small.QUERIES), given.head_dim * given.dtype.itemsize // 32
     rows = scalars = 0
     for image, head, box in product(
         range(given.batch), range(given.heads), list(_boxes(given, tile))

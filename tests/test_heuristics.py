@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from test_plan import problem
 
-from natcupy.cuda import heuristics, plan, small
+from natcupy.cuda import heuristics, plan, small, small_tiles
 from natcupy.cuda.heuristics import (
     ARCHITECTURES,
     BOTH,
@@ -39,7 +39,7 @@ def nat(shape, arch, **more):
 def cover_of(row, arch):
     """The row's tile on its own map."""
     p = nat(heuristics.MAPS[row.width], arch)
-    return p, small._cover(p, row.side, small.tile(p, row.side, (*row.tile, 1)))
+    return p, small_tiles._cover(p, row.side, small_tiles.tile(p, row.side, (*row.tile, 1)))
 
 
 def test_every_class_has_its_rows():
@@ -55,7 +55,7 @@ def test_rows_are_legal(row):
         _, cover = cover_of(row, arch)
         chip = ARCHITECTURES[arch]
         assert cover.shared <= heuristics.block_limit(arch) <= chip.shared * 1024
-        assert 1 <= cover.warps <= small.WARPS and 32 * cover.warps <= 1024
+        assert 1 <= cover.warps <= small_tiles.WARPS and 32 * cover.warps <= 1024
         assert heuristics.resident(arch, cover) >= 1
 
 
@@ -72,8 +72,8 @@ def test_rows_are_justified(row):
     counted = (round(cover.halo, 2), blocks, blocks * cover.warps)
     assert counted == (row.why.halo, row.why.blocks, row.why.warps)
     costs = [
-        heuristics.cost(arch, row.side, small._cover(p, row.side, tile))
-        for tile in small.tiles(p, row.side)
+        heuristics.cost(arch, row.side, small_tiles._cover(p, row.side, tile))
+        for tile in small_tiles.tiles(p, row.side)
     ]
     assert heuristics.cost(arch, row.side, cover) == min(costs)
 
@@ -82,7 +82,7 @@ def test_rows_are_what_runs():
     for row in ROWS:
         for arch in CLASSES[row.archs]:
             p = nat(heuristics.MAPS[row.width], arch)
-            assert small.tile(p, row.side).shape == (*row.tile, 1)
+            assert small_tiles.tile(p, row.side).shape == (*row.tile, 1)
 
 
 def test_registers_are_those_of_the_compile_table():
@@ -106,8 +106,8 @@ def test_registers_are_those_of_the_compile_table():
         if entry == "na2d_small_bwd_dense":
             warps = small.DENSE_RESIDENT
         else:
-            warps = small._warps(p, sides[entry])[1]
-        assert "CROWDED=1" not in rest or warps == small.CROWD[sides[entry]]
+            warps = small_tiles._warps(p, sides[entry])[1]
+        assert "CROWDED=1" not in rest or warps == small_tiles.CROWD[sides[entry]]
         assert warps * 32 * -(-registers // 8) * 8 <= 65536, name
 
 
@@ -115,7 +115,8 @@ def test_a_small_grid_gets_smaller_tiles():
     """One image must not leave most of the GPU idle."""
     for shape in HEADS:
         p, many = nat(shape, 90, batch=1), nat(shape, 90)
-        one, full = small._cover(p, FORWARD, small.tile(p, FORWARD)), small.tile(many, FORWARD)
+        one = small_tiles._cover(p, FORWARD, small_tiles.tile(p, FORWARD))
+        full = small_tiles.tile(many, FORWARD)
         assert one.grid >= min(100, prod(shape) * HEADS[shape] // 16)
         assert one.shape[0] * one.shape[1] <= full.blocks * full.rows
 
@@ -129,10 +130,10 @@ def test_every_choice_is_legal(arch):
                 for dilation in ((1, 1), (1, shape[1] // 7)):
                     p = nat(shape, arch, head_dim=dim, batch=batch, heads=6, dilation=dilation)
                     for side in SIDES:
-                        tile = small.tile(p, side)
+                        tile = small_tiles.tile(p, side)
                         assert tile.shared <= heuristics.block_limit(arch)
-                        assert 1 <= tile.warps <= small.WARPS
-                        assert small.tile(p, side, tile.shape) == tile
+                        assert 1 <= tile.warps <= small_tiles.WARPS
+                        assert small_tiles.tile(p, side, tile.shape) == tile
                         assert 6 % tile.heads_here == 0
 
 
@@ -144,7 +145,7 @@ def test_unknown_architectures_take_the_nearest_older():
 
 def test_tiles_that_are_not_legal_are_refused():
     with pytest.raises(ValueError, match="is no tile of this call"):
-        small.tile(nat((14, 14), 90), FORWARD, (1, 3, 1, 1))
+        small_tiles.tile(nat((14, 14), 90), FORWARD, (1, 3, 1, 1))
 
 
 def test_families():

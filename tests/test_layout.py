@@ -29,6 +29,7 @@ FLOORS = [
     ("natcupy.cuda.params", "natcupy.cuda.tiling"),
     ("natcupy.cuda.recipes",),
     ("natcupy.cuda.heuristics",),
+    ("natcupy.cuda.small_tiles",),
     ("natcupy.cuda.small",),
     ("natcupy.cuda.plan",),
     ("natcupy.tiles", "natcupy.reference", "natcupy.cuda", "natcupy.cpu"),

@@ -10,7 +10,7 @@ from ptxsim.errors import PtxCheckError
 from small_cases import case, forget_plans
 from test_kernels import Interpreter, check
 
-from natcupy.cuda import heuristics, plan, small
+from natcupy.cuda import heuristics, plan, small_tiles
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("cupy") is None, reason="NVRTC comes with CuPy, which is not installed"
@@ -167,12 +167,12 @@ def test_planted_mistakes_are_found(mistake, engine, tmp_path, monkeypatch):
 
 def narrow(monkeypatch):
     """Tiles of 8 columns and a few rows only, so that a block meets several columns."""
-    every = small.tiles
+    every = small_tiles.tiles
 
     def few(p, side):
         return tuple(t for t in every(p, side) if t.blocks == 1 and t.rows <= 6)
 
-    monkeypatch.setattr(small, "tiles", few)
+    monkeypatch.setattr(small_tiles, "tiles", few)
     forget_plans()
 
 

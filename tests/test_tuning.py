@@ -13,7 +13,7 @@ from test_plan import problem, random_problem
 
 from natcupy import backends, cache
 from natcupy.arguments import neighborhood
-from natcupy.cuda import heuristics, jit, ops, plan, run, small, tuning
+from natcupy.cuda import heuristics, jit, ops, plan, run, small_tiles, tuning
 from natcupy.cuda.arch import Target
 from natcupy.cuda.heuristics import BOTH, FORWARD, KEYS, QUERIES, SIDES
 from natcupy.cuda.launch import LaunchError
@@ -73,7 +73,7 @@ def clock(monkeypatch, tmp_path):
 
 def new_process():
     """Forget what this process settled, not what is stored."""
-    for kept in (small.ranked, small.joint_tile, small.joint_tiles):
+    for kept in (small_tiles.ranked, small_tiles.joint_tile, small_tiles.joint_tiles):
         kept.cache_clear()
     tuning._forget(lambda choice: True)
 
@@ -431,7 +431,7 @@ def test_choices_give_the_same_numbers(monkeypatch):
 
 def test_the_interpreter_measures_and_runs(clock, monkeypatch):
     """The whole way on real kernels: trials overwrite results only, never inputs."""
-    monkeypatch.setattr(small, "RANKED", 1)  # and the portable kernel
+    monkeypatch.setattr(small_tiles, "RANKED", 1)  # and the portable kernel
     new_process()
     launcher = PtxLauncher("86")
     launcher.clock = FakeClock(lambda n: 0.5 if n in (1, 3) else 1.0)  # portable, apart

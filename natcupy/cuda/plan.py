@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 
-from natcupy.cuda import small
+from natcupy.cuda import small, small_tiles
 from natcupy.cuda.heuristics import BOTH, FORWARD, KEYS, QUERIES
 from natcupy.cuda.recipes import (
     Plan,
@@ -81,22 +81,17 @@ class Tiling:
     capacity: int
 
 
-def _groups(p: Problem) -> tuple[int, ...]:
-    """Tokens of the longest dilation group per axis."""
-    return tuple(-(-n // d) for n, d in zip(p.shape, p.hood.dilation, strict=True))
-
-
 def _portable_tiles(p: Problem, heads: int) -> tuple[tuple[int, ...], ...]:
     """The few cheapest tiles of a problem whose blocks each take one of `heads`."""
     hood, share = p.hood, sharing(p.dtype, p.head_dim, p.value_dim)
     copies = p.batch * heads * prod(hood.dilation)
     most = THREADS // share.lanes
-    return rank_tiles(_groups(p), hood.kernel_size, hood.stride, most, copies)
+    return rank_tiles(p.groups, hood.kernel_size, hood.stride, most, copies)
 
 
 def _tiling(p: Problem, tile: tuple[int, ...], row_bytes: int, per_slot: int) -> Tiling:
     """Cover `p`; a staged token costs `row_bytes` and `per_slot` bytes for each slot of a block."""
-    hood, groups, share = p.hood, _groups(p), sharing(p.dtype, p.head_dim, p.value_dim)
+    hood, groups, share = p.hood, p.groups, sharing(p.dtype, p.head_dim, p.value_dim)
     threads = -(-prod(tile) * share.lanes // 32) * 32
     slots = threads // share.lanes
     # One row more than the capacity stays zero, and a table row is padded to an odd length.
@@ -162,7 +157,7 @@ def _recipe(kernel: str, constants, blocks: int, block, shared: int, values) -> 
 def use_family(family: str) -> Iterator[None]:
     """Plan inside the block with one family of kernels, in every thread: for tests and benchmarks.
 
-    "auto" is the default: the small-window kernels where `small.plans_for` says they pay, else the
+    "auto" is the default: the small-window kernels where `small.pays` says they pay, else the
     portable ones, which run everything. "portable" takes those always; "small" takes the others
     wherever they can run and raises ValueError, with the reason, where they cannot; "apart" does
     that too, and runs each side of a backward pass in a launch of its own.
@@ -220,10 +215,10 @@ def choices(p: Problem, side: str) -> tuple[Choice, ...]:
     if side == BOTH:
         if not joins(p, True):
             return (APART,)
-        return (*(("joint", *cut.shape) for cut, _ in small.joint_tiles(p)), APART)
+        return (*(("joint", *cut.shape) for cut, _ in small_tiles.joint_tiles(p)), APART)
     portable = [("portable", *tile) for tile in _portable_tiles(p, _heads(p, side))]
     if _use_small(p):
-        cut = [("small", *tile.shape) for tile in small.ranked(p, side)]
+        cut = [("small", *tile.shape) for tile in small_tiles.ranked(p, side)]
         return tuple([*cut, portable[0]] if _family == "auto" else cut)
     return tuple(portable)
 
@@ -253,12 +248,12 @@ def legal(p: Problem, side: str, choice: Choice) -> bool:
         return False
     family, tile = choice[0], choice[1:]
     if side == BOTH:
-        joint = family == "joint" and joins(p, True) and small.joint_tile(p, tile) is not None
+        joint = family == "joint" and joins(p, True) and small_tiles.joint_tile(p, tile) is not None
         return choice == APART or joint
     if family == "small":
-        return not small.why_not(p) and tile in {t.shape for t in small.tiles(p, side)}
+        return not small.why_not(p) and tile in {t.shape for t in small_tiles.tiles(p, side)}
     most = THREADS // sharing(p.dtype, p.head_dim, p.value_dim).lanes
-    fits = len(tile) == p.rank and all(0 < t <= n for t, n in zip(tile, _groups(p), strict=True))
+    fits = len(tile) == p.rank and all(0 < t <= n for t, n in zip(tile, p.groups, strict=True))
     return family == "portable" and fits and prod(tile) <= most
 
 

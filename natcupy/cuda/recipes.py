@@ -50,6 +50,11 @@ class Problem:
         return prod(self.shape)
 
     @property
+    def groups(self) -> tuple[int, ...]:
+        """Tokens of the longest dilation group per axis."""
+        return tuple(-(-n // d) for n, d in zip(self.shape, self.hood.dilation, strict=True))
+
+    @property
     def biases(self) -> int:
         """Entries of one head's bias table."""
         return prod(2 * k - 1 for k in self.hood.kernel_size)

@@ -221,7 +221,6 @@ def _parse(data: bytes | None, p: plan.Problem, side: str) -> plan.Choice | None
 def problem_class(p: plan.Problem, side: str, rpb: bool) -> str:
     """All of `p` that a choice depends on. Images are counted in powers of two."""
     hood = p.hood
-    groups = [-(-n // d) for n, d in zip(p.shape, hood.dilation, strict=True)]
     images = 1 << (p.batch * prod(hood.dilation) - 1).bit_length()
     uneven = any(n % d for n, d in zip(p.shape, hood.dilation, strict=True))
     parts = [
@@ -229,7 +228,7 @@ def problem_class(p: plan.Problem, side: str, rpb: bool) -> str:
         f"{p.dtype} {p.head_dim}/{p.value_dim}",
         f"heads {p.heads}/{p.kv_heads}",
         f"window {_by(hood.kernel_size)}",
-        f"on {images} x {_by(groups)}" + (" uneven" if uneven else ""),
+        f"on {images} x {_by(p.groups)}" + (" uneven" if uneven else ""),
         f"by {plan.access(p)} bytes",
     ]
     if any(s > 1 for s in hood.stride):

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +85,7 @@ def warmup(
     what: nn.Module | Call | Iterable[Call],
     input_size: Sequence[int] | Sequence[Sequence[int]] | None = None,
     *,
-    backward: bool | None = None,
+    backward: bool | Collection[str] | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     backend: str | None = None,
@@ -100,7 +100,10 @@ def warmup(
         input_size: shape of the model's input with its batch, or several such shapes; by default
             `[1, *model.pretrained_cfg["input_size"]]`, where a model has that.
         backward: also the kernels of the gradients; by default what the model's mode says
-            (`model.training`), and False for calls.
+            (`model.training`), and False for calls. A model is asked for those of the parameters
+            that require them: freeze it first. Of calls True is for those of all tensors; where
+            only some are asked for, as beside frozen keys and values, other kernels run: name the
+            tensors, for instance `("query", "rpb")`, as in `natcupy.na2d`.
         device: where the calls will run: by default the GPU if there is one. A model says itself.
         dtype: of the model's input; by default that of its first floating parameter. Call this
             inside `torch.autocast` if the model will run there.
@@ -202,6 +205,11 @@ def _watch_model(model, sizes, backward, device, dtype, backend) -> list:
             raise TypeError(
                 f"{name} is for calls, a model has its own, got {name}={given!r}; leave it out."
             )
+    if not (backward is None or isinstance(backward, bool)):
+        raise TypeError(
+            "names of tensors are for calls, a model's parameters say themselves whether they "
+            f"require gradients, got backward={backward!r}; pass True or False."
+        )
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     floating = [x for x in tensors.values() if x.is_floating_point()]
     dtype = dtype or (floating[0].dtype if floating else torch.get_default_dtype())
@@ -255,15 +263,31 @@ def _watch_calls(what, input_size, backward, device, dtype, backend) -> list:
         )
     if place.type == "cuda" and place.index is None:
         place = torch.device("cuda", torch.cuda.current_device())
+    wanted = _wanted(backward)
     with _watching() as (_, seen):
         for call in calls:
-            _run(lambda call=call: _attend(call, place, backward, backend), bool(backward))
+            _run(lambda call=call: _attend(call, place, wanted, backend), bool(wanted))
         return seen
 
 
-def _attend(call: Call, device: torch.device, backward: bool | None, backend: str | None):
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=call.dtype, device=device, requires_grad=bool(backward))
+_TENSORS = ("query", "key", "value", "rpb", "additional_keys", "additional_values")
+
+
+def _wanted(backward: bool | Collection[str] | None) -> Collection[str]:
+    """Names of the tensors of calls whose gradients are asked for."""
+    if backward is None or isinstance(backward, bool):
+        return _TENSORS if backward else ()
+    named = isinstance(backward, Collection) and not isinstance(backward, str)
+    if not named or not all(name in _TENSORS for name in backward):
+        raise ValueError(
+            f"backward must be True, False or several of {', '.join(_TENSORS)}, got {backward!r}."
+        )
+    return backward
+
+
+def _attend(call: Call, device: torch.device, wanted: Collection[str], backend: str | None):
+    def empty(name: str, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=call.dtype, device=device, requires_grad=name in wanted)
 
     rank = len(call.shape)
     if rank not in (1, 2, 3):
@@ -273,17 +297,18 @@ def _attend(call: Call, device: torch.device, backward: bool | None, backend: st
     value_dim = call.value_dim or call.head_dim
     extra = {}
     if call.extras:
-        extra["additional_keys"] = empty(call.batch, call.extras, kv_heads, call.head_dim)
-        extra["additional_values"] = empty(call.batch, call.extras, kv_heads, value_dim)
+        for name, dim in (("additional_keys", call.head_dim), ("additional_values", value_dim)):
+            extra[name] = empty(name, call.batch, call.extras, kv_heads, dim)
+    if call.rpb:
+        extra["rpb"] = empty("rpb", call.heads, *(2 * k - 1 for k in hood.kernel_size))
     return getattr(F, f"na{rank}d")(
-        empty(*rows, call.heads, call.head_dim),
-        empty(*rows, kv_heads, call.head_dim),
-        empty(*rows, kv_heads, value_dim),
+        empty("query", *rows, call.heads, call.head_dim),
+        empty("key", *rows, kv_heads, call.head_dim),
+        empty("value", *rows, kv_heads, value_dim),
         hood.kernel_size,
         hood.stride,
         hood.dilation,
         hood.is_causal,
-        rpb=empty(call.heads, *(2 * k - 1 for k in hood.kernel_size)) if call.rpb else None,
         backend=backend,
         **extra,
     )

@@ -90,29 +90,30 @@ CALLS = (
 
 
 def run(call, backward):
-    """The same call with tensors."""
+    """The same call with tensors, of which all, none or some are to have gradients."""
     rows, kv_heads = (call.batch, *call.shape), call.kv_heads or call.heads
     value_dim = call.value_dim or call.head_dim
 
-    def tensor(*shape):
-        return torch.zeros(shape, dtype=call.dtype, requires_grad=backward)
+    def tensor(name, *shape):
+        wanted = backward if isinstance(backward, bool) else name in backward
+        return torch.zeros(shape, dtype=call.dtype, requires_grad=wanted)
 
     extra = {}
     if call.rpb:
         sizes = call.kernel_size
         sizes = sizes if isinstance(sizes, tuple) else (sizes,) * len(call.shape)
-        extra["rpb"] = tensor(call.heads, *(2 * k - 1 for k in sizes))
+        extra["rpb"] = tensor("rpb", call.heads, *(2 * k - 1 for k in sizes))
     if call.extras:
-        extra["additional_keys"] = tensor(call.batch, call.extras, kv_heads, call.head_dim)
-        extra["additional_values"] = tensor(call.batch, call.extras, kv_heads, value_dim)
+        for name, dim in (("additional_keys", call.head_dim), ("additional_values", value_dim)):
+            extra[name] = tensor(name, call.batch, call.extras, kv_heads, dim)
     attend = getattr(natcupy, f"na{len(call.shape)}d")
     out = attend(
-        tensor(*rows, call.heads, call.head_dim),
-        tensor(*rows, kv_heads, call.head_dim),
-        tensor(*rows, kv_heads, value_dim),
+        tensor("query", *rows, call.heads, call.head_dim),
+        tensor("key", *rows, kv_heads, call.head_dim),
+        tensor("value", *rows, kv_heads, value_dim),
         call.kernel_size, call.stride, call.dilation, call.is_causal, **extra,
     )  # fmt: skip
-    if backward:
+    if out.requires_grad:
         out.backward(torch.zeros_like(out))
 
 
@@ -126,6 +127,61 @@ def test_calls_are_made_ready(driver, backward):
     assert driver.prepared == driver.launched
     assert done.kernels == done.compiled == len(driver.launched) and done.cached == 0
     assert done.calls == len(CALLS) * (1 + backward)
+
+
+SMALL = Call((9, 10), 2, 32, 7, rpb=True, dtype=torch.bfloat16)  # of the small-window kernels
+
+
+@pytest.fixture
+def nothing_compiled(monkeypatch):
+    monkeypatch.setattr(jit, "compile_many", lambda *_, **__: {})
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("call", [SMALL, CALLS[1], CALLS[2]], ids=["small", "grouped", "extras"])
+@pytest.mark.parametrize(
+    "wanted",
+    [("query",), ("query", "rpb"), ["rpb"], ("key", "value"), ("additional_values",), ()],
+    ids=str,
+)
+def test_some_gradients_are_made_ready(driver, nothing_compiled, call, wanted):
+    warmup(call, backward=wanted, device="cpu", quiet=True)
+    run(call, wanted)
+    assert driver.prepared == driver.launched
+
+
+@needs_nvrtc
+def test_all_gradients_and_some_of_them_are_different_kernels(driver, nothing_compiled):
+    warmup(SMALL, backward=True, device="cpu", quiet=True)
+    every = {spec.entry for spec in driver.prepared}
+    assert every == {"na2d_small_fwd", "na2d_small_bwd", "reduce_partials"}
+    driver.prepared.clear()
+    warmup(SMALL, backward=("query", "rpb"), device="cpu", quiet=True)
+    some = {spec.entry for spec in driver.prepared}
+    assert some == {"na2d_small_fwd", "na2d_small_bwd_dq", "reduce_partials"}
+
+
+class Frozen(nn.Module):
+    """Queries and a bias that learn, keys and values that do not."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.rest = nn.Linear(8, 64), nn.Linear(8, 128)
+        self.rpb = nn.Parameter(torch.zeros(2, 13, 13))
+        self.rest.requires_grad_(False)
+        self.to(torch.bfloat16)
+
+    def forward(self, x):
+        q, k, v = (y.unflatten(-1, (2, 32)) for y in (self.query(x), *self.rest(x).chunk(2, -1)))
+        return natcupy.na2d(q, k, v, 7, rpb=self.rpb)
+
+
+@needs_nvrtc
+def test_what_is_frozen_in_a_model_needs_no_kernel(driver, nothing_compiled):
+    warmup(Frozen(), (1, 9, 10, 8), quiet=True)
+    Frozen()(torch.zeros(1, 9, 10, 8, dtype=torch.bfloat16)).sum().backward()
+    assert driver.prepared == driver.launched
+    assert "na2d_small_bwd_dq" in {spec.entry for spec in driver.prepared}
 
 
 @needs_nvrtc
@@ -276,6 +332,14 @@ def test_zoo_models_know_their_input(binaries):
 def test_wrong_arguments(arguments, error, match):
     with pytest.raises(error, match=match):
         warmup(*arguments, quiet=True)
+
+
+@pytest.mark.parametrize("wrong", ["query", ("query", "bias"), 1])
+def test_gradients_have_names(wrong):
+    with pytest.raises(ValueError, match="several of query, key, value, rpb, additional_keys"):
+        warmup(CALLS[0], backward=wrong, quiet=True)
+    with pytest.raises(TypeError, match="names of tensors are for calls"):
+        warmup(nn.Linear(3, 3), (1, 3), backward=wrong, quiet=True)
 
 
 def test_calls_are_found_beside_the_function():

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-# The three kernels of the small-window family, by whose rows stay with a block.
+# The sides of a call, by whose rows stay with a block: a kernel of each family computes each.
 FORWARD, QUERIES, KEYS = "forward", "queries", "keys"
 SIDES = (FORWARD, QUERIES, KEYS)
 BOTH = "both"  # QUERIES and KEYS in one launch

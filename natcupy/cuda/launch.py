@@ -8,6 +8,7 @@ Who launches can be exchanged (`use_launcher`); the default is `CuPyLauncher`.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 import os
 import threading
@@ -128,7 +129,7 @@ class CuPyRuntime:
         self.module = import_cupy("cupy.cuda.function").Module
         self.driver = import_cupy("cupy_backends.cuda.api.driver")
         self.runtime = import_cupy("cupy_backends.cuda.api.runtime")
-        self.void = import_cupy("numpy").void
+        self.void = importlib.import_module("numpy").void  # numpy comes with CuPy
         self._raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # much quicker
 
     def driver_version(self) -> tuple[int, int] | None:

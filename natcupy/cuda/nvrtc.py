@@ -1,7 +1,7 @@
 """From text to machine code: source and architecture come in, a cubin (or PTX) and its log go out.
 
 The compiler is NVRTC, reached through CuPy's low-level binding: it needs neither a GPU nor a
-driver, so every architecture can be built anywhere. This is the only room that imports CuPy.
+driver, so every architecture can be built anywhere. Other rooms import CuPy by `import_cupy`.
 """
 
 from __future__ import annotations

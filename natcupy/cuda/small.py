@@ -10,7 +10,7 @@ allows TF32.
 
 Lines of one axis are for the portable kernels. A fragment is two rows by 8 columns: of a line it
 would be half empty; as one row by 16 columns, neighbours' windows would span a block of 8 more, the
-two halves would share no bias, and none of the three kernels' walks over pairs of rows would fit.
+two halves would share no bias, and none of the kernels' walks over pairs of rows would fit.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from natcupy.cuda.tiling import ITEM_SIZE
 DIMS = (32, 64)  # head_dim
 LARGEST_WINDOW = 13  # per axis: the windows of 8 neighbours span at most 24 columns
 LARGEST_HALO = 6.0  # staged tokens per token: beyond, tiles are too small for shared memory's sake
-BLOCKS = 1024  # of all heads that are to add up gradients of the bias one after the other's tiles
+BLOCKS = 1024  # of all heads, where each adds up the bias gradient of several tiles
 LARGEST_TABLE = 2**31 - 1  # entries of all heads' bias tables, indexed in 32 bits
 
 

@@ -73,11 +73,6 @@ def _extents(length: int, most: int) -> tuple[int, ...]:
     return tuple(sorted(extent for extent in parts | powers if extent <= most))
 
 
-def choose_tile(groups, kernel_size, stride, slots: int, copies: int) -> tuple[int, ...]:
-    """Tokens per axis that a block owns: the cheapest of `rank_tiles`."""
-    return rank_tiles(groups, kernel_size, stride, slots, copies)[0]
-
-
 @lru_cache(maxsize=4096)
 def rank_tiles(
     groups: tuple[int, ...],  # tokens of the longest dilation group per axis
@@ -86,7 +81,7 @@ def rank_tiles(
     slots: int,  # tokens a block can own
     copies: int,  # batch * heads * dilation groups: how many such groups there are
 ) -> tuple[tuple[int, ...], ...]:
-    """The few cheapest tiles, cheapest first, by a plain model.
+    """Tokens per axis that a block owns: the few cheapest tiles, cheapest first, by a plain model.
 
     A staged token costs four units, a pair of a slot and a key one, and blocks run in waves.
     """

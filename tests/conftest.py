@@ -1,6 +1,7 @@
 """What every test starts from."""
 
 import pytest
+from cli_runs import closed, digits, run  # noqa: F401
 
 from natcupy import known_calls
 

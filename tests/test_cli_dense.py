@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 
 import natcupy
-from natcupy.cli import main
 from natcupy.cli.detect import run_lengths
 from natcupy.cli.painting import paint_detections, paint_segmentation
 from natcupy.cli.pictures import targets
@@ -24,20 +23,6 @@ CONFIGS = {
     "segmentation": DenseConfig("upernet", BACKBONE, 4, channels=8, aux_channels=4),
     "detection": DenseConfig("mask_rcnn", BACKBONE, 3, channels=8, fc_channels=16),
 }
-
-
-@pytest.fixture
-def run(capsys, monkeypatch, tmp_path):
-    """Run a command in an empty folder, without a Hub; gives (status, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.delenv("NATCUPY_DEBUG", raising=False)
-
-    def call(*arguments):
-        status = main([str(argument) for argument in arguments])
-        return (status, *capsys.readouterr())
-
-    return call
 
 
 @pytest.fixture
@@ -79,6 +64,18 @@ def test_segment(run, model, photo, tmp_path):
     found = {each["name"]: each["share"] for each in record["classes"]}
     assert found == pytest.approx(dict(truth.areas())) and sum(found.values()) == pytest.approx(1)
     assert all(0 < each["confidence"] <= 1 for each in record["classes"])
+
+
+@pytest.mark.parametrize(
+    ("model", "command"),
+    [("segmentation", "segment"), ("detection", "detect")],
+    indirect=["model"],
+)
+def test_a_folder_that_cannot_be_listed_stops_no_picture(run, model, command, photo, closed):
+    status, out, err = run(command, closed / "more", photo, "--model", model, "--json")
+    (record,) = json.loads(out)["results"]
+    assert status == 1 and record["file"] == str(photo) and "error" not in record
+    assert err.startswith("natcupy: warning: ") and "more (Permission denied)" in err
 
 
 @pytest.mark.parametrize(

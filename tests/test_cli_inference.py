@@ -9,24 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from natcupy.cli import main
 from tests.inference.cases import small
 from tests.pictures import broken
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture
-def run(capsys, monkeypatch, tmp_path):
-    """Run a command in an empty folder, without a Hub; gives (status, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-    def call(*arguments):
-        status = main([str(argument) for argument in arguments])
-        return (status, *capsys.readouterr())
-
-    return call
 
 
 @pytest.fixture(scope="module")

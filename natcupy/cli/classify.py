@@ -1,25 +1,23 @@
 """`natcupy classify`: pictures in, answers out, as a table or JSON.
 
-Exit status 1 if any file could not be read; the others are answered all the same.
+Exit status 1 if any file or folder could not be read; the others are answered all the same.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from tqdm import tqdm
 
-from natcupy.cli import console, runtime
+from natcupy.cli import console, pictures, runtime
 from natcupy.cli.parser import DEFAULT_MODEL
 from natcupy.cli.runtime import Outcome
-from natcupy.data import named_files
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Classify the files and folders named."""
-    files = list(named_files(Path(name) for name in arguments.images))
+    files, status = pictures.named(arguments.images)
     device = runtime.pick_device(arguments.device)
     model = runtime.load_classifier(arguments.model, device)
     stream = runtime.classify(model, files, arguments.topk, arguments.batch_size)
@@ -30,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
         console.print_json(_as_json(arguments.model, str(device), outcomes))
     else:
         _print_table(outcomes, runtime.describe(model, arguments.model, device), arguments.model)
-    return report_errors(outcomes)
+    return max(status, report_errors(outcomes))
 
 
 def report_errors(outcomes: list[Outcome]) -> int:

@@ -1,7 +1,7 @@
 """`natcupy detect`: objects with boxes, masks, classes and scores, drawn, as a table or as JSON.
 
 In: picture files or folders and a detection model. Out: per picture its objects; pictures with
-boxes, masks and labels (`-o`). Exit status 1 if any file failed.
+boxes, masks and labels (`-o`). Exit status 1 if any file or folder failed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from natcupy.zoo.dense.detector import DetectionRules
 
 def run(arguments: argparse.Namespace) -> int:
     """Detect objects in the files and folders named."""
-    files = pictures.named(arguments.images)
+    files, status = pictures.named(arguments.images)
     drawn = pictures.targets(files, arguments.output)
     device = runtime.pick_device(arguments.device)
     model = pictures.load(arguments.model, "detection", device)
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
         console.print_json({**head, "score_threshold": least, "results": records})
     else:
         _print_table(records, runtime.describe(model, arguments.model, device))
-    return pictures.report(records)
+    return max(status, pictures.report(records))
 
 
 def _object(found: Detections, index: int) -> Record:

@@ -6,6 +6,7 @@ In: nothing. Out: an `ArgumentParser` whose result names the room of the command
 from __future__ import annotations
 
 import argparse
+from typing import TextIO
 
 from natcupy.cli.finetune_arguments import add_arguments as add_finetune_arguments
 
@@ -18,7 +19,7 @@ _MODEL_HELP = (
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="natcupy",
         description="Neighborhood attention models: classify pictures, look inside, check a setup.",
         epilog="natcupy COMMAND --help tells more. NATCUPY_DEBUG=1 shows tracebacks.",
@@ -45,6 +46,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse's own keeps it to itself when the help cannot be written."""
+
+    def print_help(self, file: TextIO | None = None) -> None:
+        print(self.format_help(), end="", file=file, flush=True)
+
+
 class _Version(argparse.Action):
     """`--version`, which asks the package only when it is used."""
 
@@ -54,7 +62,7 @@ class _Version(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         from natcupy import __version__
 
-        print(f"natcupy {__version__}")
+        print(f"natcupy {__version__}", flush=True)
         parser.exit()
 
 

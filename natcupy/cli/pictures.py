@@ -1,5 +1,7 @@
 """What `segment` and `detect` share: the model, the files one by one, where results are written.
 
+Which files the command line names, `classify` asks here, too.
+
 In: the command line's arguments and a function that turns one picture into a record. Out: a record
 or a reason per file; pictures at the paths that were asked for, each written whole or not at all.
 """
@@ -26,6 +28,7 @@ from natcupy.zoo.dense import DenseModel
 from natcupy.zoo.dense.images import read_pixels
 
 Record = dict[str, Any]
+MOST_NAMED = 5  # folders in one warning
 
 
 def load(name: str, task: str, device: torch.device) -> DenseModel:
@@ -126,9 +129,23 @@ def save(image: Image.Image, path: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def named(arguments_images: list[str]) -> list[Path]:
-    """The files that the command line names."""
-    return list(named_files(Path(name) for name in arguments_images))
+def named(arguments_images: list[str]) -> tuple[list[Path], int]:
+    """The files that the command line names, and the exit status so far.
+
+    That is 1 if folders cannot be listed: a line on stderr names them. Raises ValueError where no
+    picture is left.
+    """
+    closed: list[tuple[str, str]] = []
+    files = list(named_files((Path(name) for name in arguments_images), closed))
+    if not closed:
+        return files, 0
+    some = ", ".join(f"{folder} ({reason})" for folder, reason in closed[:MOST_NAMED])
+    more = " ..." if len(closed) > MOST_NAMED else ""
+    told = f"folders that cannot be listed are left out, {len(closed):,} of them: {some}{more}"
+    if not files:
+        raise ValueError(f"there must be a picture to look at; {told}.")
+    print(f"natcupy: warning: {told}", file=sys.stderr)
+    return files, 1
 
 
 def report(records: list[Record]) -> int:

@@ -1,7 +1,8 @@
 """`natcupy segment`: the class of every pixel, as a coloured overlay, a table or JSON.
 
 In: picture files or folders and a segmentation model. Out: per picture the classes and their
-shares; overlays (`-o`) and maps of class numbers (`--labels`). Exit status 1 if any file failed.
+shares; overlays (`-o`) and maps of class numbers (`--labels`). Exit status 1 if any file or folder
+failed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from natcupy.zoo.dense import MULTI_SCALE, Segmentation
 
 def run(arguments: argparse.Namespace) -> int:
     """Segment the files and folders named."""
-    files = pictures.named(arguments.images)
+    files, status = pictures.named(arguments.images)
     overlays = pictures.targets(files, arguments.output)
     maps = pictures.targets(files, arguments.labels)
     device = runtime.pick_device(arguments.device)
@@ -45,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         console.print_json({**head, "results": records})
     else:
         _print_table(records, runtime.describe(model, arguments.model, device))
-    return pictures.report(records)
+    return max(status, pictures.report(records))
 
 
 def _record(found: Segmentation) -> Record:

@@ -139,8 +139,12 @@ def _identity(path: str | os.PathLike[str]) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def named_files(paths: Iterable[Path]) -> Iterator[Path]:
+def named_files(paths: Iterable[Path], problems: list[tuple[str, str]]) -> Iterator[Path]:
     """Files as they are named; of a folder, the pictures in it and below.
+
+    Args:
+        paths: files and folders.
+        problems: gets (path, reason) of every folder that cannot be listed.
 
     Raises ValueError for a folder without pictures.
     """
@@ -148,8 +152,10 @@ def named_files(paths: Iterable[Path]) -> Iterator[Path]:
         if not os.path.isdir(path):  # unlike Path's, never an error
             yield path
             continue
-        inside = list_pictures(path)
-        if not inside:
+        closed: list[tuple[str, str]] = []
+        inside = list_pictures(path, closed)
+        problems += [(shown(path / name), reason) for name, reason in closed]
+        if not inside and not closed:
             raise ValueError(f"a folder must hold pictures, got {path} without any.")
         yield from (path / name for name in inside)
 

@@ -6,9 +6,11 @@ In: what `from_pretrained` reads; .pth and .bin go through the sandbox first. Ou
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,15 +24,16 @@ from natcupy.hub.dense import Model
 from natcupy.hub.dense_weights import DenseRow
 from natcupy.hub.errors import CheckpointError, some
 from natcupy.hub.facts import Converted
-from natcupy.hub.files import sha256_file
+from natcupy.hub.files import sha256_file, write_folder
 from natcupy.hub.locate import WEIGHTS_FILE, Located, locate
 from natcupy.hub.pickles import SUFFIXES
 from natcupy.hub.pretrained import from_pretrained, load
 from natcupy.hub.sandbox import convert_pickle
-from natcupy.hub.saving import pack, state_facts, write
+from natcupy.hub.saving import is_weights, pack, state_facts, write
 from natcupy.hub.tensors import read_tensors
 from natcupy.zoo.dense import DenseModel
 
+_PLACE = ".natcupy-convert-"
 _UNUSED = (".relative_position_index",)  # buffers some files leave out
 
 
@@ -77,12 +80,15 @@ def convert_checkpoint(
         **stated: for the card (license, metrics, datasets, repo …).
 
     Raises:
-        HubError: as `from_pretrained`, before anything is written.
-        CheckpointError: what was written is not what was read (then `folder` is not to be used).
+        HubError: as `from_pretrained`.
+        CheckpointError: what was written is not what was read.
+        OSError: the folder cannot be written.
+        After each, `folder` is as it was.
     """
+    folder = Path(folder).expanduser()
     found = locate(name, revision, access or Access())
-    with TemporaryDirectory(prefix="natcupy-convert-") as place:
-        safe, source_hash = _safe_copy(found, Path(place) / WEIGHTS_FILE)
+    with _place_beside(folder) as place:
+        safe, source_hash = _safe_copy(found, place / WEIGHTS_FILE)
         original = {} if safe.shards else read_tensors(safe.weights).tensors
         try:
             model = load(safe, architecture=architecture)
@@ -91,25 +97,46 @@ def convert_checkpoint(
             raise CheckpointError(named) from error
         converted = Converted(_plain_name(found.weights), source_hash, found.repo)
         package = pack(model, state_facts(model, converted=converted, **stated))
-        target = write(package, folder, overwrite_card=True)
-        again = from_pretrained(target, dtype="auto")
+        trial = write(package, place / "model", overwrite_card=True)
+        again = from_pretrained(trial, dtype="auto")
         compared = _same(model.state_dict(), again.state_dict(), "written")
         layout = convert.detect_layout(original) if original else "natcupy"
         if isinstance(model, DenseModel):
             original = dense.to_natcupy(original)
         if original:
             compared = _same(original, _as_read(again, original, layout), "read")
+        apart = _outputs_apart(model, again)
+        _move(trial, folder)
         return Conversion(
             source=str(found.weights),
             source_sha256=source_hash,
             layout=layout,
-            folder=str(target),
+            folder=str(folder),
             sha256=again.source.sha256,
             architecture=model.name,
             parameters=sum(p.numel() for p in model.parameters()),
             tensors=compared,
-            largest_difference=_outputs_apart(model, again),
+            largest_difference=apart,
         )
+
+
+@contextlib.contextmanager
+def _place_beside(folder: Path) -> Iterator[Path]:
+    """A temporary folder on the disk of `folder`, which gives its name to errors of the system."""
+    beside = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    try:
+        with TemporaryDirectory(prefix=_PLACE, dir=beside) as place:
+            yield Path(place)
+    except OSError as error:
+        if error.errno is None or not str(error.filename).startswith(str(beside / _PLACE)):
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(folder)) from error
+
+
+def _move(trial: Path, folder: Path) -> None:
+    """The files of a proven folder to where they are wanted, all or none."""
+    writers = {path.name: partial(os.replace, path) for path in trial.iterdir()}
+    write_folder(folder, writers, is_weights)
 
 
 def _safe_copy(found: Located, path: Path) -> tuple[Located, str]:
@@ -153,8 +180,8 @@ def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor], what: str) -> 
         wrong = {name for name in wrong if name in other or not _left_behind(name, one)}
     if wrong:
         raise CheckpointError(
-            f"the converted weights are not those {what}: {some(sorted(wrong))} differ. Do not use "
-            "the folder."
+            f"the converted weights are not those {what}: {some(sorted(wrong))} differ. Nothing "
+            "was written."
         )
     return len(one.keys() & other.keys())
 

@@ -11,6 +11,7 @@ or dies there is an error and no second way to read the file.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -25,6 +26,7 @@ from natcupy.hub.tensors import write_tensors
 
 TIME_LIMIT_S = 600
 SPARE_BYTES = 1 << 30  # on top of what the file itself needs
+_OF_LIMITS = (None, errno.EFBIG, errno.EMFILE, errno.ENOMEM, errno.EAGAIN)  # the child's own
 _KEPT = ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "TMPDIR", "TEMP", "TMP", "LANG", "HOME")
 
 
@@ -37,6 +39,7 @@ def convert_pickle(source: Path | str, target: Path | str, time_limit: int = TIM
     Raises:
         UnsafePickle, Corrupt, Truncated, LfsPointer, HtmlPage, NotFound: as `read_pickle`.
         UnsafePickle: the child ran out of its limits, or died.
+        OSError: the source cannot be read or the target not written.
     """
     import natcupy
 
@@ -69,6 +72,9 @@ def _understood(done: subprocess.CompletedProcess[str], source: Path | str) -> s
         answer = {}
     if done.returncode == 0 and isinstance(answer.get("sha256"), str):
         return answer["sha256"]
+    number = answer.get("number")
+    if isinstance(number, int) and number in errno.errorcode:
+        raise OSError(number, os.strerror(number), str(answer.get("file")))
     kind = getattr(errors, str(answer.get("error")), None)
     if isinstance(kind, type) and issubclass(kind, HubError):
         raise kind(str(answer.get("text")))
@@ -118,7 +124,10 @@ def main(source: str, target: str, seconds: str) -> int:
         print(json.dumps({"sha256": read.sha256}))
     except (HubError, MemoryError, OSError, RuntimeError) as error:
         Path(target).unlink(missing_ok=True)
-        print(json.dumps({"error": type(error).__name__, "text": str(error)}))
+        told = {"error": type(error).__name__, "text": str(error)}
+        if isinstance(error, OSError) and error.errno not in _OF_LIMITS:
+            told |= {"number": error.errno, "file": error.filename or source}
+        print(json.dumps(told))
         return 1
     return 0
 

@@ -1,19 +1,21 @@
 """Small finetuning runs for tests: pictures, a model, settings, processes, what to compare."""
 
 import csv
+import errno
 import json
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from natcupy.train import TrainConfig
+from natcupy.train import TrainConfig, run
 from natcupy.zoo import ModelConfig, build_model
 
 ROOT = Path(__file__).parent.parent
@@ -50,6 +52,23 @@ def draw_stripes(root):
 
 LONG = {"epochs": 3, "checkpoint_steps": 3, "ema_decay": 0.9, "accumulate": 2, "drop_path": 0.1,
         "batch_size": 4}  # fmt: skip
+
+
+def locks_of(system, put):
+    """Let runs lock as on "unix" or "windows"; `put(object, name, value)` changes what is there."""
+    if system == "unix":
+        return
+    import fcntl
+
+    def locking(file, mode, count):
+        try:
+            place = os.lseek(file, 0, os.SEEK_CUR)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, count, place)
+        except BlockingIOError:
+            raise PermissionError(errno.EACCES, "Permission denied") from None
+
+    put(run, "fcntl", None)
+    put(run, "msvcrt", SimpleNamespace(LK_NBLCK=2, locking=locking))
 
 
 def weights(folder):

@@ -90,7 +90,7 @@ def test_the_command_draws_a_picture(picture_file, tmp_path, capsys):
     status = main(["attend", str(picture_file), "-o", str(output), "--query", "0.6,0.2"])
     said = capsys.readouterr()
     assert (status, said.err) == (0, "")
-    assert "query at row 1, column 4 of a 8 x 8 map" in said.out
+    assert "query at row 1, column 4 of a map of 8 x 8." in said.out
     with Image.open(output) as drawn:
         pixels = np.asarray(drawn.convert("RGB")).reshape(-1, 3)
     assert drawn.size[0] > 2 * attend.PANEL

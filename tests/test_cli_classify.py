@@ -186,6 +186,14 @@ def test_train_digits_makes_a_model(run, tmp_path, monkeypatch):
     assert "64 pictures drawn" in (tmp_path / "made" / "README.md").read_text()
 
 
+def test_train_digits_without_the_scans_begins_nothing(run, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="its fonts are asked for before the scans")
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    status, out, err = run("train-digits", "--output", "made")
+    assert (status, out) == (1, "") and "natcupy[train]" in one_error_line(err)
+    assert not (tmp_path / "made").exists()
+
+
 def test_train_digits_refuses_an_output_that_cannot_be(run, tmp_path):
     (tmp_path / "file").touch()
     status, _, err = run("train-digits", "--output", "file", "--pictures", 10**9)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import LONG, config, draw_stripes, same, settled, step_of, tiny, weights
+from runs import LONG, ROOT, config, draw_stripes, locks_of, same, settled, step_of, tiny, weights
 
 import natcupy
 from natcupy.data import DataError, find
@@ -362,6 +362,8 @@ def test_the_command(stripes, tmp_path, capsys):
 HOLDER = """
 import sys
 from pathlib import Path
+from runs import locks_of
+locks_of(sys.argv[2], setattr)
 from natcupy.train.run import Hold
 with Hold() as hold:
     hold.take(Path(sys.argv[1]))
@@ -370,13 +372,16 @@ with Hold() as hold:
 """
 
 
-@pytest.mark.skipif(os.name == "nt", reason="locks of Unix")
-def test_a_run_that_another_process_trains(stripes, tmp_path):
+@pytest.mark.skipif(os.name == "nt", reason="both kinds of lock are made of those of Unix")
+@pytest.mark.parametrize("system", ["unix", "windows"])
+def test_a_run_that_another_process_trains(stripes, tmp_path, monkeypatch, system):
     """The second is told who is at work, changes nothing, and may begin once that one is killed."""
     output = tmp_path / "run"
     output.mkdir()
-    command = [sys.executable, "-c", HOLDER, str(output)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+    locks_of(system, monkeypatch.setattr)
+    command = [sys.executable, "-c", HOLDER, str(output), system]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT / "tests", **pipes) as other:
         assert other.stdout.readline() == b"held\n"
         told = rf"process {other.pid} of .*, trains in .*run\. Wait for its end.*--resume"
         with pytest.raises(TrainError, match=told):

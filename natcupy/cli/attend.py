@@ -51,8 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
     pictures.save(drawn, output)
     row, column = found.query
     print(
-        f"{output}: {title}; query at row {row}, column {column} of a "
-        f"{found.weights.shape[1]} x {found.weights.shape[2]} map."
+        f"{output}: {title}; query at row {row}, column {column} of a map "
+        f"of {found.weights.shape[1]} x {found.weights.shape[2]}."
     )
     strongest = found.weights[heads].mean(0)
     at = divmod(int(strongest.argmax()), strongest.shape[1])

@@ -13,6 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from natcupy.cli import console
+from natcupy.digits.datasets import require_sources
 from natcupy.digits.training import Recipe, make
 
 
@@ -21,6 +22,7 @@ def run(arguments: argparse.Namespace) -> int:
     begun = time.perf_counter()
     given = {name: getattr(arguments, name) for name in ("pictures", "epochs", "seed")}
     recipe = Recipe(**{name: value for name, value in given.items() if value is not None})
+    require_sources()
     folder = Path(arguments.output)
     folder.mkdir(parents=True, exist_ok=True)  # an output that cannot be is told before the work
     print(f"Drawing {recipe.pictures:,} pictures ...", flush=True)

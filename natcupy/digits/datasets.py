@@ -137,6 +137,12 @@ def _drawn(
     )
 
 
+def require_sources() -> None:
+    """Raise ImportError, which names the extra, where a package that holds pictures is missing."""
+    drawing.font_folder()
+    _scans(held_out=False)
+
+
 def _scans(held_out: bool) -> tuple[np.ndarray, np.ndarray]:
     """scikit-learn's digits `[N, 8, 8]` with values 0..16, and their labels."""
     try:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 from uuid import uuid4
 
-from natcupy.hub.files import sync_folder
+from natcupy.hub.files import sync_folder, writing
 
 try:
     import fcntl
@@ -111,8 +111,9 @@ class Run:
             ) from None
         try:
             text = json.dumps(self.settings, indent=1, ensure_ascii=False)
-            (draft / SETTINGS).write_text(text, "utf-8")
-            draft.rename(self.folder)
+            with writing(self.folder):
+                (draft / SETTINGS).write_text(text, "utf-8")
+                draft.rename(self.folder)
         except OSError:
             shutil.rmtree(draft, ignore_errors=True)
             if not self.folder.exists():

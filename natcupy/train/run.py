@@ -25,6 +25,10 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+try:
+    import msvcrt
+except ImportError:  # everywhere else
+    msvcrt = None
 
 import torch
 
@@ -33,14 +37,15 @@ from natcupy.train.config import TrainConfig, TrainError
 
 RUN, LOG_CSV, LOG_JSON, CHECKPOINT = "run.json", "log.csv", "log.json", "checkpoint"
 RUNNING = ".running"
+_BEYOND = 1 << 20  # the byte that is locked on Windows, where nobody may read what is locked
 
 
 class Hold:
     """That this process trains in a folder, and no other.
 
     A lock on a file in the folder, which ends with the process however that ends: what a kill
-    leaves of the file holds nobody up. Where the system cannot lock (Windows, some network drives)
-    it keeps nobody out. Workers forked from the process do not inherit it.
+    leaves of the file holds nobody up. Where the system cannot lock (some network drives) it keeps
+    nobody out. Workers forked from the process do not inherit it.
     """
 
     def __init__(self) -> None:
@@ -50,23 +55,26 @@ class Hold:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file >= 0:
-            with contextlib.suppress(OSError):
-                if self._is_there(self._file):
-                    self._path.unlink()
+        if self._file < 0:
+            return
+        if fcntl is None:  # an open file cannot be removed on Windows
             os.close(self._file)
-            self._file = -1
+        with contextlib.suppress(OSError):
+            if fcntl is None or self._is_there(self._file):
+                self._path.unlink()
+        if fcntl is not None:
+            os.close(self._file)
+        self._file = -1
 
     def take(self, folder: Path) -> None:
         """Hold a folder until the end of the block. Raises TrainError if another process does."""
-        if fcntl is None:
-            return
         self._path = folder / RUNNING
         while self._file < 0:
             file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(file)
             except OSError as error:
+                os.lseek(file, 0, os.SEEK_SET)
                 told = os.read(file, 200).decode("utf-8", "replace")
                 os.close(file)
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
@@ -89,6 +97,16 @@ class Hold:
         with contextlib.suppress(FileNotFoundError):
             return os.path.samestat(os.fstat(file), os.stat(self._path))
         return False
+
+
+def _lock(file: int) -> None:
+    """Lock an open file for this process. Raises OSError, EACCES or EAGAIN if another one has."""
+    if fcntl is not None:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    elif msvcrt is not None:
+        os.lseek(file, _BEYOND, os.SEEK_SET)
+        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+        os.lseek(file, 0, os.SEEK_SET)
 
 
 def claim(config: TrainConfig, facts: Mapping[str, Any], hold: Hold) -> Path:

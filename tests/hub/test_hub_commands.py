@@ -159,6 +159,35 @@ def test_a_conversion_that_changes_a_number_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(converting, "write", bent)
     with pytest.raises(CheckpointError, match=r"head\.bias differ"):
         converting.convert_checkpoint(folder, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    old = invented("dinat").save_pretrained(tmp_path / "old")
+    before = {path.name: path.read_bytes() for path in old.iterdir()}
+    with pytest.raises(CheckpointError, match="Nothing was written"):
+        converting.convert_checkpoint(folder, old)
+    assert {path.name: path.read_bytes() for path in old.iterdir()} == before
+
+
+def test_a_conversion_without_room_tells_where(tmp_path, monkeypatch, capsys):
+    """The folder that was asked for, not the temporary one; and nothing is left."""
+    folder = invented("nat").save_pretrained(tmp_path / "in")
+
+    def full(package, target, overwrite_card):
+        raise OSError(28, "No space left on device", str(target / "config.json"))
+
+    monkeypatch.setattr(converting, "write", full)
+    assert main(["convert", str(folder), str(tmp_path / "no" / "out")]) == 1
+    told = f"natcupy: error: {tmp_path / 'no' / 'out'}: No space left on device\n"
+    assert capsys.readouterr().err == told
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_checkpoint_whose_copy_cannot_be_written(tmp_path):
+    """The child's error is the system's, which says nothing against the checkpoint."""
+    source = tmp_path / "x.pth"
+    torch.save({"a": torch.ones(2)}, source)
+    with pytest.raises(FileNotFoundError) as caught:
+        sandbox.convert_pickle(source, tmp_path / "none" / "y")
+    assert caught.value.filename == str(tmp_path / "none" / "y")
 
 
 class Gadget:

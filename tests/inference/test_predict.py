@@ -173,6 +173,21 @@ def test_a_folder_that_refuses_files(model, tmp_path, seven, monkeypatch):
         predict(model, seven, tmp_path / "out.csv")
 
 
+def test_a_disk_that_is_full_from_the_start(model, tmp_path, seven, monkeypatch):
+    """The system's error has no file; ours names the folder beside the table. Nothing is left."""
+    before = sorted(os.listdir(tmp_path))
+
+    def full(self, *args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            predict(model, seven, tmp_path / "out.csv")
+    assert caught.value.filename == str(tmp_path / "out.csv.parts")
+    assert sorted(os.listdir(tmp_path)) == before
+
+
 def test_what_exists_is_not_replaced_unasked(model, tmp_path, seven):
     out = tmp_path / "out.csv"
     out.write_text("precious")

@@ -4,6 +4,7 @@ A cell says "yes" or "raises", and the test does it and sees. The CUDA backend r
 simulated GPU.
 """
 
+import copy
 import importlib.util
 import re
 import sys
@@ -168,3 +169,32 @@ def test_no_cell_is_blank():
     assert all(TABLE.values())
     assert {row for row, _ in TABLE} == {*WAYS, "CUDA graphs"}
     assert TABLE["CUDA graphs", "cuda"] == "yes"
+
+
+@pytest.mark.parametrize("name", ["nat-mini", "dinat-s-tiny"])
+def test_levels_are_sharded_beside_their_downsamplers(name):
+    import torch.distributed as dist
+
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    if not hasattr(fsdp, "fully_shard"):
+        pytest.skip("this torch has no fully_shard")
+    numbers = {"embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2), "kernel_size": 3}
+    whole = natcupy.create_model(name, num_classes=3, **numbers).eval()
+    sharded = copy.deepcopy(whole)
+    pictures = torch.randn(2, 3, 32, 32)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        for level in sharded.stages:
+            for part in filter(None, (level.downsample, level)):
+                fsdp.fully_shard(part, mesh=mesh)
+        fsdp.fully_shard(sharded, mesh=mesh)
+        out = sharded(pictures)
+        out.square().sum().backward()
+        found = {n: p.grad.full_tensor() for n, p in sharded.named_parameters()}
+    finally:
+        dist.destroy_process_group()
+    true = whole(pictures)
+    true.square().sum().backward()
+    assert torch.equal(out, true)
+    assert all(torch.equal(found[n], p.grad) for n, p in whole.named_parameters())

@@ -153,6 +153,8 @@ def test_info_of_a_released_model_needs_no_network(run):
     assert round(found["macs"]["papers"] / 1e9, 1) == float(found["published"]["gmacs"]) == 4.3
     assert found["weights"]["repo"] == "shi-labs/nat-tiny-in1k-224"
     assert found["weights"]["licence"] == "mit" and found["published"]["top1"] == 83.2
+    _, out, _ = run("info", "nat-tiny")
+    assert "size         112 MB\n" in out
     status, out, _ = run("info", "dinat-large")
     assert status == 0 and "note:" in out and "dilations" in out and "30.6 GMACs" in out
 

@@ -238,6 +238,7 @@ def test_an_output_that_refuses_files(stripes, tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "write_bytes", denied)
     with pytest.raises(TrainError, match="cannot be written to: Read-only file system"):
         finetune(tiny(), stripes, None, config(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def denied(self, data):

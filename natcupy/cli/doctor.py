@@ -88,7 +88,7 @@ def _versions() -> dict[str, str | None]:
 def _devices() -> list[dict[str, str]]:
     """The CPU and every CUDA device that torch sees."""
     threads = torch.get_num_threads()
-    found = [{"name": "cpu", "what": f"{_processor()}, {threads} threads"}]
+    found = [{"name": "cpu", "what": f"{_processor()}, {threads} thread{'s' * (threads > 1)}"}]
     for index in range(torch.cuda.device_count()):
         found.append({"name": f"cuda:{index}", "what": torch.cuda.get_device_name(index)})
     return found

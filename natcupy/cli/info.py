@@ -100,10 +100,12 @@ def _readable(found: dict[str, Any]) -> list[tuple[str, object]]:
         config = whole
         pairs = [*_classifier(found, config), *_published(found["published"])]
     pairs.append(("weights", weights["kind"]))
+    size = weights.get("size_mb")
+    shown = {**weights, "size": f"{size} MB" if size else None}
     pairs += [
-        (key.replace("_", " "), weights[key])
-        for key in ("tag", "repo", "file", "path", "sha256", "size_mb", "licence")
-        if weights.get(key)
+        (key, shown[key])
+        for key in ("tag", "repo", "file", "path", "sha256", "size", "licence")
+        if shown.get(key)
     ]
     return pairs
 

@@ -133,13 +133,20 @@ def claim(config: TrainConfig, facts: Mapping[str, Any], hold: Hold) -> Path:
         raise TrainError(
             f"{folder} holds files that are not of a run. Choose an empty folder as output."
         )
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TrainError(
             f"the output {folder} cannot be made: {error.strerror or error}. Choose another."
         ) from None
-    _writable(folder)
+    try:
+        _writable(folder)
+    except TrainError:
+        if made:
+            with contextlib.suppress(OSError):  # not empty: another process is quicker
+                folder.rmdir()
+        raise
     hold.take(folder)
     text = json.dumps({"natcupy run": 1, **wanted, "environment": environment()}, indent=1)
     write_folder(folder, {RUN: lambda path: path.write_bytes(text.encode())})

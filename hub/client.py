@@ -44,6 +44,7 @@ LONGEST_PAUSE_S = 20.0
 _LOCAL_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE)
 # What an answer that is not the Hub's makes the client stumble over.
 _STUMBLES = (KeyError, TypeError, AttributeError)
+OFF = "the Hub is switched off (offline mode)"
 _AT_THE_HUB = "https://huggingface.co/"
 # As the HTTP libraries under the client's versions call it.
 _NO_CONNECTION = frozenset({
@@ -429,11 +430,12 @@ def _no_repository(subject: Subject) -> str:
 
 
 def _unreachable(subject: Subject) -> str:
+    state = OFF if is_offline() else "the Hub cannot be reached"
     if subject.writing:
-        return f"the Hub cannot be reached, so nothing was pushed to {subject}. Try again later."
+        return f"{state}, so nothing was pushed to {subject}. Try again later."
     if subject.dataset:
         return "the Hub cannot be reached; HF_HUB_OFFLINE=1 uses a copy from the cache, if any."
-    return not_cached(subject.repo, subject.revision, "the Hub cannot be reached")
+    return not_cached(subject.repo, subject.revision, state)
 
 
 def not_cached(repo: str, revision: str, why: str) -> str:

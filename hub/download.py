@@ -79,7 +79,7 @@ def resolve(repo: str, revision: str | None, access: Access) -> Snapshot:
     if cached and (_COMMIT.fullmatch(revision) or access.local_files_only or client.is_offline()):
         return cached
     if access.local_files_only or client.is_offline():
-        raise Offline(client.not_cached(repo, revision, "the Hub is switched off (offline mode)"))
+        raise Offline(client.not_cached(repo, revision, client.OFF))
     try:
         found = listed(repo, revision, access)
     except (Offline, Unavailable) as error:

@@ -190,6 +190,15 @@ def test_a_checkpoint_whose_copy_cannot_be_written(tmp_path):
     assert caught.value.filename == str(tmp_path / "none" / "y")
 
 
+def test_offline_mode_is_told_as_such(monkeypatch, capsys):
+    """Also to who checks or pushes, which no cache could answer."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_TOKEN", "hf_invented")
+    for words in (["verify", "me/absent"], ["push", "nat-digits", "me/absent"]):
+        assert main(words) == 1
+        assert "the Hub is switched off (offline mode)" in capsys.readouterr().err
+
+
 class Gadget:
     def __init__(self, canary):
         self.canary = canary

@@ -107,7 +107,7 @@ def check_columns(shape, tuning, made, item, windows):
     first, count = item["query"], item["query_columns"]
     seen = 0
     for at, start in records(w, item["blocks_at"], item["blocks"], 2):
-        record, column = w[at : at + 12], first + start
+        record, column = w[at : at + 15], first + start
         span, _, active, origin, broadcast = record[:5]
         assert start == seen and active <= LANES
         seen += active

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from natcupy.cpu import micro, pack, sums
 from natcupy.cpu.block import Block
-from natcupy.cpu.classes import LANES, SPREADS_AT
+from natcupy.cpu.classes import LANES, SPREADS_AT, SUMS_MASK_AT
 from natcupy.cpu.emit import Machine
 from natcupy.cpu.rows import RETIRE_WORDS, SIDES
 from natcupy.cpu.spec import Spec
 from natcupy.cpu.task import Side
+from natcupy.cpu.view import THIS
 
 
 class Backward(Block):
@@ -24,8 +25,12 @@ class Backward(Block):
     the spec says that there is such a thing.
     """
 
-    query_tensors = ("query", "grad_out", "grad_query")
-    query_rows = (("query", "key"), ("grad_out", "value"), ("grad_query", "key"))
+    rows = (
+        *(("key", "key", "key"), ("value", "value", "key"), ("query", "key", "query")),
+        *(("grad_out", "value", "query"), ("grad_query", "key", "query")),
+        *(("grad_key", "key", "key"), ("grad_value", "value", "key")),
+    )
+    query_rows = 3
     logit_jobs = (
         ("key", "keys_across", "query_across", "logits"),
         ("value", "values_across", "grad_across", "grads"),
@@ -67,21 +72,20 @@ class Backward(Block):
     def _packed(self, what: str) -> tuple[bool, bool]:
         return True, what == "key"
 
-    def _heads(self, head: str, group: str) -> None:
+    def _heads(self) -> None:
         b = self.b
-        self.kv_head = head
         self.begin_key_head()
-        for what in ("key", "value"):
-            self.locate(f"grad_{what}", head)
-            if self.spec.common.extra:
+        if self.spec.common.extra:
+            for what in ("key", "value"):
                 self.zero(f"extra_{what}_sums", b.mul(self.word("extra"), self.pitches[what]))
 
         def one(i):
             self.later_head = b.op(f"zext i1 {b.op(f'icmp ne i64 {i}, 0')} to i64")
-            self.head = b.add(b.mul(head, group), i)
+            self.look(THIS, self.task, i)
             self.query_head()
 
         self.zero("grad_lse_rows", b.mul(SIDES, self.word("query_pitch")))  # in case there is none
+        group = b.op(f"udiv i64 {self.word('heads')}, {self.word('kv_heads')}")
         b.loop(group, one)
         if self.spec.common.extra:
             self._write_extra_gradients()
@@ -129,7 +133,7 @@ class Backward(Block):
                 value = b.load(b.real, b.at(base, b.mul(i, step)), self.real_bytes)
                 b.do(f"store {b.real} {value}, ptr {b.at(row, i)}, align {self.real_bytes}")
 
-            b.loop(self.item["query_columns"], one)
+            b.loop(self.item("query_columns"), one)
 
         b.when(b.op(f"icmp ne ptr {pointer}, null"), copy)
 
@@ -180,7 +184,8 @@ class Backward(Block):
         args += [("ptr", side.rows), ("i64", side.row_count)]
         extra = self.word("extra_taps") if self.spec.common.extra else 0
         args += [("i64", self.span), ("i64", extra)]
-        args += [("ptr", self.buffer("sum")), ("ptr", grad_lse), ("ptr", self.mask), ("ptr", bias)]
+        mask = self.mask_of(self.cls, SUMS_MASK_AT)
+        args += [("ptr", self.buffer("sum")), ("ptr", grad_lse), ("ptr", mask), ("ptr", bias)]
         args += [("i64", b.choose(self.is_broadcast, *steps)), ("i64", kind)]
         b.call("logit_gradients", *args)
 
@@ -221,20 +226,20 @@ class Backward(Block):
         b = self.b
         slot, x, y, again = (b.table(record, i) for i in range(RETIRE_WORDS))
         again = b.op(f"or i64 {again}, {self.later_head}")
-        segments = self.entry(self.item["segments_at"])
+        segments = self.entry(self.item("segments_at"))
 
         def segment(i):
             first, count, tile_again = (b.table(segments, b.add(b.mul(i, 3), w)) for w in range(3))
             add = b.op(f"or i64 {again}, {tile_again}")
             for what in ("key", "value"):
                 tensor, step = f"grad_{what}", self.pitches[what]
-                to = self.element(tensor, x, y, b.add(self.item["key"], first))
+                to = self.element(tensor, x, y, first)
                 column = b.add(b.mul(slot, self.word("key_columns")), first)
                 source = b.at(self.buffer(f"{what}_sums"), b.mul(column, step))
-                args = [("ptr", to), ("i64", self.tensors[tensor][1][2]), ("ptr", source)]
+                args = [("ptr", to), ("i64", self.column_step(tensor)), ("ptr", source)]
                 self._unpack(self.unpack, what, args, count, add)
 
-        b.loop(self.item["segments"], segment)
+        b.loop(self.item("segments"), segment)
 
     def _unpack(self, functions: dict[int, str], what: str, args: list, count, add) -> None:
         factor = self.as_real(self.scale()) if what == "key" else self.b.number(1.0)
@@ -244,13 +249,13 @@ class Backward(Block):
     def _share(self, heads: str, head: str) -> str:
         """Number of this item's share of a gradient that is summed over items and batch."""
         b = self.b
-        number = b.add(b.mul(self.batch, self.word("items")), self.item["number"])
+        number = b.add(b.mul(self.found("batch"), self.word("items")), self.item("number"))
         return b.add(b.mul(number, self.word(heads)), head)
 
     def _write_extra_gradients(self) -> None:
         """The item's share of the gradients of additional keys and values."""
         b = self.b
-        number, extra = self._share("kv_heads", self.kv_head), self.word("extra")
+        number, extra = self._share("kv_heads", self.found("kv_head")), self.word("extra")
         for what in ("key", "value"):
             channels = self.channels[what]
             to = b.at(self.pointer(f"extra_{what}_grads"), b.mul(number, b.mul(extra, channels)))
@@ -262,7 +267,7 @@ class Backward(Block):
         """The item's share of one head's bias gradient."""
         b = self.b
         length, rows = self.word("bias_length"), self.word("bias_rows")
-        number = self._share("heads", self.head)
+        number = self._share("heads", self.found("head"))
         to = b.at(self.pointer("rpb_sums"), b.mul(number, b.mul(rows, length)))
         bias = b.at(self.buffer("bias_sums"), b.mul(self.word("bias_lead"), LANES))
         mirror = b.at(self.buffer("mirror_sums"), self.word("mirror_lead"))

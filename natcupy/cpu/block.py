@@ -48,22 +48,28 @@ class Block(Task):
         self.origin, self.broadcast = b.table(self.cls, ORIGIN), b.table(self.cls, BROADCAST)
         self.is_broadcast = b.op(f"icmp ne i64 {self.broadcast}, 0")
         # the block's first query, counted from the item's first key
-        self.place = b.sum(b.sub(self.item["query"], self.item["key"]), self.column)
+        self.place = b.sum(b.sub(self.item("query"), self.item("key")), self.column)
         if self.spec.common.extra:
             extra_class = b.add(self.word("extra_classes_at"), self.active)
             self.extra_class = self.entry(b.table(self.table, extra_class))
-        mask_at = b.table(self.cls, MASK_AT)
-        masked = b.op(f"icmp ne i64 {mask_at}, 0")
-        self.mask = b.choose(masked, self.entry(mask_at), "null", "ptr")
+        self.mask = self.mask_of(self.cls, MASK_AT)
         jobs = [self._job(*job) for job in self.logit_jobs]
+        self.parts = b.add(self.entry_count, b.mul(self.side_count, 2))
 
         def entry(i):
-            b.when(self.has_following, lambda: self.prefetch_rows(i, self.entry_count))
+            self.ask_for_following(i, self.parts)
+            self.ask_for_next(i, self.entry_count)
             self._entry(b.at(self.entries, b.mul(i, ENTRY_WORDS), "i32"), jobs)
 
         b.loop(self.entry_count, entry)
         self.for_sides(self._side)
         self._finish_sides()
+
+    def mask_of(self, cls: str, word: int) -> str:
+        """Address of the masks that a word of a class names, or null."""
+        b, mask_at = self.b, self.b.table(cls, word)
+        masked = b.op(f"icmp ne i64 {mask_at}, 0")
+        return b.choose(masked, self.entry(mask_at), "null", "ptr")
 
     # -- logits -----------------------------------------------------------------------------------
 
@@ -75,7 +81,7 @@ class Block(Task):
         return _Job(
             keys=first,
             slot_size=b.mul(width, channels),
-            head=self._logit_args(self.cls, width, what, self.mask),
+            head=self._logit_args(self.cls, width, what),
             queries=b.at(self.buffer(queries), self.column),
             query_size=b.mul(self.word("query_pitch"), channels),
             results=self.buffer(results),
@@ -106,24 +112,32 @@ class Block(Task):
         most = SIDES if self.spec.common.shared else 1
         b.switch(b.sub(count, 1), most, [], lambda i: several(i + 1))
 
-    def _logit_args(self, cls, width, what: str, mask) -> list:
-        """The arguments for any keys; unseen ones weigh nothing and get no gradient."""
-        blank = self.b.number(-math.inf if what == "key" else 0.0)
+    def _logit_args(self, cls: str, width: Value, what: str) -> list:
+        """The arguments for any keys."""
         args = [("ptr", cls), ("ptr", self.table), ("i64", self.word("query_pitch"))]
-        args += [("i64", width), ("i64", self.channels[what])]
-        return [*args, ("ptr", mask), (self.real, blank)]
+        return [*args, ("i64", width), ("i64", self.channels[what])]
 
-    def _bias(self) -> tuple[str, str]:
-        """Address of the bias of tap 0, in a mirrored row for a broadcast class, and row's step."""
+    def _bias(self) -> tuple[str, Value]:
+        """Address of the bias of tap 0, in a mirrored row for a broadcast class, and row's step.
+
+        Where there are masks, they add the bias of taps.
+        """
         b = self.b
-        middle = self.bias_middle()
-        forward = b.sum(self.word("bias_lead"), middle, self.origin)
-        mirror = b.sub(b.add(self.word("mirror_lead"), middle), self.origin)
-        forward, mirror = b.at(self.buffer("bias"), forward), b.at(self.buffer("mirror"), mirror)
-        first = b.choose(self.is_broadcast, mirror, forward, "ptr")
-        step = b.choose(self.is_broadcast, self.word("mirror_pitch"), self.word("bias_pitch"))
-        has = self.is_set("has_rpb")
+        mirror = b.sub(b.add(self.word("mirror_lead"), self.bias_middle()), self.origin)
+        mirror = b.at(self.buffer("mirror"), mirror)
+        first, step = self._bias_of_taps()
+        first = b.choose(self.is_broadcast, mirror, first, "ptr")
+        step = b.choose(self.is_broadcast, self.word("mirror_pitch"), step)
+        is_plain = b.op(f"icmp eq ptr {self.mask}, null")
+        has = b.op(f"or i1 {self.is_broadcast}, {is_plain}")
+        has = b.op(f"and i1 {has}, {self.is_set('has_rpb')}")
         return b.choose(has, first, self._no_bias(), "ptr"), b.choose(has, step, 0)
+
+    def _bias_of_taps(self) -> tuple[str, Value]:
+        """Address of the bias of tap 0 of a class that is not broadcast, and row's step."""
+        b = self.b
+        first = b.sum(self.word("bias_lead"), self.bias_middle(), self.origin)
+        return b.at(self.buffer("bias"), first), self.word("bias_pitch")
 
     def _no_bias(self) -> str:
         """The middle of a buffer of zeros."""
@@ -136,26 +150,50 @@ class Block(Task):
         s = self.logits_of("logits", side)
         self.vectors = b.mul(side.row_count, self.span)
         total = self.vectors
+        b.when(b.op(f"icmp ne ptr {self.mask}, null"), lambda: self._mask(side))
         if self.spec.common.extra:
             self._extra_logits(side)
             total = b.add(total, self.word("extra_taps"))
         results = [("ptr", self.buffer("max")), ("ptr", self.buffer("sum"))]
+        part = b.add(self.entry_count, b.mul(side.number, 2))
+        self.ask_for_following(part, self.parts)
         b.call("softmax", ("ptr", s), ("i64", total), *results)
+        self.ask_for_following(b.add(part, 1), self.parts)
         self._finish_side(side, s)
+
+    def _mask(self, side: Side) -> None:
+        b = self.b
+        bias, step = self._bias_of_taps()
+        has = b.op(f"xor i1 {self.is_broadcast}, true")
+        has = b.op(f"and i1 {has}, {self.is_set('has_rpb')}")
+        bias, step = b.choose(has, bias, self._no_bias(), "ptr"), b.choose(has, step, 0)
+        for what, _, _, results in self.logit_jobs:
+            biases = (bias, step) if what == "key" else (self._no_bias(), 0)
+            s, rows = self.logits_of(results, side), (side.rows, side.row_count)
+            self._call_mask(what, self.cls, self.mask, s, rows, self.span, biases)
+
+    def _call_mask(self, what: str, cls, mask, s, rows, span, bias) -> None:
+        """Unseen keys weigh nothing and get no gradient."""
+        blank = self.b.number(-math.inf if what == "key" else 0.0)
+        args = [("ptr", cls), ("ptr", self.table), ("ptr", mask), (self.real, blank), ("ptr", s)]
+        args += [("ptr", rows[0]), ("i64", rows[1]), ("i64", span)]
+        self.b.call("mask", *args, ("ptr", bias[0]), ("i64", bias[1]))
 
     def _extra_logits(self, side: Side) -> None:
         """Logits with the additional keys, behind those of the window."""
         b = self.b
+        mask = self.mask_of(self.extra_class, MASK_AT)
+        one_row, no_bias = (self.entry(2), 1), (self._no_bias(), 0)
         for what, _, queries, results in self.logit_jobs:
             channels = self.channels[what]
             s = b.at(self.logits_of(results, side), b.mul(self.vectors, LANES))
-            mask = self.entry(b.table(self.extra_class, MASK_AT))
             keys, width = self.buffer(f"extra_{what}s_across"), self.word("extra_pitch")
-            args = [*self._logit_args(self.extra_class, width, what, mask), ("ptr", keys)]
+            args = [*self._logit_args(self.extra_class, width, what), ("ptr", keys)]
             size = b.mul(self.word("query_pitch"), channels)
             at = b.at(self.side_buffer(queries, side.number, size), self.column)
-            args.append(("ptr", at))
-            b.call("logits1", *args, ("ptr", s), ("ptr", self._no_bias()))
+            b.call("logits1", *args, ("ptr", at), ("ptr", s), ("ptr", no_bias[0]))
+            given = what, self.extra_class, mask, s, one_row, 0, no_bias
+            b.when(b.op(f"icmp ne ptr {mask}, null"), lambda given=given: self._call_mask(*given))
 
     def logits_of(self, name: str, side: Side) -> str:
         """Address of a query row's logits or of their gradients."""
@@ -186,8 +224,8 @@ class Block(Task):
         """Weighted sums of packed keys or values into the block's part of a row of a tensor."""
         b, step = self.b, self.pitches[what]
         values = b.at(self.buffer(f"{what}s_along"), b.mul(self.place, step))
-        out = self.element(tensor, side.x, side.y, b.add(self.item["query"], self.column))
-        out_step = self.tensors[tensor][1][2]
+        out = self.element(tensor, side.x, side.y, self.column)
+        out_step = self.column_step(tensor)
         slot_step = b.mul(self.word("key_columns"), step)
         seen = GROUPS_AT, self.cls, s, self.lane_step(), side.rows, side.row_count
         before, behind = self.see(*seen)

@@ -30,6 +30,8 @@ SPAN, MASK_AT, ACTIVE, ORIGIN, BROADCAST, GROUPS_AT = range(6)
 SHARED_AT, SHARED, SINGLES_AT, SINGLES = range(6, 10)  # chunks of taps, for several rows and one
 SPREADS_AT = 10  # like GROUPS_AT, for sums of keys
 PARTNERS_AT = 11  # for each tap the distance to its partner, where there is a mask
+TAPS_AT, TAPS = 12, 13  # the first tap that is computed, and how many are
+SUMS_MASK_AT = 14  # the mask that keeps lanes which are not active out of sums over lanes, too
 # Words of the record of a group of lanes. Its windows are any, equal ones, or each one key further
 # than the one before.
 GROUP = ("kind", "column", "place", "keys", "runs_at", "runs", "lane", "lanes")
@@ -119,7 +121,8 @@ class Classes:
         addresses = [0]
         for active in range(1, LANES + 1):
             groups, spreads = self._groups(((0, count),) * active, 0)
-            record = [taps, mask_at, active, 0, 1, groups, *self._chunks(count), spreads, 0]
+            record = [taps, mask_at, active, 0, 1, groups, *self._chunks(count), spreads]
+            record += [self._partners(taps, 0, False), 0, taps, 0]
             addresses.append(self.put(record))
         return self.put(addresses), taps
 
@@ -161,8 +164,7 @@ class Classes:
             origin = tap
             span = max(taps, skipped + end_of(by_tap, sizes))
         seen = self._seen(windows, origin, span, broadcast)
-        masked = any(0 in lanes for lanes in seen)
-        mask_at = self._masks(seen) if masked else 0
+        mask_at = self._masks([lanes + (-1,) * (LANES - len(windows)) for lanes in seen])
         if broadcast:  # lane i of key s has mirrored bias kernel - 1 - origin - s + i
             self.mirror.show(kernel - origin - span, kernel - 1 - origin + LANES)
         else:
@@ -172,7 +174,10 @@ class Classes:
         record = [span, mask_at, len(windows), origin, int(broadcast)]
         groups, spreads = self._groups(windows, origin)
         record += [groups, *self._chunks(count, skipped), spreads]
-        record += [self._partners(span, kernel, wrap is not None) if masked else 0]
+        record += [self._partners(span, kernel, wrap is not None) if mask_at else 0]
+        record += [skipped, end_of(by_column if broadcast else by_tap, sizes)]
+        idle = (0,) * (LANES - len(windows))
+        record += [self._masks([lanes + idle for lanes in seen]) if self.backward else 0]
         self.span = max(self.span, span)
         self.known[known] = Found(self.put(record), origin, span)
         return self.known[known]
@@ -201,15 +206,20 @@ class Classes:
 
     @staticmethod
     def _seen(windows: Windows, origin: int, span: int, broadcast: bool) -> list[tuple[int, ...]]:
-        """For each tap, or key of a broadcast class: -1 in the lanes that see it, else 0."""
-        lanes = [[0] * span] * LANES
+        """For each tap, or key of a broadcast class: -1 in active lanes that see it, else 0."""
+        lanes = []
         for i, (a, b) in enumerate(windows):
             first = a - origin - (0 if broadcast else i)
-            lanes[i] = [0] * first + [-1] * (b - a) + [0] * (span - first - (b - a))
+            lanes.append([0] * first + [-1] * (b - a) + [0] * (span - first - (b - a)))
         return list(zip(*lanes, strict=True))
 
     def _masks(self, taps: Sequence[tuple[int, ...]]) -> int:
-        """Address of the addresses of masks, one for each tap: -1 in lanes that see it, else 0."""
+        """Address of the addresses of masks, one for each tap: -1 in lanes that see it, else 0.
+
+        None where all lanes see all.
+        """
+        if not any(0 in lanes for lanes in taps):
+            return 0
         addresses = []
         for lanes in taps:
             if lanes not in self.masks:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 
-from natcupy.cpu import micro, pack, sums
+from natcupy.cpu import micro, pack, sums, view
 from natcupy.cpu.emit import STORAGE, Machine, Module
 from natcupy.cpu.rows import SIDES
 from natcupy.cpu.spec import Common, pitch
@@ -31,13 +31,15 @@ class CommonFunctions:
         micro.logits(self.module, 1, common.singles)
         for rows in range(2, SIDES + 1) if common.shared else ():
             micro.logits(self.module, rows, common.shared)
+        micro.mask(self.module)
         micro.softmax(self.module)
         pack.wrap_ends(self.module)
+        view.locate(self.module)
+        view.ask(self.module)
         packed = sorted({*self.channels.values()})
         storage = common.storage
         self.across = {c: pack.pack_across(self.module, storage, c) for c in packed}
         self.along = {c: pack.pack_along(self.module, machine, storage, c) for c in packed}
-        self.ahead = {c: pack.prefetch_columns(self.module, storage, c) for c in packed}
         self._weighted: dict[tuple[int, int], str] = {}
         for what in ("key", "value"):
             for _, channels in self.passes(what):

@@ -137,15 +137,13 @@ class Builder:
         entry = self.load("i32", self.at(pointer, index, "i32"))
         return self.op(f"sext i32 {entry} to i64")
 
-    def prefetch(self, pointer: str, size: int, nearness: int = 3) -> None:
-        """Ask for `size` bytes to be read soon; any address will do, valid or not.
+    def prefetch(self, pointer: str, nearness: int) -> None:
+        """Ask for the bytes around an address to be read soon; any will do, valid or not.
 
         `nearness` 3 is the cache next to the core, 2 the one behind it.
         """
         self.declared.add("declare void @llvm.prefetch.p0(ptr, i32, i32, i32)")
-        for line in range(0, size, 64):
-            place = self.at(pointer, line, "i8")
-            self.do(f"call void @llvm.prefetch.p0(ptr {place}, i32 0, i32 {nearness}, i32 1)")
+        self.do(f"call void @llvm.prefetch.p0(ptr {pointer}, i32 0, i32 {nearness}, i32 1)")
 
     # -- vectors of the compute type --------------------------------------------------------------
 

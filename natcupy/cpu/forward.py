@@ -16,15 +16,17 @@ from natcupy.cpu.task import Side
 class Forward(Block):
     """A task is an item for one query head."""
 
-    query_tensors = ("query", "out")
-    query_rows = (("query", "key"), ("out", "value"))
+    rows = (
+        *(("key", "key", "key"), ("value", "value", "key")),
+        *(("query", "key", "query"), ("out", "value", "query")),
+    )
+    query_rows = 2
     logit_jobs = (("key", "keys_across", "query_across", "logits"),)
 
     def _packed(self, what: str) -> tuple[bool, bool]:
         return what == "key", what == "value"
 
-    def _heads(self, head: str, group: str) -> None:
-        self.head, self.kv_head = head, self.b.op(f"udiv i64 {head}, {group}")
+    def _heads(self) -> None:
         self.begin_key_head()
         self.query_head()
 

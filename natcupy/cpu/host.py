@@ -13,7 +13,6 @@ import os
 import platform
 import sys
 import threading
-from importlib import resources
 from pathlib import Path
 
 from natcupy import cache
@@ -135,10 +134,11 @@ def _ingredients(part: Spec | Common) -> dict[str, str]:
 @functools.cache
 def _generator() -> str:
     """Hash of this package's code, which with a spec and a machine decides the IR."""
-    digest = hashlib.sha256()
-    files = (file for file in resources.files("natcupy.cpu").iterdir() if file.name.endswith(".py"))
-    for file in sorted(files, key=lambda file: file.name):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    digest, folder = hashlib.sha256(), os.path.dirname(__file__)
+    for name in sorted(os.listdir(folder)):
+        if name.endswith(".py"):
+            with open(os.path.join(folder, name), "rb") as file:
+                digest.update(name.encode() + b"\0" + file.read() + b"\0")
     return digest.hexdigest()
 
 

@@ -18,6 +18,7 @@ from natcupy.cpu.emit import REAL_BYTES, Machine
 from natcupy.cpu.plan import Plan, Shape
 from natcupy.cpu.rows import SIDES
 from natcupy.cpu.spec import BUFFERS, WORDS, Common, Spec, pitch
+from natcupy.cpu.view import VIEW
 from natcupy.neighborhood import Neighborhood
 
 STORAGE = {
@@ -138,19 +139,19 @@ def _spare(machine: Machine) -> int:
 
 def _constants(shape: Shape, p: Plan, pitches, backward: bool) -> tuple[dict[str, int], int]:
     """Words that only depend on the plan, and the number of scratch elements of a thread."""
-    ends = [-(-columns // LANES) * LANES for columns in p.ends]
+    ends = [_whole(columns) for columns in p.ends]
     lead = -p.reach[0]
-    lead += -(-max(0, ends[0] - lead) // LANES) * LANES  # taps of a block stay where they are
-    padded = max(-(-p.key_columns // LANES) * LANES, p.key_columns + ends[1])
+    lead += _whole(max(0, ends[0] - lead))  # taps of a block stay where they are
+    padded = max(_whole(p.key_columns), p.key_columns + ends[1])
     key_pitch = _row_pitch(lead + max(p.reach[1], padded))
-    extra_pitch = -(-max(p.extra_taps, shape.extra) // LANES) * LANES
+    extra_pitch = _whole(max(p.extra_taps, shape.extra))
     bias_pitch = p.bias_reach[1] - p.bias_reach[0]
     mirror_pitch = p.mirror_reach[1] - p.mirror_reach[0]
     query_pitch = p.query_columns
     d, dv = shape.head_dim, shape.value_dim
     logits = (p.taps + p.extra_taps) * LANES
     size = {
-        "zeros": 2 * (p.span + 2 * LANES),
+        "zeros": _whole(2 * (p.span + 2 * LANES)),
         "keys_across": p.ring * d * key_pitch,
         "query_across": p.sides * d * query_pitch,
         "logits": p.sides * logits,
@@ -158,6 +159,7 @@ def _constants(shape: Shape, p: Plan, pitches, backward: bool) -> tuple[dict[str
         "mirror": shape.bias_rows * mirror_pitch,
         "extra_keys_across": d * extra_pitch,
         **dict.fromkeys(("max", "sum", "factor", "lse"), LANES),
+        "views": 4 * VIEW,
     }
     rows = p.ring * p.key_columns
     if backward:
@@ -172,11 +174,11 @@ def _constants(shape: Shape, p: Plan, pitches, backward: bool) -> tuple[dict[str
             "grads": p.sides * logits,
             "grad_lse_rows": SIDES * query_pitch,
             "bias_sums": shape.bias_rows * bias_pitch * LANES,
-            "mirror_sums": shape.bias_rows * mirror_pitch,
+            "mirror_sums": _whole(shape.bias_rows * mirror_pitch),
             "extra_values_across": dv * extra_pitch,
             "extra_keys_along": shape.extra * pitches["key"],
-            "extra_key_sums": shape.extra * pitches["key"],
-            "extra_value_sums": shape.extra * pitches["value"],
+            "extra_key_sums": _whole(shape.extra * pitches["key"]),
+            "extra_value_sums": _whole(shape.extra * pitches["value"]),
         }
     else:
         size["values_along"] = rows * pitches["value"]
@@ -208,12 +210,17 @@ def _constants(shape: Shape, p: Plan, pitches, backward: bool) -> tuple[dict[str
     return words, layout.size
 
 
+def _whole(count: int) -> int:
+    """As many elements or more, in vectors of 8."""
+    return -(-count // LANES) * LANES
+
+
 def _row_pitch(columns: int) -> int:
     """Columns of a packed row: whole vectors, of floats whole cache lines where that adds little.
 
     And no multiple of 16 vectors, which would put all channels of a column into few cache sets.
     """
-    vectors = -(-columns // LANES)
+    vectors = _whole(columns) // LANES
     if vectors % 2 and vectors > LONG_ROW:
         vectors += 1
     return LANES * (vectors + 1 if vectors % 16 == 0 else vectors)

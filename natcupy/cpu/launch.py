@@ -279,7 +279,9 @@ class _Call:
             self.set("first_item", first)
             self.set("phase_items", items)
             self.set("tasks", tasks * items)
-            threads.run(use.address, start, min(count, tasks * items))
+            workers = min(count, tasks * items)
+            self.set("thread_count", workers)
+            threads.run(use.address, start, workers)
         _idle.append(scratch)
 
 

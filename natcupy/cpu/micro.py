@@ -20,6 +20,8 @@ from natcupy.cpu.classes import (
     SHARED_AT,
     SINGLES,
     SINGLES_AT,
+    TAPS,
+    TAPS_AT,
 )
 from natcupy.cpu.emit import Builder, Module
 from natcupy.cpu.rows import ROW_WORDS
@@ -90,16 +92,12 @@ def logits(module: Module, rows: int, sizes: tuple[int, ...]) -> None:
     s[tap][lane] = bias + sum over channels of at[channel][lane] * keys[channel][tap (+ lane)]
 
     A tap's bias is one number at bias + tap; in a broadcast class the lanes have one each, from
-    bias - tap on (a mirrored row). `mask` holds for each tap the address of a mask of
-    lanes, or is null; lanes that do not see a tap get `blank` there. What is computed for a tap
-    belongs, in lanes that do not see it, to its partner: in a wrapped class the tap one period
-    away, else the tap itself.
+    bias - tap on (a mirrored row).
     """
     outs = ", ".join(f"ptr at{r}, ptr s{r}, ptr bias{r}" for r in range(rows))
     b = module.function(
         f"logits{rows}",
-        "ptr class, ptr table, i64 at_step, i64 key_step, i64 channels, ptr mask, "
-        f"{module.real} blank, ptr keys, {outs}",
+        f"ptr class, ptr table, i64 at_step, i64 key_step, i64 channels, ptr keys, {outs}",
     )
     broadcast = b.table("%class", BROADCAST)
     chunks_at, count = (SINGLES_AT, SINGLES) if rows == 1 else (SHARED_AT, SHARED)
@@ -122,37 +120,18 @@ def logits(module: Module, rows: int, sizes: tuple[int, ...]) -> None:
 
 def _chunk(b: Builder, rows: int, broadcast: bool, size: int, first: str) -> None:
     """`size` taps from `first` on in registers for all channels."""
-    kind, sides = b.vec(LANES), range(rows)
-    masks = b.at("%mask", first, "i32")
-    partners = b.at("%table", b.add(b.table("%class", PARTNERS_AT), first), "i32")
-    masked = b.op("icmp ne ptr %mask, null")
+    kind, sides, taps = b.vec(LANES), range(rows), range(size)
     biases = [b.at(f"%bias{r}", b.sub(0, first) if broadcast else first) for r in sides]
-
-    def bias_by_lane():
-        start = [""] * rows * size
-        for tap in range(size):
-            seen = _seen(b, masks, tap)
-            partner = b.add(tap, b.table(partners, tap))
-            for r, bias in enumerate(biases):
-                own, other = (b.splat_load(b.at(bias, t), LANES) for t in (tap, partner))
-                start[r * size + tap] = b.choose_lanes(seen, own, other, LANES)
-        return start
-
-    def bias_of_all():
-        return [b.splat_load(b.at(bias, tap), LANES) for bias in biases for tap in range(size)]
-
     if broadcast:
-        start = [b.vload(b.at(bias, -tap), LANES) for bias in biases for tap in range(size)]
+        start = [b.vload(b.at(bias, -tap), LANES) for bias in biases for tap in taps]
     else:
-        ways = bias_of_all, bias_by_lane
-        number = b.op(f"zext i1 {masked} to i64")
-        start = b.switch(number, 2, [kind] * rows * size, lambda way: ways[way]())
+        start = [b.splat_load(b.at(bias, tap), LANES) for bias in biases for tap in taps]
     pointers = [("ptr", b.at("%keys", first)), *(("ptr", f"%at{r}") for r in sides)]
 
     def channel(_, values):
         keys, ats, sums = values[0], values[1 : rows + 1], list(values[rows + 1 :])
         queries = [b.vload(at, LANES) for at in ats]
-        for tap in range(size):
+        for tap in taps:
             place = b.at(keys, tap)
             key = b.splat_load(place, LANES) if broadcast else b.vload(place, LANES)
             for r in sides:
@@ -160,24 +139,53 @@ def _chunk(b: Builder, rows: int, broadcast: bool, size: int, first: str) -> Non
         return [b.at(keys, "%key_step"), *(b.at(at, "%at_step") for at in ats), *sums]
 
     sums = b.fold_some("%channels", [*pointers, *((kind, x) for x in start)], channel)[rows + 1 :]
-    outs = [b.at(f"%s{r}", b.mul(first, LANES)) for r in sides]
+    for r in sides:
+        out = b.at(f"%s{r}", b.mul(first, LANES))
+        for tap in taps:
+            b.vstore(sums[r * size + tap], b.at(out, tap * LANES), LANES)
 
-    def plain():
-        for r, out in enumerate(outs):
-            for tap in range(size):
-                b.vstore(sums[r * size + tap], b.at(out, tap * LANES), LANES)
 
-    def by_lane():
-        blank = b.splat("%blank", LANES)
-        for tap in range(size):
-            places = [tap] if broadcast else [b.add(tap, b.table(partners, tap)), tap]
-            for place in places:
-                seen = _seen(b, masks, place)
-                for r, out in enumerate(outs):
-                    x = b.choose_lanes(seen, sums[r * size + tap], blank, LANES)
-                    b.vstore(x, b.at(out, b.mul(place, LANES)), LANES)
+def mask(module: Module) -> None:
+    """`mask`: tell the logits of `row_count` rows whose lanes they belong to.
 
-    b.when(masked, by_lane, plain)
+    Lanes that do not see a tap get `blank` there. What was computed for a tap belongs, in lanes
+    that do not see it, to its partner: in a wrapped class the tap one period away, else the tap
+    itself. Where it belongs, the bias of that tap is added. `masks` holds for each tap the address
+    of a mask of lanes.
+    """
+    b = module.function(
+        "mask",
+        f"ptr class, ptr table, ptr masks, {module.real} blank, ptr s, ptr rows, i64 row_count, "
+        "i64 span, ptr bias, i64 bias_step",
+    )
+    first, taps = b.table("%class", TAPS_AT), b.table("%class", TAPS)
+    partners = b.at("%table", b.table("%class", PARTNERS_AT), "i32")
+    blank = b.splat("%blank", LANES)
+
+    def tap(number):
+        own = b.add(first, number)
+        distance = b.table(partners, own)
+        partner = b.add(own, distance)
+        seen = {place: _seen(b, b.at("%masks", place, "i32"), 0) for place in (own, partner)}
+
+        def for_rows(places):
+            def row(i):
+                s = b.at("%s", b.mul(b.mul(i, "%span"), LANES))
+                entry = b.table("%rows", b.add(b.mul(i, ROW_WORDS), 1))
+                bias = b.at("%bias", b.mul(entry, "%bias_step"))
+                x = b.vload(b.at(s, b.mul(own, LANES)), LANES)
+                for place in places:
+                    y = b.arith("fadd", x, b.splat_load(b.at(bias, place), LANES), LANES)
+                    y = b.choose_lanes(seen[place], y, blank, LANES)
+                    b.vstore(y, b.at(s, b.mul(place, LANES)), LANES)
+
+            b.loop("%row_count", row)
+
+        is_alone = b.op(f"icmp eq i64 {distance}, 0")
+        b.when(is_alone, lambda: for_rows([own]), lambda: for_rows([partner, own]))
+
+    b.loop(taps, tap)
+    module.finish(b)
 
 
 def _seen(b: Builder, masks: str, tap) -> str:

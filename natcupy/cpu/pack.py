@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from natcupy.cpu.classes import LANES
-from natcupy.cpu.emit import STORAGE, Builder, Machine, Module, pieces
+from natcupy.cpu.emit import STORAGE, Builder, Machine, Module, Value, pieces
+from natcupy.cpu.view import LINE
 
 AHEAD = 16  # columns between the one that is worked on and the one that is prefetched
 
@@ -98,8 +99,7 @@ def pack_across(module: Module, storage: str, channels: int) -> str:
         ]
         target = b.at("%to", first)
         for lane in range(LANES):
-            ahead = b.mul(b.add(first, AHEAD + lane), "%step")
-            b.prefetch(b.at("%from", ahead, kind), channels * STORAGE[storage][1])
+            _ask_ahead(b, storage, channels, "%from", b.add(first, lane))
 
         def channels_from(channel, count):
             places = [b.at(source, channel, kind) for source in sources]
@@ -121,6 +121,14 @@ def pack_across(module: Module, storage: str, channels: int) -> str:
     b.loop("%count", columns, LANES)
     module.finish(b)
     return name
+
+
+def _ask_ahead(b: Builder, storage: str, channels: int, row: str, column: Value) -> None:
+    """Ask for the column that lies `AHEAD` behind one of a row."""
+    kind, size = STORAGE[storage]
+    place = b.at(row, b.mul(b.add(column, AHEAD), "%step"), kind)
+    for byte in range(0, channels * size, LINE):
+        b.prefetch(b.at(place, byte, "i8"), nearness=3)
 
 
 def wrap_ends(module: Module) -> None:
@@ -204,23 +212,11 @@ def pack_along(module: Module, machine: Machine, storage: str, channels: int) ->
     def column(i):
         source = b.at("%from", b.mul(i, "%step"), kind)
         target = b.at("%to", b.mul(i, "%pitch"))
-        ahead = b.at("%from", b.mul(b.add(i, AHEAD), "%step"), kind)
-        b.prefetch(ahead, channels * STORAGE[storage][1])
+        _ask_ahead(b, storage, channels, "%from", i)
         for at, count in pieces(channels, width):
             b.vstore(read(b, storage, b.at(source, at, kind), count), b.at(target, at), count)
 
     b.loop("%count", column)
-    module.finish(b)
-    return name
-
-
-def prefetch_columns(module: Module, storage: str, channels: int) -> str:
-    """Ask for 8 columns of a row that a later step needs."""
-    name = f"prefetch_{storage}_{channels}"
-    b = module.function(name, "ptr from, i64 step")
-    kind, size = STORAGE[storage]
-    for lane in range(LANES):
-        b.prefetch(b.at("%from", b.mul("%step", lane), kind), channels * size, nearness=2)
     module.finish(b)
     return name
 
@@ -238,8 +234,7 @@ def unpack(module: Module, machine: Machine, storage: str, channels: int, adds: 
 
     def column(i, adding):
         source, target = b.at("%from", b.mul(i, "%pitch")), b.at("%to", b.mul(i, "%step"), kind)
-        ahead = b.at("%to", b.mul(b.add(i, AHEAD), "%step"), kind)
-        b.prefetch(ahead, channels * STORAGE[storage][1])
+        _ask_ahead(b, storage, channels, "%to", i)
         for at, count in pieces(channels, width):
             place = b.at(target, at, kind)
             value = b.vload(b.at(source, at), count)

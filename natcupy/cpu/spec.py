@@ -24,15 +24,16 @@ BUFFERS = _names("""
     query_across query_along grad_across grad_along logits grads
     max sum grad_lse_rows factor lse bias mirror bias_sums mirror_sums
     extra_keys_across extra_values_across extra_keys_along extra_values_along
-    extra_key_sums extra_value_sums
+    extra_key_sums extra_value_sums views
 """)
 # All 64 bits wide. Strides and sizes count elements, except that `thread_bytes` counts bytes.
 WORDS = (
     *TENSORS,
     *_names("""
         lse grad_lse rpb rpb_sums extra_keys extra_values extra_key_grads extra_value_grads
-        table scratch next threads thread_bytes tasks first_item phase_items items heads kv_heads
-        scale dilation0 dilation1 dilation2 lse_batch lse_axis0 lse_axis1 lse_axis2
+        table scratch next threads thread_count thread_bytes
+        tasks first_item phase_items items heads kv_heads scale
+        dilation0 dilation1 dilation2 lse_batch lse_axis0 lse_axis1 lse_axis2
         extra extra_taps extra_classes_at extra_pitch
         extra_key_batch extra_key_token extra_key_head
         extra_value_batch extra_value_token extra_value_head

@@ -4,8 +4,8 @@ In: a `Spec`. Out: a module with one public function `run(ptr)`, whose argument 
 words of `spec.py`. A task is one item of the plan for one batch entry and one head. Threads draw
 tasks from a common counter, so which thread does what is left open, and what is computed is not.
 
-This room holds what comes before the arithmetic: taking a task, finding its tensors, packing rows.
-`block.py` goes on from here; `forward.py` and `backward.py` fill in the methods that differ.
+This room holds what comes before the arithmetic: taking a task, walking through its steps, packing
+rows. `block.py` goes on from here; `forward.py` and `backward.py` fill in the methods that differ.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from natcupy.cpu.common import common_functions
-from natcupy.cpu.emit import REAL_BYTES, Machine, Module, Value
-from natcupy.cpu.plan import ITEM
+from natcupy.cpu.classes import LANES
+from natcupy.cpu.emit import Value
 from natcupy.cpu.rows import ENTRY_WORDS, PACK_WORDS, SIDE, STEP
-from natcupy.cpu.spec import STRIDES, WORDS, Spec
+from natcupy.cpu.scene import Scene
+from natcupy.cpu.view import FOUND, NEXT, THIS
 
 
 @dataclass(frozen=True)
@@ -32,24 +32,13 @@ class Side:
     row_count: str
 
 
-class Task:
+class Task(Scene):
     """Writes `run` and the functions it calls."""
-
-    query_tensors: tuple[str, ...]  # located for every query head
-    #: tensors of which every query row is read or written, and whose channels they have
-    query_rows: tuple[tuple[str, str], ...]
-    wide: frozenset[str] = frozenset()  # tensors in the compute type
-
-    def __init__(self, spec: Spec, machine: Machine):
-        self.spec, self.machine, self.common = spec, machine, common_functions(spec.common, machine)
-        self.real = spec.common.real
-        self.module = Module(self.real, uses=self.common.module)
-        self.kind, self.real_bytes = self.common.kind, REAL_BYTES[self.real]
-        self.channels, self.pitches = self.common.channels, self.common.pitches
 
     def text(self) -> str:
         """The whole module as LLVM assembly."""
         self._functions()
+        self.write_look()
         self._run()
         return self.module.text(8 * self.machine.register_bytes)
 
@@ -62,7 +51,7 @@ class Task:
         """Whether keys or values are packed across, and along."""
         raise NotImplementedError
 
-    def _heads(self, head: str, group: str) -> None:
+    def _heads(self) -> None:
         """The query heads of a task."""
         raise NotImplementedError
 
@@ -85,72 +74,15 @@ class Task:
         """Eight columns of a step's query rows."""
         raise NotImplementedError
 
-    # -- words and addresses ----------------------------------------------------------------------
-
-    def word(self, name: str) -> str:
-        """An integer of the argument block."""
-        return self.b.load("i64", self.b.at("%words", WORDS.index(name), "i64"), 8)
-
-    def pointer(self, name: str) -> str:
-        """An address of the argument block."""
-        return self.b.load("ptr", self.b.at("%words", WORDS.index(name), "i64"), 8)
-
-    def is_set(self, name: str) -> str:
-        """True if a word is not 0."""
-        return self.b.op(f"icmp ne i64 {self.word(name)}, 0")
-
-    def scale(self) -> str:
-        """The factor of the logits, a double."""
-        return self.b.load("double", self.b.at("%words", WORDS.index("scale"), "i64"), 8)
-
-    def as_real(self, double: str) -> str:
-        """A double in the compute type."""
-        if self.real == "double":
-            return double
-        return self.b.op(f"fptrunc double {double} to float")
-
-    def buffer(self, name: str) -> str:
-        """A buffer of this thread."""
-        return self.b.at(self.mine, self.word(f"at_{name}"))
-
-    def side_buffer(self, name: str, side: str, size: Value) -> str:
-        """The part of a buffer that belongs to one of a step's query rows."""
-        return self.b.at(self.buffer(name), self.b.mul(side, size))
-
-    def entry(self, address: Value) -> str:
-        """Address of a place in the table."""
-        return self.b.at(self.table, address, "i32")
-
-    def element(self, tensor: str, *indices: Value) -> str:
-        """Address in a tensor from indices along axis 0, 1, 2 of this dilation group."""
-        base, steps = self.tensors[tensor]
-        offsets = [self.b.mul(i, step) for i, step in zip(indices, steps, strict=True)]
-        kind = self.real if tensor in self.wide else self.kind
-        return self.b.at(base, self.b.sum(*offsets), kind)
-
-    def bias_middle(self) -> str:
-        """Index of the bias of a query's own column: kernel_size - 1."""
-        return self.b.op(f"ashr i64 {self.b.sub(self.word('bias_length'), 1)}, 1")
-
-    def lse_row(self, pointer: str, x: Value, y: Value) -> tuple[str, Value]:
-        """Address of the item's first query of a row in a tensor of log-sum-exps, and its step."""
-        b = self.b
-        offsets = [b.mul(self.batch, self.word("lse_batch")), self.head]
-        for axis, place in enumerate((x, y, self.item["query"])):
-            place = b.mul(place, self.word(f"dilation{axis}"))
-            place = b.add(place, self.item[f"group{axis}"])
-            offsets.append(b.mul(place, self.word(f"lse_axis{axis}")))
-        step = b.mul(self.word("dilation2"), self.word("lse_axis2"))
-        return b.at(pointer, b.sum(*offsets)), step
-
     # -- tasks ------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        b = self.b = self.module.function("run", "ptr words", public=True)
-        self.table = self.pointer("table")
+        self.begin("run", "", public=True)
+        b = self.b
         thread = b.op(f"atomicrmw add ptr {self.pointer('threads')}, i64 1 monotonic")
         place = b.mul(thread, self.word("thread_bytes"))
         self.mine = b.at(self.pointer("scratch"), place, "i8")
+        self.views = self.buffer("views")
         self.zero("zeros", self.word("zeros"))
         tasks, counter = self.word("tasks"), self.pointer("next")
 
@@ -161,42 +93,28 @@ class Task:
         self.module.finish(b)
 
     def _task(self, task: str) -> None:
-        b = self.b
-        items = self.word("phase_items")
-        heads = self.word("kv_heads" if self.spec.backward else "heads")
-        # heads first: they share the pages of their tokens
-        head, rest = b.op(f"urem i64 {task}, {heads}"), b.op(f"udiv i64 {task}, {heads}")
-        item, self.batch = b.op(f"urem i64 {rest}, {items}"), b.op(f"udiv i64 {rest}, {items}")
-        number = b.add(item, self.word("first_item"))
-        record = self.entry(b.add(b.table(self.table, 1), b.mul(number, len(ITEM))))
-        self.item = {name: b.table(record, i) for i, name in enumerate(ITEM)}
-        group = b.op(f"udiv i64 {self.word('heads')}, {self.word('kv_heads')}")
-        self.tensors: dict[str, tuple[str, list]] = {}
-        self._heads(head, group)
+        b, self.task = self.b, task
+        self.look(THIS, task)
+        following = b.add(task, self.word("thread_count"))  # if threads go on taking turns
+        is_one = b.less(following, self.word("tasks"))
+        b.when(is_one, lambda: self.look(NEXT, following), self._look_nowhere)
+        self.record = self.found("record", kind="ptr")
+        self._heads()
 
-    def locate(self, tensor: str, head: str) -> None:
-        """Find a tensor's part of this batch entry, head and dilation group, and its strides."""
+    def _look_nowhere(self) -> None:
         b = self.b
-        stride = {s: self.word(f"{tensor}_{s}") for s in STRIDES}
-        offsets = [b.mul(self.batch, stride["batch"]), b.mul(head, stride["head"])]
-        steps = []
-        for axis in range(3):
-            offsets.append(b.mul(self.item[f"group{axis}"], stride[f"axis{axis}"]))
-            steps.append(b.mul(self.word(f"dilation{axis}"), stride[f"axis{axis}"]))
-        kind = self.real if tensor in self.wide else self.kind
-        self.tensors[tensor] = b.at(self.pointer(tensor), b.sum(*offsets), kind), steps
+        b.do(f"store ptr null, ptr {b.at(self.view(NEXT), FOUND.index('first_step'), 'i64')}")
+
+    # -- packing ----------------------------------------------------------------------------------
 
     def begin_key_head(self) -> None:
-        """Locate keys and values of a key head; pack the additional ones."""
+        """Pack the additional keys and values of a key head."""
         b = self.b
-        for what in ("key", "value"):
-            self.locate(what, self.kv_head)
-            if not self.spec.common.extra:
-                continue
+        for what in ("key", "value") if self.spec.common.extra else ():
             batch, token, head = (
                 self.word(f"extra_{what}_{s}") for s in ("batch", "token", "head")
             )
-            offset = b.add(b.mul(self.batch, batch), b.mul(self.kv_head, head))
+            offset = b.add(b.mul(self.found("batch"), batch), b.mul(self.found("kv_head"), head))
             source = b.at(self.pointer(f"extra_{what}s"), offset, self.kind)
             args = [("ptr", source), ("i64", token), ("i64", self.word("extra"))]
             self.pack(what, f"extra_{what}s", args, self.word("extra_pitch"))
@@ -215,14 +133,10 @@ class Task:
             to = b.at(self.buffer(f"{buffer}_along"), to)
             b.call(self.common.along[channels], ("ptr", to), ("i64", self.pitches[what]), *source)
 
-    def zero(self, buffer: str, count: Value, start: Value = 0) -> None:
-        """Fill part of a buffer with zeros."""
-        b, zero = self.b, self.b.number(0.0)
-        first = b.at(self.buffer(buffer), start)
-        b.loop(
-            count,
-            lambda i: b.do(f"store {b.real} {zero}, ptr {b.at(first, i)}, align {self.real_bytes}"),
-        )
+    def zero(self, buffer: str, count: Value) -> None:
+        """Fill the start of a buffer with zeros, up to a multiple of 8."""
+        b, first = self.b, self.buffer(buffer)
+        b.loop(count, lambda i: b.vstore("zeroinitializer", b.at(first, i), LANES), LANES)
 
     def zero_columns(self, buffer: str, count: Value, start: Value = 0) -> None:
         """`zero` for a multiple of the register width."""
@@ -233,35 +147,40 @@ class Task:
     # -- query heads ------------------------------------------------------------------------------
 
     def query_head(self) -> None:
-        """All steps of the item for one query head, `self.head`."""
+        """All steps of the item for one query head, that of the view."""
         b = self.b
-        for tensor in self.query_tensors:
-            self.locate(tensor, self.head)
         b.when(self.is_set("has_rpb"), self._spread_bias)
         self._begin_head()
-        start = self.entry(self.item["steps_at"])
-        b.fold(0, self.item["steps"], [("ptr", start)], lambda i, at: [self._step(i, at[0])])
+        start = ("ptr", self.found("first_step", kind="ptr"))
+        b.fold(0, self.item("steps"), [start], lambda i, at: [self._step(i, at[0])])
         self._end_head()
 
     def _spread_bias(self) -> None:
         """This head's biases, in units of log 2, forwards and mirrored."""
         b = self.b
         length, rows = self.word("bias_length"), self.word("bias_rows")
-        source = b.at(self.pointer("rpb"), b.mul(self.head, b.mul(rows, length)))
+        source = b.at(self.pointer("rpb"), b.mul(self.found("head"), b.mul(rows, length)))
         bias = b.at(self.buffer("bias"), self.word("bias_lead"))
         mirror = b.at(self.buffer("mirror"), self.word("mirror_lead"))
 
-        def one(row, i):
-            x = b.load(b.real, b.at(source, b.add(b.mul(row, length), i)), self.real_bytes)
-            x = b.op(f"fmul {b.real} {x}, {b.number(1 / math.log(2))}")
-            back = b.sub(b.sub(length, 1), i)
-            for place in (
-                b.at(bias, b.add(b.mul(row, self.word("bias_pitch")), i)),
-                b.at(mirror, b.add(b.mul(row, self.word("mirror_pitch")), back)),
-            ):
-                b.do(f"store {b.real} {x}, ptr {place}, align {self.real_bytes}")
+        def some(row, i, lanes):
+            x = b.vload(b.at(source, b.add(b.mul(row, length), i)), lanes)
+            x = b.arith("fmul", x, b.fill(1 / math.log(2), lanes), lanes)
+            b.vstore(x, b.at(bias, b.add(b.mul(row, self.word("bias_pitch")), i)), lanes)
+            x = b.shuffle(x, "poison", lanes, range(lanes)[::-1])
+            back = b.sub(b.sub(length, lanes), i)
+            b.vstore(x, b.at(mirror, b.add(b.mul(row, self.word("mirror_pitch")), back)), lanes)
 
-        b.loop(rows, lambda row: b.loop(length, lambda i: one(row, i)))
+        def by_vectors(row):
+            last = b.sub(length, LANES)
+            b.loop(length, lambda i: some(row, b.least(i, last), LANES), LANES)
+
+        is_short = b.less(length, LANES)
+        b.when(
+            is_short,
+            lambda: b.loop(rows, lambda row: b.loop(length, lambda i: some(row, i, 1))),
+            lambda: b.loop(rows, by_vectors),
+        )
 
     # -- steps ------------------------------------------------------------------------------------
 
@@ -279,19 +198,18 @@ class Task:
             step["packs"], lambda i: self._pack_key_row(b.at(packs, b.mul(i, PACK_WORDS), "i32"))
         )
         self.for_sides(self._pack_query_row)
-        following = b.at(at, step["size"], "i32")
-        self.following = following
-        self.has_following = b.less(b.add(number, 1), self.item["steps"])
-        blocks = self.entry(self.item["blocks_at"])
+        self.following = b.at(at, step["size"], "i32")
+        self.left = b.sub(b.sub(self.item("steps"), 1), number)
+        blocks = self.entry(self.item("blocks_at"))
 
         def block(i):
             record = b.at(blocks, b.mul(i, 2), "i32")
             self.column = b.table(record, 1)
             self._block(record)
 
-        b.loop(self.item["blocks"], block)
+        b.loop(self.item("blocks"), block)
         self._end_step(step["retired"], retired)
-        return following
+        return self.following
 
     def for_sides(self, body: Callable[[Side], None]) -> None:
         """`body` for the query rows that the step has."""
@@ -304,52 +222,13 @@ class Task:
 
         b.loop(self.side_count, one)
 
-    def prefetch_rows(self, number: str, step: str) -> None:
-        """Ask for the block's columns of rows that the next step needs, each `step`th row.
-
-        Rows are numbered: keys and values of each key row that is new to it, then its query rows.
-        One row at a time, between two key rows of a block: more would wait for each other.
-        """
-        b, at = self.b, self.following
-        sides, packs = (b.table(at, STEP.index(name)) for name in ("sides", "packs"))
-        side_records = b.at(at, len(STEP), "i32")
-        pack_records = b.at(side_records, b.mul(sides, len(SIDE)), "i32")
-        key_rows, tensors = b.mul(packs, 2), len(self.query_rows)
-
-        def columns(tensor, what, x, y, first):
-            source = self.element(tensor, x, y, b.add(self.item[first], self.column))
-            stride = self.tensors[tensor][1][2]
-            b.call(self.common.ahead[self.channels[what]], ("ptr", source), ("i64", stride))
-
-        def key_row(row):
-            place = b.mul(b.op(f"lshr i64 {row}, 1"), PACK_WORDS)
-            record = b.at(pack_records, place, "i32")
-            x, y = b.table(record, 1), b.table(record, 2)
-            whats = ("key", "value")
-            odd = b.op(f"and i64 {row}, 1")
-            b.switch(odd, 2, [], lambda i: columns(whats[i], whats[i], x, y, "key"))
-
-        def query_row(row):
-            row = b.sub(row, key_rows)
-            side = b.op(f"udiv i64 {row}, {tensors}")
-            record = b.at(side_records, b.mul(side, len(SIDE)), "i32")
-            x, y = b.table(record, 0), b.table(record, 1)
-            which = b.sub(row, b.mul(side, tensors))
-            b.switch(which, tensors, [], lambda i: columns(*self.query_rows[i], x, y, "query"))
-
-        def ask(row, _):
-            b.when(b.less(row, key_rows), lambda: key_row(row), lambda: query_row(row))
-            return []
-
-        b.fold(number, b.add(key_rows, b.mul(sides, tensors)), [], ask, step)
-
     def _pack_key_row(self, record: str) -> None:
         b = self.b
         slot, x, y = (b.table(record, i) for i in range(PACK_WORDS))
         for what in ("key", "value"):
-            source = self.element(what, x, y, self.item["key"])
-            args = [("ptr", source), ("i64", self.tensors[what][1][2])]
-            args.append(("i64", self.item["key_columns"]))
+            source = self.element(what, x, y, 0)
+            args = [("ptr", source), ("i64", self.column_step(what))]
+            args.append(("i64", self.item("key_columns")))
             self.pack(what, f"{what}s", args, self.word("key_pitch"), slot, self.word("key_lead"))
             if self._packed(what)[0]:
                 self._wrap_ends(what, slot)
@@ -360,7 +239,7 @@ class Task:
         b, channels, width = self.b, self.channels[what], self.word("key_pitch")
         first = b.add(b.mul(slot, b.mul(width, channels)), self.word("key_lead"))
         args = [("ptr", b.at(self.buffer(f"{what}s_across"), first)), ("i64", width)]
-        args += [("i64", channels), ("i64", self.item["key_columns"])]
+        args += [("i64", channels), ("i64", self.item("key_columns"))]
         args += [("i64", b.add(self.bias_middle(), 1)), ("i64", self.word("end_before"))]
         b.call("wrap_ends", *args, ("i64", self.word("end_behind")))
 
@@ -376,6 +255,6 @@ class Task:
 
     def query_row(self, tensor: str, side: Side) -> list:
         """The arguments that name a query row of a tensor: address, step, columns."""
-        source = self.element(tensor, side.x, side.y, self.item["query"])
-        step = self.tensors[tensor][1][2]
-        return [("ptr", source), ("i64", step), ("i64", self.item["query_columns"])]
+        source = self.element(tensor, side.x, side.y, 0)
+        step = self.column_step(tensor)
+        return [("ptr", source), ("i64", step), ("i64", self.item("query_columns"))]

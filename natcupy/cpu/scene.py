@@ -37,11 +37,9 @@ class Scene:
 
     # -- words, buffers, the table ----------------------------------------------------------------
 
-    def begin(self, name: str, params: str, public: bool = False) -> None:
+    def begin(self, name: str, *params: str, public: bool = False) -> None:
         """Begin a function that reads the argument block `words`."""
-        self.b = self.module.function(
-            name, f"ptr words, {params}" if params else "ptr words", public
-        )
+        self.b = self.module.function(name, ", ".join(("ptr words", *params)), public)
         self.table = self.pointer("table")
 
     def word(self, name: str) -> str:
@@ -86,7 +84,7 @@ class Scene:
 
     def write_look(self) -> None:
         """`look`: make a view of a task and, of query heads that share a key head, of one more."""
-        self.begin("look", "ptr view, i64 task, i64 later")
+        self.begin("look", "ptr view", "i64 task", "i64 later")
         b, backward = self.b, self.spec.backward
         items, heads = self.word("phase_items"), self.word("kv_heads" if backward else "heads")
         # heads first: they share the pages of their tokens
@@ -106,10 +104,9 @@ class Scene:
             b.do(f"store {kind} {value}, ptr {b.at('%view', i, 'i64')}, align 8")
         for number, (tensor, what, side) in enumerate(self.rows):
             size = self.real_bytes if tensor in self.wide else STORAGE[self.spec.common.storage][1]
-            is_query = tensor in ("query", "out", "grad_out", "grad_query")
             args = [("ptr", "%words"), ("ptr", b.at("%view", place_at(number), "i64"))]
             args += [("ptr", self.record), ("i64", TENSORS.index(tensor)), ("i64", batch)]
-            args += [("i64", head if is_query else kv_head), ("i64", self.item(side))]
+            args += [("i64", head if side == "query" else kv_head), ("i64", self.item(side))]
             b.call("locate", *args, ("i64", size), ("i64", size * self.channels[what]))
         self.module.finish(b)
 

@@ -77,7 +77,7 @@ class Task(Scene):
     # -- tasks ------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        self.begin("run", "", public=True)
+        self.begin("run", public=True)
         b = self.b
         thread = b.op(f"atomicrmw add ptr {self.pointer('threads')}, i64 1 monotonic")
         place = b.mul(thread, self.word("thread_bytes"))

@@ -5,6 +5,8 @@ weights that are summed must lie where their logits were computed, and a gradien
 what is there, and to nothing else.
 """
 
+from itertools import product
+
 import hypothesis.strategies as st
 import torch
 from hypothesis import given, settings
@@ -57,23 +59,39 @@ def records(w, at, count, size):
 
 
 def computed(w, record, chunks_at, sizes, column, item, period):
-    """{(place, lane): key} of the logits that a kernel with these chunks leaves."""
+    """{(place, lane): key} of the logits that a kernel with these chunks leaves, None where blank.
+
+    First the logits of a row are computed, then each is told whose it is, in the order of taps.
+    """
     span, mask_at, active, origin, broadcast = record[:5]
     first, end = item["key"], item["key"] + item["key_columns"]
     found = {}
     for tap, size in records(w, record[chunks_at], record[chunks_at + 1], 2):
         for t in range(tap, tap + sizes[size]):
             assert 0 <= t < span
-            partner = t
-            if mask_at and not broadcast:
-                partner += w[record[classes.PARTNERS_AT] + t]
             for lane in range(active):
                 key = column + origin + t + (0 if broadcast else lane)
                 key += period if key < first else -period if key >= end else 0
-                for place in (partner, t):
-                    if not mask_at or w[w[mask_at + place] + lane]:
-                        found[place, lane] = key
+                found[t, lane] = key
+    if not mask_at:
+        return found
+    taps = range(record[classes.TAPS_AT], record[classes.TAPS_AT] + record[classes.TAPS])
+    assert {t for t, _ in found} == {*taps}
+    for t, lane in product(taps, range(active)):
+        key = found[t, lane]
+        for place in (t + w[record[classes.PARTNERS_AT] + t], t):
+            found[place, lane] = key if w[w[mask_at + place] + lane] else None
     return found
+
+
+def check_masks(w, record, seen, backward):
+    """Idle lanes see all, so that full classes need no mask; sums over lanes leave them out."""
+    span, mask_at, active = record[:3]
+    for place, lane in product(range(span), range(LANES)):
+        sees, idle = (place, lane) in seen, lane >= active
+        assert not mask_at or w[w[mask_at + place] + lane] == -(sees or idle)
+        sums_at = record[classes.SUMS_MASK_AT]
+        assert not backward or (w[w[sums_at + place] + lane] if sums_at else -1) == -sees
 
 
 def summed(w, groups_at, size, broadcast):
@@ -116,16 +134,17 @@ def check_columns(shape, tuning, made, item, windows):
             for i in range(active)
             for key in range(*windows[2][column + i])
         }
+        logits = {(p, pair // 1000 - column): pair % 1000 for pair, p in expected.items()}
+        all_places = [*product(range(span), range(active))]
+        assert logits.keys() <= {*all_places}
+        check_masks(w, record, logits.keys(), made.backward)
         for chunks_at, sizes in (
             (classes.SHARED_AT, tuning.shared),
             (classes.SINGLES_AT, tuning.singles),
         ):
             if sizes:
                 found = computed(w, record, chunks_at, sizes, column, item, period)
-                for pair, place in expected.items():
-                    query, key = divmod(pair, 1000)
-                    assert 0 <= place < span
-                    assert found[place, query - column] == key
+                assert found == {pair: logits.get(pair) for pair in all_places}
         for groups_at, size in (
             (classes.GROUPS_AT, tuning.lane_group),
             (classes.SPREADS_AT, tuning.spread_group if made.backward else tuning.lane_group),

@@ -262,7 +262,7 @@ class Builder:
         """`for i in range(0, count, step): body(i)`, any number of rounds including none."""
         self.fold(0, count, [], lambda i, _: body(i) or [], step)
 
-    def fold(self, start: Value, end: Value, init: list, body: Callable, step: int = 1) -> list:
+    def fold(self, start: Value, end: Value, init: list, body: Callable, step: Value = 1) -> list:
         """A counted loop that carries values: `body(i, values)` returns the next values.
 
         `init` holds (type, value) pairs. The values after the last round are returned.

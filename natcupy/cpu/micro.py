@@ -166,7 +166,7 @@ def mask(module: Module) -> None:
         own = b.add(first, number)
         distance = b.table(partners, own)
         partner = b.add(own, distance)
-        seen = {place: _seen(b, b.at("%masks", place, "i32"), 0) for place in (own, partner)}
+        seen = {place: _seen(b, b.at("%masks", place, "i32")) for place in (own, partner)}
 
         def for_rows(places):
             def row(i):
@@ -188,9 +188,9 @@ def mask(module: Module) -> None:
     module.finish(b)
 
 
-def _seen(b: Builder, masks: str, tap) -> str:
-    """True in the lanes that see a tap."""
-    return b.lanes_seen(b.at("%table", b.table(masks, tap), "i32"), LANES)
+def _seen(b: Builder, mask: str) -> str:
+    """True in the lanes that see a tap, given where the address of its mask lies."""
+    return b.lanes_seen(b.at("%table", b.table(mask, 0), "i32"), LANES)
 
 
 def softmax(module: Module) -> None:
@@ -266,7 +266,7 @@ def logit_gradients(module: Module) -> None:
     def add_to(pointer, row, tap):
         change = gradient(b.add(b.mul(row, "%span"), tap))
         mask = b.choose(masked, b.at("%mask", tap, "i32"), full, "ptr")
-        change = b.choose_lanes(_seen(b, mask, 0), change, "zeroinitializer", LANES)
+        change = b.choose_lanes(_seen(b, mask), change, "zeroinitializer", LANES)
         b.vstore(b.arith("fadd", b.vload(pointer, LANES), change, LANES), pointer, LANES)
 
     def bias_row(row):

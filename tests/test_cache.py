@@ -8,11 +8,11 @@ import stat
 import string
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
+from at_once import at_once
 
 from natcupy import cache
 from natcupy.cache import CacheWarning, Store, key_of
@@ -409,25 +409,15 @@ def test_64_threads_build_each_key_once(tmp_path, where):
             return super().__call__()
 
     builders = [Slow(bytes([number]) * 1000) for number in range(4)]
-    barrier, wrong = threading.Barrier(64), []
+    wrong = []
 
     def ask(thread):
-        barrier.wait()
         for step in range(4):
             number = (thread + step) % 4
             if store.get_or_build(named(number), builders[number]) != builders[number].image:
                 wrong.append((thread, number))
 
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        threads = [threading.Thread(target=ask, args=(number,)) for number in range(64)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval)
+    at_once(ask)
     assert wrong == []
     assert [builder.calls for builder in builders] == [1, 1, 1, 1]
 

@@ -2,12 +2,11 @@
 
 import contextlib
 import os
-import sys
-import threading
 import types
 
 import pytest
 import torch
+from at_once import at_once
 from test_jit_launch import ADD, GPU, recipe
 
 from natcupy.cuda import jit
@@ -301,24 +300,13 @@ def test_a_fork_before_the_first_launch_is_fine(launcher, driver, monkeypatch):
 
 def test_64_threads_load_each_kernel_once(launcher, driver):
     specs = [Spec("vector_add.cu", (("SCALE", number),)) for number in range(4)]
-    barrier = threading.Barrier(64)
     driver.guard = lambda device: contextlib.nullcontext()
     driver.current = GPU
 
     def work(thread):
-        barrier.wait()
         for step in range(4):
             launcher.launch(recipe(spec=specs[(thread + step) % 4]), GPU)
 
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(64)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval)
+    at_once(work)
     assert len(launcher.built) == len(driver.heard("load")) == 4
     assert len(driver.heard("launch")) == 256

@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(arguments.batch)
         return 0
     command = (
-        tool, "--csv", "--page", "raw", "--profile-from-start", "off", "--kernel-name",
+        tool, "--csv", "--page", "raw", "--clock-control", "none", "--profile-from-start", "off",
+        "--kernel-name",
         "regex:na2d_small|reduce_partials", "--metrics", ",".join(METRICS), sys.executable, "-m",
         "benchmarks.counters", "--run", "--batch", str(arguments.batch),
     )  # fmt: skip

@@ -26,6 +26,18 @@ __device__ __forceinline__ void copy_chunk(unsigned to, const void* from) {
         :: "r"(to), "r"(x), "r"(y), "r"(z), "r"(w));
 #endif
 }
+// The same, or zeros, or nothing: `there` says whether anything is written.
+__device__ __forceinline__ void copy_chunk(unsigned to, const void* from, bool there, bool real) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("{ .reg .pred p; setp.ne.s32 p, %2, 0;\n\t"
+        "@p cp.async.cg.shared.global [%0], [%1], 16, %3; }"
+        :: "r"(to), "l"(from), "r"((int)there), "r"(real ? 16 : 0));
+#else
+    if (there && real) copy_chunk(to, from);
+    if (there && !real)
+        asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" :: "r"(to), "r"(0));
+#endif
+}
 __device__ __forceinline__ void clear_chunk(unsigned to) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" :: "r"(to), "r"(0));
 }
@@ -34,6 +46,11 @@ __device__ __forceinline__ void copies_done() {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
+}
+
+// Asks for what will be read: it comes to the second-level cache, and no one waits for it.
+__device__ __forceinline__ void ask_for(const void* at) {
+    asm volatile("prefetch.global.L2 [%0];" :: "l"(at));
 }
 
 __device__ __forceinline__ Chunk read_chunk(unsigned at) {

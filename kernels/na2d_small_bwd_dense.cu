@@ -250,6 +250,10 @@ na2d_small_bwd_dense(const __grid_constant__ Params p) {
         item.set(g, n);
         __syncwarp();  // what was staged before has been read
         // Lane 4 g + c has chunk c of column g; columns that are not there are the last again.
+        const long long numbers = item.number(g, g.heads, head, 0, near);
+        float lse[KH];
+#pragma unroll
+        for (int row = 0; row < KH; ++row) lse[row] = *number_at(p.lse, g, numbers, row);
         const Lines outs(p.out, g, item, head, 0, near, loaded(c));
         Chunk o[2 * PAIRS][PIECES];
 #pragma unroll
@@ -261,7 +265,6 @@ na2d_small_bwd_dense(const __grid_constant__ Params p) {
         stage_rows(to + OUTS_AT, Lines(p.d_out, g, item, head, 0, near, loaded(c)), real);
         stage_rows(to + KEYS_AT, Lines(p.key, g, item, head, 0, near, loaded(c)), real);
         stage_rows(to + VALUES_AT, Lines(p.value, g, item, head, 0, near, loaded(c)), real);
-        const long long numbers = item.number(g, g.heads, head, 0, near);
         copies_done();
         __syncwarp();
 #pragma unroll
@@ -282,8 +285,8 @@ na2d_small_bwd_dense(const __grid_constant__ Params p) {
                 if (row >= KH) continue;
                 const auto own_number = [&](float* all) { return number_at(all, g, numbers, row); };
                 if (p.d_lse) delta[h] -= *own_number(p.d_lse);
-                // As in na2d_small_bwd_dq: lse is not subtracted from each score.
-                const float start = *own_number(p.lse) * -p.scale.inverse;
+                // As in small_queries.cuh: lse is not subtracted from each score.
+                const float start = lse[row] * -p.scale.inverse;
                 // Lanes c = 0, 1 write the one, lanes 2, 3 the other, for two rows of keys.
                 write_float(staged + STARTS_AT + row * 128 + c / 2 * 64 + column / 2 * 16 +
                                 c % 2 * 8 + column % 2 * 4,

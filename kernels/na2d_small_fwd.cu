@@ -181,10 +181,12 @@ __device__ __forceinline__ void attend(
     }
 }
 
-// Whether weights left their range, or a NaN or infinity came to any row of the fragment. Totals are
-// those of whole rows.
-__device__ __forceinline__ bool spoilt(const Sums& sums, float least_total) {
+// Adds up whole rows' totals; whether weights left their range, or a NaN or infinity came to any row
+// of the fragment.
+__device__ __forceinline__ bool spoilt(Sums& sums, float least_total) {
     float sum = 0;
+#pragma unroll
+    for (int side = 0; side < 2; ++side) sums.total[side] = sum_of_quad(sums.total[side]);
 #pragma unroll
     for (int j = 0; j < D / 8; ++j)
 #pragma unroll
@@ -236,8 +238,35 @@ __device__ __forceinline__ void attend_alone(
     if (write && c == 0) *lse = (peak + log_2(total)) * (float)LN_2;
 }
 
+// Bytes of a warp's pair of query rows, and where the first warp's are in shared memory.
+enum { AHEAD = 2 * PIECES * 512 + 512 };
+__device__ __forceinline__ unsigned queries_at(const SmallGeometry& g) {
+    return g.heads_here * (2 * tensor_bytes(g) + BIASES * 4);
+}
+
+// Two addresses that a lane needs once for a pair of rows, put aside in shared memory. Where the compiler
+// puts numbers aside they come back only after all rows that were asked for before.
+__device__ __forceinline__ void put_aside(unsigned at, const char* first, const char* second) {
+    asm volatile("st.shared.v2.b64 [%0], {%1, %2};" :: "r"(at), "l"(first), "l"(second));
+}
+__device__ __forceinline__ void take_back(unsigned at, char*& first, char*& second) {
+    asm volatile("ld.shared.v2.b64 {%0, %1}, [%2];" : "=l"(first), "=l"(second) : "r"(at));
+}
+
+// The pair of rows that has come, as the left factor.
+__device__ __forceinline__ void take(unsigned ahead, unsigned flip, Left& query) {
+    Chunk rows[2][PIECES];
+    copies_done();
+#pragma unroll
+    for (int side = 0; side < 2; ++side)
+#pragma unroll
+        for (int n = 0; n < PIECES; ++n)
+            rows[side][n] = read_chunk(ahead + (side * PIECES + n) * 512);
+    query.set(rows[0], rows[1], flip);
+}
+
 extern "C" __global__ void
-__launch_bounds__(FLOATS ? 192 : 256, CROWDED ? 3 : D == 32 && !(FLOATS && BLOCKS == 3) ? 2 : 1)
+__launch_bounds__(FLOATS ? 192 : CROWDED ? 256 : 256, CROWDED ? 3 : D == 32 && !(FLOATS && BLOCKS == 3) ? 2 : 1)
 na2d_small_fwd(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) unsigned char shared[];
     const SmallGeometry& g = p.geometry;
@@ -277,14 +306,22 @@ na2d_small_fwd(const __grid_constant__ Params p) {
     const int row1 = row0 + 2 * role.split;
     unsigned stride = 2 * g.splits;
     const Lines queries(p.query, g, item, head, row1, near, loaded(c));
-    const Lines outs(p.out, g, item, head, row1, near, stored(c));
-    const long long number = item.number(g, g.heads, head, row1, near);
-    Chunk first[PIECES], second[PIECES];
-    const auto load = [&](int row) {
-        read_row(queries.at(row - row1), row <= last, first);
-        read_row(queries.at(row + 1 - row1), row < last, second);
+    Lines outs(p.out, g, item, head, row1, near, stored(c));
+    char* lses = (char*)p.lse + item.number(g, g.heads, head, row1, near);
+    // Pairs of query rows come ahead of their turn; a lane copies the chunks that it will read.
+    const unsigned ahead = staged + queries_at(g) + threadIdx.x / 32 * AHEAD + role.lane * 16;
+    const auto fetch = [&](int row) {
+#pragma unroll
+        for (int side = 0; side < 2; ++side)
+#pragma unroll
+            for (int n = 0; n < PIECES; ++n)
+                copy_chunk(ahead + (side * PIECES + n) * 512,
+                           queries.at(row + side - row1) + 4 * n * CHUNK, true,
+                           row + side <= last);
     };
-    load(row1);
+    fetch(row1);
+    const unsigned aside = ahead + AHEAD - 512;
+    put_aside(aside, outs.first, lses);
     copies_done();
     __syncthreads();
     if (!active) return;
@@ -297,58 +334,84 @@ na2d_small_fwd(const __grid_constant__ Params p) {
     const float scale = fabsf(p.scale.base_two);
     const unsigned sign = p.scale.plain >= 0 ? 0 : FLOATS ? 0x80000000u : 0x80008000u;
 
-#pragma unroll 1
-    for (int row = row1; row <= last; row += stride) {
-        anew(stride);
+    // What both passes make of the pair of rows at `row`.
+    struct Pair {
+        int from;  // the first row of the first one's window
+        bool two, staggered;
+    };
+    const auto pair_at = [&](int row) -> Pair {
         const int from = window(row, height, KH).begin;
         const bool two = row + 1 < height;
-        Left query;
-        query.set(first, second, g.zero ^ sign);
-        const unsigned skip = (from - top) * line;
-        const bool staggered = !DENSE && two && window(row + 1, height, KH).begin != from;
-        Sums sums;
-        // Of one row there is no middle that both see.
-        bool again = KH == 1 && Range<scalar_t>::REFERS, alone;
-#pragma unroll 1
-        while (true) {
-            Place at = {keys + skip, {}, values + skip};
+        return {from, two, !DENSE && two && window(row + 1, height, KH).begin != from};
+    };
+    const auto place_at = [&](int row, int from) {
+        Place at = {keys + (from - top) * line, {}, values + (from - top) * line};
 #pragma unroll
-            for (int x = 0; x < OWN; ++x)
-                at.biases[x] = offsets[x] + (from - row + KH - 1) * (BIAS_PITCH * 4);
-            sums.low[0] = sums.low[1] = 0;
-            if (Range<scalar_t>::REFERS || again)
-                refer(g, query, at, scale, staggered, again ? 0 : MIDDLE,
-                      again ? KH + staggered : MIDDLE + 1, sums.low);
-            attend(g, query, at, scale, staggered, sums);
-#pragma unroll
-            for (int side = 0; side < 2; ++side) sums.total[side] = sum_of_quad(sums.total[side]);
-            alone = spoilt(sums, again ? 0 : Range<scalar_t>::LEAST);
-            if (!alone || again) break;
-            again = true;
-        }
-        load(row + stride);
-        if (alone) {
-#pragma unroll 1
-            for (int side = 0; side < (two ? 2 : 1); ++side) {
-                const int top_row = window(row + side, height, KH).begin;
-                Chunk one[PIECES];
-                read_row(queries.at(row + side - row1), true, one);
-                attend_alone(
-                    g, one, staged + 2 * role.head * tensor_bytes(g) + (top_row - top) * line,
-                    seen.begin - left,
-                    table + 4 * (rpb_index(seen.begin, near, KW) +
-                                 (top_row - row - side + KH) * BIAS_PITCH),
-                    scale, sign != 0, c, column < width, outs.at(row + side - row1) - stored(c),
-                    number_at(p.lse, g, number, row + side - row1));
-            }
-            continue;
-        }
+        for (int x = 0; x < OWN; ++x)
+            at.biases[x] = offsets[x] + (from - row + KH - 1) * (BIAS_PITCH * 4);
+        return at;
+    };
+    const auto write = [&](int row, bool two, Sums& sums) {
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
-            const bool write = column < width && (side == 0 || two);
+            const bool there = column < width && (side == 0 || two);
             const float sum = (log_2(sums.total[side]) - sums.low[side]) * (float)LN_2;
-            store_row(outs.at(row + side - row1), sums.out, side, sums.share(side), c, write);
-            if (write && c == 0) *number_at(p.lse, g, number, row + side - row1) = sum;
+            store_row(outs.at(row + side - row1), sums.out, side, sums.share(side), c, there);
+            if (there && c == 0) *number_at(lses, g, 0, row + side - row1) = sum;
+        }
+    };
+
+    unsigned spoilt_pairs = 0;  // a bit for each pair of this warp
+#pragma unroll 1
+    for (int row = row1, bit = 1; row <= last; row += stride, bit *= 2) {
+        anew(stride);
+        const Pair pair = pair_at(row);
+        Left query;
+        take(ahead, g.zero ^ sign, query);
+        if (row + (int)stride <= last) fetch(row + stride);
+        Sums sums;
+        sums.low[0] = sums.low[1] = 0;
+        Place at = place_at(row, pair.from);
+        // Of one row there is no middle that both see.
+        if (Range<scalar_t>::REFERS)
+            refer(g, query, at, scale, pair.staggered, KH == 1 ? 0 : MIDDLE,
+                  KH == 1 ? KH + pair.staggered : MIDDLE + 1, sums.low);
+        attend(g, query, at, scale, pair.staggered, sums);
+        if (spoilt(sums, Range<scalar_t>::LEAST)) spoilt_pairs |= bit;
+        take_back(aside, outs.first, lses);
+        write(row, pair.two, sums);
+    }
+
+    // Once more with the largest score as the reference, and what that does not help row by row.
+#pragma unroll 1
+    for (; spoilt_pairs != 0; spoilt_pairs &= spoilt_pairs - 1) {
+        const int row = row1 + (__ffs(spoilt_pairs) - 1) * stride;
+        const Pair pair = pair_at(row);
+        Chunk rows[2][PIECES];
+        read_row(queries.at(row - row1), true, rows[0]);
+        read_row(queries.at(row + 1 - row1), pair.two, rows[1]);
+        Left query;
+        query.set(rows[0], rows[1], g.zero ^ sign);
+        Sums sums;
+        const Place at = place_at(row, pair.from);
+        refer(g, query, at, scale, pair.staggered, 0, KH + pair.staggered, sums.low);
+        attend(g, query, at, scale, pair.staggered, sums);
+        if (!spoilt(sums, 0)) {
+            write(row, pair.two, sums);
+            continue;
+        }
+#pragma unroll 1
+        for (int side = 0; side < (pair.two ? 2 : 1); ++side) {
+            const int top_row = window(row + side, height, KH).begin;
+            Chunk one[PIECES];
+            read_row(queries.at(row + side - row1), true, one);
+            attend_alone(
+                g, one, staged + 2 * role.head * tensor_bytes(g) + (top_row - top) * line,
+                seen.begin - left,
+                table + 4 * (rpb_index(seen.begin, near, KW) +
+                             (top_row - row - side + KH) * BIAS_PITCH),
+                scale, sign != 0, c, column < width, outs.at(row + side - row1) - stored(c),
+                number_at(lses, g, 0, row + side - row1));
         }
     }
 }

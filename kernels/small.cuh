@@ -72,7 +72,8 @@ enum {
     BIAS_ROWS = 2 * KH,                 // one before the first is read for rows past the map
     BIASES = BIAS_ROWS * BIAS_PITCH,
     NO_BIAS = BIAS_PITCH - 1,           // the column of pairs that do not see each other
-    LONG = FLOATS && D == 64            // rows that leave gradients' kernels few registers
+    LONG = FLOATS && D == 64,           // rows that leave gradients' kernels few registers
+    TURN = 4  // chunks of a row that are asked for at once
 };
 
 static_assert(KH >= 1 && KW >= 1 && KH <= 13 && KW <= 13, "8 windows span at most 24 columns");
@@ -166,7 +167,7 @@ struct Lines {
 
 // The number of the token `rows` rows below the one whose own is `first` bytes from the start.
 __device__ __forceinline__ float* number_at(
-    float* all, const SmallGeometry& g, long long first, int rows) {
+    void* all, const SmallGeometry& g, long long first, int rows) {
     return (float*)((char*)all + first + rows * (unsigned)(g.dilation[0] * g.length[1] * 4));
 }
 
@@ -206,39 +207,44 @@ __device__ __forceinline__ void stage(
     constexpr int STRIDE = 32 / CHUNKS;  // columns from a chunk of a lane to its next
     const int chunk = role.lane % CHUNKS, at = role.lane / CHUNKS;
     const int real = least(pitch(g), item.extent[1] - column);
-    const unsigned line = pitch(g) * ROW;
-    to += role.warp * line + at * ROW;
-#pragma unroll 1
+    const scalar_t* first[2];
+    long long down[2], right[2];
+    unsigned tall = role.warps * g.dilation[0], wide = STRIDE * g.dilation[1];
+    anew(tall);  // or what follows from them fills registers all through a loop over tiles
+    anew(wide);
+#pragma unroll
     for (int which = 0; which < 2; ++which) {
         const View& v = which ? b : a;
-        const scalar_t* first = item.at(v, g, 0, row + role.warp, column + at) + chunk * CHUNK;
-        const long long down = v.axis[0] * (unsigned)(role.warps * g.dilation[0]);
-        const long long right = v.axis[1] * (unsigned)(STRIDE * g.dilation[1]);
+        first[which] = item.at(v, g, 0, row + role.warp, column + at) + chunk * CHUNK;
+        down[which] = v.axis[0] * tall;
+        right[which] = v.axis[1] * wide;
+    }
 #pragma unroll 1
-        for (int here = 0; here < g.heads_here; ++here) {
-            int head = (first_head + here) * times + plus;
-            if (sharing > 1) head /= sharing;
-            const scalar_t* source = first + head * v.head;
-            unsigned target = to + (2 * here + which) * tensor_bytes(g);
+    for (int here = 0; here < g.heads_here; ++here) {
+        int head = (first_head + here) * times + plus;
+        if (sharing > 1) head /= sharing;
+        const scalar_t *line_a = first[0] + head * a.head, *line_b = first[1] + head * b.head;
+        unsigned target = to + 2 * here * tensor_bytes(g) + (role.warp * pitch(g) + at) * ROW;
 #pragma unroll 1
-            for (int y = role.warp; y < rows; y += role.warps) {
-                const scalar_t* next = source;
-                unsigned put = target;
-                int x = at;
+        for (int y = role.warp; y < rows; y += role.warps) {
+            const scalar_t *next_a = line_a, *next_b = line_b;
 #pragma unroll 1
-                for (; x < real; x += STRIDE) {
-                    copy_chunk(put + place(chunk, ROW == 64 ? at : x) * 16, next);
-                    next += right;
-                    put += STRIDE * ROW;
+            for (int x = at, put = target; x < pitch(g) + at; x += TURN * STRIDE) {
+#pragma unroll
+                for (int i = 0; i < TURN; ++i) {
+                    const int column_here = x + i * STRIDE;
+                    const bool there = column_here < pitch(g);
+                    const unsigned place_here = put + i * STRIDE * ROW + place(chunk, at + i * STRIDE) * 16;
+                    copy_chunk(place_here, next_a, there, column_here < real);
+                    copy_chunk(place_here + tensor_bytes(g), next_b, there, column_here < real);
+                    next_a += right[0];
+                    next_b += right[1];
                 }
-#pragma unroll 1
-                for (; x < pitch(g); x += STRIDE) {
-                    clear_chunk(put + place(chunk, ROW == 64 ? at : x) * 16);
-                    put += STRIDE * ROW;
-                }
-                source += down;
-                target += role.warps * line;
+                put += TURN * STRIDE * ROW;
             }
+            line_a += down[0];
+            line_b += down[1];
+            target += role.warps * pitch(g) * ROW;
         }
     }
 }

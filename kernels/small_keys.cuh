@@ -126,6 +126,52 @@ __device__ __forceinline__ void subtract_delta(
     }
 }
 
+// Asks the second-level cache for what `subtract_delta` will read of the first head.
+template <class Params>
+__device__ __forceinline__ void ask_for_outs(const Params& p, const SmallGeometry& g, const Place& at) {
+#pragma unroll 1
+    for (int down = at.role.warp; down < at.rows; down += at.role.warps) {
+#pragma unroll 1
+        for (int x = at.role.lane; x < least(g.pitch, at.width - at.left); x += 32)
+            ask_for(at.item.at(p.out, g, at.first_head, at.top + down, at.left + x));
+    }
+}
+
+// Of a staged row of queries: what their scores start from, and minus what is known of delta `tokens`
+// numbers on; from `write` on, a lane every 32nd column.
+template <bool KNOWS_DELTA, class Params>
+__device__ __forceinline__ void stage_numbers(
+    const Params& p, const SmallGeometry& g, const Place& at, long long number, float* write,
+    int tokens, int even) {
+    const unsigned right = 32 * 4 * g.dilation[1];
+#pragma unroll 1
+    for (int x = at.role.lane; x < even; x += 32 * FLIGHT) {
+        float start[FLIGHT], delta[FLIGHT];
+#pragma unroll
+        for (int n = 0; n < FLIGHT; ++n) {
+            const int column = x + 32 * n;
+            const bool real = column < g.pitch && at.left + column < at.width;
+            start[n] = p.scale.never;
+            delta[n] = 0;
+            if (!real) continue;
+            // As in small_queries.cuh: lse is not subtracted from each score.
+            start[n] = *number_at(p.lse, g, number + n * right, 0) * -p.scale.inverse;
+            if constexpr (KNOWS_DELTA)
+                delta[n] = -*number_at(p.delta, g, number + n * right, 0);
+            else if (p.d_lse)
+                delta[n] = *number_at(p.d_lse, g, number + n * right, 0);
+        }
+#pragma unroll
+        for (int n = 0; n < FLIGHT; ++n)
+            if (x + 32 * n < even) {
+                write[32 * n] = start[n];
+                write[tokens + 32 * n] = delta[n];
+            }
+        number += FLIGHT * right;
+        write += FLIGHT * 32;
+    }
+}
+
 // What block `block` does. With KNOWS_DELTA, p.delta holds what the query side has written; without,
 // it is made anew from out and d_out of all staged queries.
 template <bool KNOWS_DELTA, class Params>
@@ -170,22 +216,6 @@ __device__ __forceinline__ void key_side(
     for (int below = 0; below < g.rows; below += 2 * g.splits) {
         Left key, value;
         float d_key[D / 8][4], d_value[D / 8][4];
-        {
-            const Place at = here();
-            if (at.active && at.own + below <= at.last) {
-                const Lines from_keys = LONG ? lines(p.key, at, loaded(at.c)) : keys;
-                const Lines from_values = LONG ? lines(p.value, at, loaded(at.c)) : values;
-                Chunk k[2][PIECES], v[2][PIECES];
-#pragma unroll
-                for (int side = 0; side < 2; ++side) {
-                    const bool there = side == 0 || at.own + below + 1 < at.height;
-                    read_row(from_keys.at(below + side), there, k[side]);
-                    read_row(from_values.at(below + side), there, v[side]);
-                }
-                key.set(k[0], k[1], g.zero);
-                value.set(v[0], v[1], g.zero);
-            }
-        }
 #pragma unroll
         for (int j = 0; j < D / 8; ++j)
 #pragma unroll
@@ -202,30 +232,37 @@ __device__ __forceinline__ void key_side(
                     for (int n = threadIdx.x; n < 2 * g.heads_here * CHUNKS; n += blockDim.x)
                         clear_chunk(staged + n / CHUNKS * tensor_bytes(g) + at.rows * line +
                                     n % CHUNKS * 16);
+                if constexpr (!KNOWS_DELTA) ask_for_outs(p, g, at);
                 stage_biases(
                     g, tables, p.rpb, at.first_head, g.queries_per_kv, member, (float)LOG2_E);
+            }
+            if (member == 0) {  // while what is staged is on its way
+                const Place at = here();
+                if (at.active && at.own + below <= at.last) {
+                    const Lines from_keys = LONG ? lines(p.key, at, loaded(at.c)) : keys;
+                    const Lines from_values = LONG ? lines(p.value, at, loaded(at.c)) : values;
+                    Chunk k[2][PIECES], v[2][PIECES];
+#pragma unroll
+                    for (int side = 0; side < 2; ++side) {
+                        const bool there = side == 0 || at.own + below + 1 < at.height;
+                        read_row(from_keys.at(below + side), there, k[side]);
+                        read_row(from_values.at(below + side), there, v[side]);
+                    }
+                    key.set(k[0], k[1], g.zero);
+                    value.set(v[0], v[1], g.zero);
+                }
+            }
+            if (below == 0 || g.queries_per_kv > 1) {
+                const Place at = here();
 #pragma unroll 1
                 for (int h = 0; h < g.heads_here; ++h)
 #pragma unroll 1
                     for (int down = at.role.warp; down < at.rows; down += at.role.warps) {
                         const int query_head = (at.first_head + h) * g.queries_per_kv + member;
-                        long long number = at.item.number(
+                        const long long number = at.item.number(
                             g, queries, query_head, at.top + down, at.left + at.role.lane);
                         float* write = known + 2 * h * tokens + down * even + at.role.lane;
-#pragma unroll 1
-                        for (int x = at.role.lane; x < even; x += 32) {
-                            const bool real = x < g.pitch && at.left + x < at.width;
-                            // As in na2d_small_bwd_dq: lse is not subtracted from each score.
-                            write[0] = real ? *number_at(p.lse, g, number, 0) * -p.scale.inverse
-                                            : p.scale.never;
-                            if constexpr (KNOWS_DELTA)
-                                write[tokens] = real ? -*number_at(p.delta, g, number, 0) : 0;
-                            else
-                                write[tokens] =
-                                    real && p.d_lse ? *number_at(p.d_lse, g, number, 0) : 0;
-                            number += 32 * 4 * g.dilation[1];
-                            write += 32;
-                        }
+                        stage_numbers<KNOWS_DELTA>(p, g, at, number, write, tokens, even);
                     }
                 copies_done();
                 __syncthreads();

@@ -48,7 +48,7 @@ MISTAKES = {
     "rows stored past their end": ("na_bwd_extra.cu", "if (at < dim) row", "row"),
     "queries beyond the image": ("na_bwd_extra.cu", "active && token < tokens", "active"),
     "no barrier between the stages of a sum": (
-        "reduce_partials.cu", "__syncthreads();\n        if (threadIdx.y", "if (threadIdx.y"),
+        "reduce_partials.cu", "__syncthreads();\n            if (threadIdx.y", "if (threadIdx.y"),
     "windows one too far right": (
         "neighborhood.cuh", "length - kernel_size), 0)", "length - kernel_size + 1), 0)"),
     "inverse windows one group short": (

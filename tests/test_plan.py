@@ -117,7 +117,8 @@ def check_launch(p, recipe):
     assert 32 <= threads <= most and threads % 32 == 0, p
     assert 0 <= recipe.shared <= 48 * 1024 - 256, p
     if recipe.spec.entry == "reduce_partials":
-        assert recipe.grid[0] == min(-(-values["size"] // 32), plan.LARGEST_GRID)
+        assert recipe.grid[0] == min(-(-values["size"] // recipe.block[0]), plan.LARGEST_GRID)
+        assert recipe.block[1].bit_count() == 1, "rows are added up by halves"
         return
     lanes = constants["LANES"]
     assert threads % lanes == 0

@@ -195,7 +195,7 @@ def test_tables_of_many_blocks_are_added(engine):
         check(given, engine)
         made = plan.backward(plan_of(given, 90), True, True, False).recipes
     (sums,) = (recipe for recipe in made if recipe.spec.entry == "reduce_partials")
-    assert sums.block == (32, 32, 1)
+    assert sums.block == (8, 128, 1)
 
 
 @pytest.mark.parametrize("shape", [(7, 7), (9, 10)], ids=["dense", "joint"])

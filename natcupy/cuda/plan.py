@@ -430,11 +430,12 @@ def _extra_side(p: Problem) -> Plan:
 
 def _sum(dtype: str, size: int, slices: int, partial: str, out: str) -> Recipe:
     """Add `slices` arrays of `size` numbers in order."""
+    results, rows = (8, 128) if slices >= MANY_SLICES else (32, THREADS // 32)
     made = _recipe(
         "reduce_partials",
         (("SCALAR", dtype), ("ACCESS", 16), ("LANES", 1)),
-        min(-(-size // 32), LARGEST_GRID),
-        (32, 32 if slices >= MANY_SLICES else THREADS // 32, 1),
+        min(-(-size // results), LARGEST_GRID),
+        (results, rows, 1),
         0,
         {"size": size, "slices": slices},
     )

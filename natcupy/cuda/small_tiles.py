@@ -225,6 +225,8 @@ def _measure(p: Problem, groups, dense: bool, side: str, shape: Shape) -> Tile:
     line = (2 * kernel[1] + 3) // 4 * 4 * 4
     table = 2 * kernel[0] * line
     shared = here * (2 * staged * pitch * row + table)
+    if side == FORWARD:  # a pair of query rows of each warp, and 16 bytes of each lane
+        shared += blocks * splits * here * (16 * row + 512)
     if side == QUERIES and p.rpb:
         shared += blocks * splits * here * (table + _lane_sums(p))
     if side == KEYS:

@@ -104,15 +104,21 @@ def parse(text: str) -> Iterator[dict[str, Any]]:
             **{
                 _short(name): f"{value} {units[name]}".strip()
                 for name, value in told.items()
-                if "__" in name and value
+                if _asked(name) and value
             },
         }
 
 
+_WAITS, _RATIO = "smsp__average_warps_issue_stalled_", "_per_issue_active.ratio"
+
+
+def _asked(name: str) -> bool:
+    """Whether a column is one of METRICS: the tool adds hundreds of the machine's and others."""
+    return name in METRICS or (name.startswith(_WAITS) and name.endswith(_RATIO))
+
+
 def _short(name: str) -> str:
-    return name.replace("smsp__average_warps_issue_stalled_", "waits for ").replace(
-        "_per_issue_active.ratio", ""
-    )
+    return name.replace(_WAITS, "waits for ").replace(_RATIO, "")
 
 
 if __name__ == "__main__":

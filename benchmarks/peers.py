@@ -305,6 +305,32 @@ def _natten_why_not(query, hood, rpb, backward):
     return None
 
 
+def _natten_without_bias(backend: str) -> Way:
+    """A release from 0.20 on, which has none: less work than what is measured."""
+
+    def attend(query, key, value, hood, scale, rpb):
+        import natten
+
+        run = getattr(natten, f"na{hood.rank}d")
+        return run(
+            query.contiguous(), key.contiguous(), value.contiguous(),
+            kernel_size=hood.kernel_size, stride=hood.stride, dilation=hood.dilation,
+            is_causal=hood.is_causal, scale=scale, backend=backend,
+        )  # fmt: skip
+
+    def why_not(query, hood, rpb, backward):
+        if rpb is None:
+            return "without a bias the way NATTEN runs"
+        missing = _natten_missing()
+        if missing is not None:
+            return missing
+        if _has_halves(hood.rank):
+            return "this release has the bias: see NATTEN"
+        return None if query.device.type == "cuda" else "made for CUDA tensors"
+
+    return Way(f"NATTEN {backend}, no bias", False, attend, why_not)
+
+
 WAYS = (
     _natcupy("cuda"),
     _natcupy("cpu"),
@@ -314,6 +340,8 @@ WAYS = (
     Way("SDPA, dense", False, _dense, anything),
     Way("shifted windows", False, _windows, anything),
     Way("NATTEN", True, _natten, _natten_why_not),
+    _natten_without_bias("hopper-fna"),
+    _natten_without_bias("cutlass-fna"),
     *CPU_WAYS,
 )
 

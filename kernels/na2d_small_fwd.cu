@@ -239,18 +239,9 @@ __device__ __forceinline__ void attend_alone(
 }
 
 // Bytes of a warp's pair of query rows, and where the first warp's are in shared memory.
-enum { AHEAD = 2 * PIECES * 512 + 512 };
+enum { AHEAD = 2 * PIECES * 512 };
 __device__ __forceinline__ unsigned queries_at(const SmallGeometry& g) {
     return g.heads_here * (2 * tensor_bytes(g) + BIASES * 4);
-}
-
-// Two addresses that a lane needs once for a pair of rows, put aside in shared memory. Where the compiler
-// puts numbers aside they come back only after all rows that were asked for before.
-__device__ __forceinline__ void put_aside(unsigned at, const char* first, const char* second) {
-    asm volatile("st.shared.v2.b64 [%0], {%1, %2};" :: "r"(at), "l"(first), "l"(second));
-}
-__device__ __forceinline__ void take_back(unsigned at, char*& first, char*& second) {
-    asm volatile("ld.shared.v2.b64 {%0, %1}, [%2];" : "=l"(first), "=l"(second) : "r"(at));
 }
 
 // The pair of rows that has come, as the left factor.
@@ -266,7 +257,7 @@ __device__ __forceinline__ void take(unsigned ahead, unsigned flip, Left& query)
 }
 
 extern "C" __global__ void
-__launch_bounds__(FLOATS ? 192 : CROWDED ? 256 : 256, CROWDED ? 3 : D == 32 && !(FLOATS && BLOCKS == 3) ? 2 : 1)
+__launch_bounds__(FLOATS ? 192 : 256, CROWDED ? 3 : D == 32 && !(FLOATS && BLOCKS == 3) ? 2 : 1)
 na2d_small_fwd(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) unsigned char shared[];
     const SmallGeometry& g = p.geometry;
@@ -306,8 +297,8 @@ na2d_small_fwd(const __grid_constant__ Params p) {
     const int row1 = row0 + 2 * role.split;
     unsigned stride = 2 * g.splits;
     const Lines queries(p.query, g, item, head, row1, near, loaded(c));
-    Lines outs(p.out, g, item, head, row1, near, stored(c));
-    char* lses = (char*)p.lse + item.number(g, g.heads, head, row1, near);
+    const Lines outs(p.out, g, item, head, row1, near, stored(c));
+    const long long number = item.number(g, g.heads, head, row1, near);
     // Pairs of query rows come ahead of their turn; a lane copies the chunks that it will read.
     const unsigned ahead = staged + queries_at(g) + threadIdx.x / 32 * AHEAD + role.lane * 16;
     const auto fetch = [&](int row) {
@@ -320,8 +311,6 @@ na2d_small_fwd(const __grid_constant__ Params p) {
                            row + side <= last);
     };
     fetch(row1);
-    const unsigned aside = ahead + AHEAD - 512;
-    put_aside(aside, outs.first, lses);
     copies_done();
     __syncthreads();
     if (!active) return;
@@ -357,7 +346,7 @@ na2d_small_fwd(const __grid_constant__ Params p) {
             const bool there = column < width && (side == 0 || two);
             const float sum = (log_2(sums.total[side]) - sums.low[side]) * (float)LN_2;
             store_row(outs.at(row + side - row1), sums.out, side, sums.share(side), c, there);
-            if (there && c == 0) *number_at(lses, g, 0, row + side - row1) = sum;
+            if (there && c == 0) *number_at(p.lse, g, number, row + side - row1) = sum;
         }
     };
 
@@ -378,7 +367,6 @@ na2d_small_fwd(const __grid_constant__ Params p) {
                   KH == 1 ? KH + pair.staggered : MIDDLE + 1, sums.low);
         attend(g, query, at, scale, pair.staggered, sums);
         if (spoilt(sums, Range<scalar_t>::LEAST)) spoilt_pairs |= bit;
-        take_back(aside, outs.first, lses);
         write(row, pair.two, sums);
     }
 
@@ -411,7 +399,7 @@ na2d_small_fwd(const __grid_constant__ Params p) {
                 table + 4 * (rpb_index(seen.begin, near, KW) +
                              (top_row - row - side + KH) * BIAS_PITCH),
                 scale, sign != 0, c, column < width, outs.at(row + side - row1) - stored(c),
-                number_at(lses, g, 0, row + side - row1));
+                number_at(p.lse, g, number, row + side - row1));
         }
     }
 }

@@ -167,7 +167,7 @@ struct Lines {
 
 // The number of the token `rows` rows below the one whose own is `first` bytes from the start.
 __device__ __forceinline__ float* number_at(
-    void* all, const SmallGeometry& g, long long first, int rows) {
+    float* all, const SmallGeometry& g, long long first, int rows) {
     return (float*)((char*)all + first + rows * (unsigned)(g.dilation[0] * g.length[1] * 4));
 }
 

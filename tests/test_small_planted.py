@@ -19,14 +19,23 @@ pytestmark = pytest.mark.skipif(
 MISTAKES = {
     "no barrier after staging": (
         "na2d_small_fwd.cu", "    copies_done();\n    __syncthreads();", "    copies_done();"),
-    "no wait for copies": ("na2d_small_fwd.cu", "    copies_done();\n", ""),
+    "no wait for copies": (
+        "na2d_small_fwd.cu", "    fetch(row1);\n    copies_done();\n", "    fetch(row1);\n"),
+    "no wait for the next queries": (
+        "na2d_small_fwd.cu", "    copies_done();\n#pragma", "#pragma"),
+    "the same queries again": (
+        "na2d_small_fwd.cu", "fetch(row + stride)", "fetch(row)"),
+    "the next queries before these are read": (
+        "na2d_small_fwd.cu", "        take(ahead, g.zero ^ sign, query);",
+        "        fetch(row + stride);\n        take(ahead, g.zero ^ sign, query);"),
+    "rows of queries past the map copied": (
+        "na2d_small_fwd.cu", "row + side <= last);", "true);"),
     "a window one row too low": (
-        "na2d_small_fwd.cu", "const unsigned skip = (from - top) * line;",
-        "const unsigned skip = (from - top + 1) * line;"),
+        "na2d_small_fwd.cu", "values + (from - top) * line}", "values + (from - top + 1) * line}"),
     "a column mask one too wide": (
         "na2d_small_fwd.cu", "key < seen.end;", "key <= seen.end;"),
     "staggered rows taken as aligned": (
-        "na2d_small_fwd.cu", "= !DENSE && two &&", "= false &&"),
+        "na2d_small_fwd.cu", "{from, two, !DENSE && two &&", "{from, two, false &&"),
     "a reference that the log-sum-exp forgets": (
         "na2d_small_fwd.cu", "(log_2(sums.total[side]) - sums.low[side])",
         "log_2(sums.total[side])"),
@@ -49,7 +58,7 @@ MISTAKES = {
     "float: warps share their sums": (
         "small_queries.cuh", "role.warp * Sums::BYTES", "0 * Sums::BYTES"),
     "columns past the map stored": (
-        "na2d_small_fwd.cu", "const bool write = column < width &&", "const bool write ="),
+        "na2d_small_fwd.cu", "const bool there = column < width &&", "const bool there ="),
     "bias sums not flushed": (
         "small_queries.cuh",
         "if (distance != sums.distance || column0 != sums.column || width != sums.width)",
@@ -80,8 +89,11 @@ MISTAKES = {
         "small_keys.cuh", "walked += COLUMNS", "walked += 64"),
     "query columns counted twice": ("small_keys.cuh", "query >= begin && ", ""),
     "heads of a group not staged": (
-        "small_keys.cuh", "if (below == 0 || g.queries_per_kv > 1)",
-        "if (below == 0 && member == 0)"),
+        "small_keys.cuh",
+        "if (below == 0 || g.queries_per_kv > 1) {\n                const Place at = here();\n"
+        "                __syncthreads();",
+        "if (below == 0 && member == 0) {\n                const Place at = here();\n"
+        "                __syncthreads();"),
     "rows of keys not masked": (
         "small_keys.cuh",
         "side ? query >= second : query < past;", "true;"),
@@ -98,7 +110,7 @@ MISTAKES = {
     "joint: delta of the wrong row": (
         "small_keys.cuh", "outs.at(side, (begin", "outs.at(0, (begin"),
     "joint: delta without the gradient of the log-sum-exp": (
-        "small_keys.cuh", "real && p.d_lse ? *number_at(p.d_lse, g, number, 0) : 0", "0"),
+        "small_keys.cuh", "else if (p.d_lse)\n", "else if (false)\n"),
     "joint: delta of the second row forgotten": (
         "small_keys.cuh", "if (at.c < 2 && real(n, at.c))", "if (at.c < 1 && real(n, at.c))"),
     "dense: no wait for copies": ("na2d_small_bwd_dense.cu", "        copies_done();\n", ""),

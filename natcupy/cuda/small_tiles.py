@@ -135,17 +135,20 @@ def tiles(p: Problem, side: str) -> tuple[Tile, ...]:
 def _dense_shapes(p: Problem, groups, side: str) -> list[Shape]:
     """A group is one tile; as it is small, several heads of it may share a block.
 
-    Of tiles that cost the same the first is taken: forward, one whose warps work through a group
-    alone, as what a warp does before its first rows takes as long as some rows.
+    Of tiles that cost the same the first is taken: forward, blocks of two warps for one group (see
+    `heuristics.AROUND`).
     """
     heads, (warps, _) = p.kv_heads if side == KEYS else p.heads, _warps(p, side)
     pairs, blocks = -(-groups[0] // 2), -(-groups[1] // 8)
     most = max(1, min(pairs, warps // blocks))
     found = []
-    every = range(1, most + 1) if side == FORWARD else range(most, 0, -1)
+    every = list(range(most, 0, -1))
+    if side == FORWARD:
+        every.sort(key=lambda splits: (abs(splits - 2), -splits))
     for splits in (most,) if side == KEYS and p.heads > p.kv_heads else every:
-        here = max(1, warps // splits // blocks)
-        found += [(blocks, 2 * pairs, splits, n) for n in range(min(heads, here), 0, -1)]
+        here = min(heads, max(1, warps // splits // blocks))
+        few = range(1, here + 1) if side == FORWARD else range(here, 0, -1)
+        found += [(blocks, 2 * pairs, splits, n) for n in few]
     return [shape for shape in found if heads % shape[3] == 0]
 
 
@@ -195,6 +198,7 @@ def _cover(p: Problem, side: str, t: Tile) -> heuristics.Cover:
         shared=t.shared,
         grid=t.items * p.heads // t.heads_here,
         most_warps=_warps(p, side)[1],
+        around=0.0 if side == FORWARD and is_dense(p) else heuristics.AROUND[side],
     )
 
 
@@ -225,8 +229,8 @@ def _measure(p: Problem, groups, dense: bool, side: str, shape: Shape) -> Tile:
     line = (2 * kernel[1] + 3) // 4 * 4 * 4
     table = 2 * kernel[0] * line
     shared = here * (2 * staged * pitch * row + table)
-    if side == FORWARD:  # a pair of query rows of each warp, and 16 bytes of each lane
-        shared += blocks * splits * here * (16 * row + 512)
+    if side == FORWARD:  # a fragment of queries of each warp
+        shared += blocks * splits * here * 16 * row
     if side == QUERIES and p.rpb:
         shared += blocks * splits * here * (table + _lane_sums(p))
     if side == KEYS:

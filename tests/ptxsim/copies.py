@@ -22,9 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Copy:
-    """One executed cp.async: threads, flat shared offsets, data, and the group each belongs to."""
+    """One executed cp.async: threads, shared addresses and flat offsets, data, commit groups."""
 
+    inst: Instruction
+    at: int
     lanes: np.ndarray
+    raw: np.ndarray
     flat: np.ndarray
     records: np.ndarray
     size: int
@@ -32,9 +35,9 @@ class Copy:
 
     def part(self, keep: np.ndarray) -> Copy:
         """The threads of `keep`."""
-        return Copy(
-            self.lanes[keep], self.flat[keep], self.records[keep], self.size, self.group[keep]
-        )
+        lanes, raw, flat = self.lanes[keep], self.raw[keep], self.flat[keep]
+        records, group = self.records[keep], self.group[keep]
+        return Copy(self.inst, self.at, lanes, raw, flat, records, self.size, group)
 
 
 class AsyncCopies:
@@ -63,7 +66,8 @@ class AsyncCopies:
             m.races.write(inst, at, raw, size)
         if m.counters.wants_traffic:
             m.counters.shared(m, "cp.async", raw, size)
-        copy = Copy(m.idx.copy(), flat, records, size, self._commits[m.idx])
+        lanes = m.idx.copy()
+        copy = Copy(inst, at, lanes, raw, flat, records, size, self._commits[lanes])
         if m.checks.late_copies:
             m.shared.lose(flat, size)
             self._flying.append(copy)
@@ -74,6 +78,16 @@ class AsyncCopies:
     def _land(self, copy: Copy) -> None:
         store(self._m.shared.data, copy.flat, copy.size, copy.records)
         mark(self._m.shared.marks, copy.flat, copy.size)
+
+    def _land_late(self, copy: Copy) -> None:
+        """After the wait it is written anew: barriers before that order nothing."""
+        self._land(copy)
+        m, before = self._m, self._m.group
+        mask = np.zeros(m.n, bool)
+        mask[copy.lanes] = True
+        m.set_mask(mask)
+        m.races.write(copy.inst, copy.at, copy.raw, copy.size)
+        m.restore(before)
 
     def commit(self) -> None:
         """The group's copies so far form a commit group."""
@@ -86,9 +100,9 @@ class AsyncCopies:
         for copy in self._flying:
             due = m.mask[copy.lanes] & (copy.group < self._commits[copy.lanes] - newest)
             if due.all():
-                self._land(copy)
+                self._land_late(copy)
             elif due.any():
-                self._land(copy.part(due))
+                self._land_late(copy.part(due))
                 left.append(copy.part(~due))
             else:
                 left.append(copy)

@@ -4,13 +4,13 @@
 // of 8 query columns and walks down pairs of rows; the fragment of a pair meets one step of keys
 // at a time. Two consecutive windows begin 0 or 1 rows apart, so a pair is either aligned (KH rows
 // of keys) or staggered (KH + 1, the first and last of which only one query row sees): rows that are
-// not seen are skipped, never masked. Columns are masked by the bias table, where
-// a pair that does not see each other finds minus infinity.
+// not seen are skipped, never masked. Columns are masked by the bias table, where a pair that does
+// not see each other finds minus infinity. Queries come through shared memory too, a fragment ahead.
 //
 // The softmax is exact and streamed, without a running maximum: weights are 2^(t - reference), where
 // the reference is the query's largest score in the middle row of its window, or nothing at all in
-// bfloat16, which is as precise far from one as near it. Where weights leave the range of their type,
-// the fragment is done again with the largest score of all.
+// bfloat16, which is as precise far from one as near it. Fragments whose weights leave the range of
+// their type are done again at the end, with the largest score of all.
 //
 // Scores are in units of the scale: biases, divided by it, are what products are added to.
 //

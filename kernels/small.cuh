@@ -207,36 +207,38 @@ __device__ __forceinline__ void stage(
     constexpr int STRIDE = 32 / CHUNKS;  // columns from a chunk of a lane to its next
     const int chunk = role.lane % CHUNKS, at = role.lane / CHUNKS;
     const int real = least(pitch(g), item.extent[1] - column);
-    const scalar_t* first[2];
-    long long down[2], right[2];
+    const char* first[2];
+    unsigned down[2], right[2];  // bytes, as in `Lines`
     unsigned tall = role.warps * g.dilation[0], wide = STRIDE * g.dilation[1];
     anew(tall);  // or what follows from them fills registers all through a loop over tiles
     anew(wide);
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
         const View& v = which ? b : a;
-        first[which] = item.at(v, g, 0, row + role.warp, column + at) + chunk * CHUNK;
-        down[which] = v.axis[0] * tall;
-        right[which] = v.axis[1] * wide;
+        first[which] = (const char*)(item.at(v, g, 0, row + role.warp, column + at) + chunk * CHUNK);
+        down[which] = (unsigned)v.axis[0] * (unsigned)sizeof(scalar_t) * tall;
+        right[which] = (unsigned)v.axis[1] * (unsigned)sizeof(scalar_t) * wide;
     }
 #pragma unroll 1
     for (int here = 0; here < g.heads_here; ++here) {
-        int head = (first_head + here) * times + plus;
+        unsigned head = (first_head + here) * times + plus;
         if (sharing > 1) head /= sharing;
-        const scalar_t *line_a = first[0] + head * a.head, *line_b = first[1] + head * b.head;
+        const char* line_a = first[0] + head * a.head * (int)sizeof(scalar_t);
+        const char* line_b = first[1] + head * b.head * (int)sizeof(scalar_t);
         unsigned target = to + 2 * here * tensor_bytes(g) + (role.warp * pitch(g) + at) * ROW;
 #pragma unroll 1
         for (int y = role.warp; y < rows; y += role.warps) {
-            const scalar_t *next_a = line_a, *next_b = line_b;
+            const char *next_a = line_a, *next_b = line_b;
+            unsigned put = target;
 #pragma unroll 1
-            for (int x = at, put = target; x < pitch(g) + at; x += TURN * STRIDE) {
+            for (int x = at; x < pitch(g) + at; x += TURN * STRIDE) {  // as often for every lane
 #pragma unroll
                 for (int i = 0; i < TURN; ++i) {
-                    const int column_here = x + i * STRIDE;
-                    const bool there = column_here < pitch(g);
-                    const unsigned place_here = put + i * STRIDE * ROW + place(chunk, at + i * STRIDE) * 16;
-                    copy_chunk(place_here, next_a, there, column_here < real);
-                    copy_chunk(place_here + tensor_bytes(g), next_b, there, column_here < real);
+                    const int here_x = x + i * STRIDE, turned = place(chunk, at + i * STRIDE);
+                    const bool there = here_x < pitch(g), copied = here_x < real;
+                    const unsigned to_a = put + i * STRIDE * ROW + turned * 16;
+                    copy_chunk(to_a, next_a, there, copied);
+                    copy_chunk(to_a + tensor_bytes(g), next_b, there, copied);
                     next_a += right[0];
                     next_b += right[1];
                 }

@@ -222,7 +222,8 @@ __device__ __forceinline__ void query_side(
     anew(thread);  // or the compiler keeps for this what the other side has made of it
     const Role role(g, thread);
     // Of those of a team.
-    const int first_head = remainder(worker, g.by_teams) * g.heads_here;
+    int first_head = remainder(worker, g.by_teams) * g.heads_here;
+    first_head = __shfl_sync(0xFFFFFFFFu, first_head, 0);  // so that it is known to be the warp's
     const int head = first_head + role.head;
     workers = divide(workers, g.by_teams);
     const unsigned staged = shared_address(shared), line = g.pitch * ROW;

@@ -25,7 +25,7 @@ struct Item {  // what one block does at a time: a tile of one dilation group of
     int group[RANK];   // first token of the group
     int length[RANK];  // tokens in the group
     Box tile;          // may be empty in a group shorter than the longest
-    Box halo;          // all that the tile sees
+    Box halo;          // all that the tile sees, or on the keys' side all that see it
 };
 
 struct Rows {  // the rows of one head inside one dilation group

@@ -42,6 +42,7 @@ NUMBERS, TORCH, FAULTS = (
     f"tests/gpu/test_gpu_{name}.py" for name in ("numbers", "torch", "faults")
 )
 OTHERS = ("tests/gpu/test_rigs.py", "tests/gpu/test_selftest.py", "tests/test_graphs.py")
+SLOW = "random or layers_of_the_zoo or large_logits"  # tests of many kernels
 LARGE = "more_than or past_32 or many_images"  # tests that need the card for themselves
 
 
@@ -53,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--seconds", type=float, default=SECONDS, help="budget (default %(default)s)"
     )
     parser.add_argument("--only", help="only stages whose name holds this")
+    parser.add_argument(
+        "--append", action="store_true", help="add to the day's record of the same kernels"
+    )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--speeds", action="store_true", help="benchmarks instead of tests")
     mode.add_argument("--sanitizer", action="store_true", help="compute-sanitizer, own mode")
@@ -70,6 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     made = new_record(arguments, device)
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = record.path_of(made, arguments.out).resolve()
+    before = _json(path) if arguments.append else {}
+    if before and before["kernels"] != made["kernels"]:
+        say(f"{path.name} is of other kernels: --append adds to a record of the same ones.")
+        return 2
     with tempfile.TemporaryDirectory(prefix="natcupy-gpu-") as scratch:
         work = Path(scratch)
         if arguments.sanitizer:
@@ -80,11 +88,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             stages = plan_stages(device, made, work, path)
         stages = [s for s in stages if arguments.only is None or arguments.only in s.name]
         log = path.with_suffix(".log")
-        log.unlink(missing_ok=True)
+        if not before:
+            log.unlink(missing_ok=True)
         made["stages"] = run_stages(stages, arguments.seconds, ROOT, log, say)
         if not arguments.speeds:
             gather(made, work, arguments.sanitizer)
     made["seconds"] = round(time.monotonic() - begun, 1)
+    if before:
+        made = appended(before, made)
     record.write(path, made)
     text = summary(made)
     record.write_text(path.with_suffix(".md"), text)
@@ -120,10 +131,11 @@ def plan_stages(device: torch.device, made: dict[str, Any], work: Path, path: Pa
     return [
         Stage("questions", (questions,), 60),
         tests("kernel tables", work, tables, 110),
-        tests("numbers", work, [NUMBERS], 200, select=f"not random and not ({LARGE})"),
+        tests("numbers", work, [NUMBERS], 120, select=f"not ({SLOW} or {LARGE})"),
         tests("torch", work, [TORCH, *OTHERS], 150),
         tests("large tensors", work, [NUMBERS], 60, select=LARGE, workers=0),
         tests("faults", work, [FAULTS], 120, workers=0),
+        tests("zoo layers", work, [NUMBERS], 150, select=f"({SLOW}) and not random"),
         tests("random calls", work, [NUMBERS], 120, select="random", seconds=20),
     ]
 
@@ -222,6 +234,20 @@ def gather(made: dict[str, Any], work: Path, sanitized: bool) -> None:
     made["questions"] = (
         json.loads(text) if text else {"failed": "there are no answers, see the log"}
     )
+
+
+def appended(before: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
+    """The record with the stages and tests of another run; what both ran is the later one's."""
+    stages = {s["stage"]: s for s in (*before["stages"], *made["stages"])}
+    joined = before | {"stages": list(stages.values())}
+    joined["seconds"] = round(before["seconds"] + made["seconds"], 1)
+    if "tests" in made:
+        tests = {t["test"]: t for t in (*before.get("tests", ()), *made["tests"])}
+        joined["tests"] = list(tests.values())
+        joined["results"] = by_kernel(joined["tests"], before["kernels"])
+        if "failed" not in made["questions"] or "questions" not in before:
+            joined["questions"] = made["questions"]
+    return joined
 
 
 def _text(path: Path) -> str:

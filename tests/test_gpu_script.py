@@ -101,8 +101,39 @@ def test_the_stages_of_a_gpu_have_every_gpu_test(tmp_path):
     }
     assert all(any(word in name for name in names) for word in words), words
     # what one stage leaves out, another takes
-    assert f"not random and not ({gpu.LARGE})" in selections
-    assert {"random", gpu.LARGE} <= set(selections)
+    assert f"not ({gpu.SLOW} or {gpu.LARGE})" in selections and "random" in gpu.SLOW
+    assert {"random", gpu.LARGE, f"({gpu.SLOW}) and not random"} <= set(selections)
+
+
+def test_a_second_run_adds_to_a_record():
+    """Stages and tests by name, the later one's; kernels are counted anew."""
+
+    def run(seconds, stages, tests):
+        return {
+            "kernels": {"na_fwd.cu": "1"}, "seconds": seconds, "questions": {"failed": "none"},
+            "stages": [{"stage": name, "outcome": outcome} for name, outcome in stages],
+            "tests": [{"test": n, "outcome": o, "kernels": ["na_fwd"]} for n, o in tests],
+        }  # fmt: skip
+
+    before = run(10.0, [("numbers", "cut"), ("torch", "ran")], [("a", "passed"), ("b", "failed")])
+    before["questions"] = {"answer": 42}
+    made = run(5.0, [("numbers", "ran")], [("b", "passed"), ("c", "passed")])
+    joined = gpu.appended(before, made)
+    assert [s["outcome"] for s in joined["stages"]] == ["ran", "ran"]
+    assert [t["outcome"] for t in joined["tests"]] == ["passed"] * 3
+    assert joined["results"]["na_fwd.cu"] == {"passed": 3, "failed": []}
+    assert joined["seconds"] == 15.0 and joined["questions"] == {"answer": 42}
+    assert not gpu.problems(joined)
+
+
+def test_a_record_of_other_kernels_is_not_added_to(tmp_path, capsys):
+    arguments = ["--interpreter", "--out", str(tmp_path), "--only", "none of them"]
+    assert gpu.main(arguments) == 0
+    (path,) = tmp_path.glob("*.json")
+    made = json.loads(path.read_text())
+    path.write_text(json.dumps(made | {"kernels": {}}))
+    assert gpu.main([*arguments, "--append"]) == 2
+    assert "other kernels" in capsys.readouterr().err
 
 
 def test_results_that_are_not_finite_are_a_row_that_says_so():

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 # The sides of a call, by whose rows stay with a block: a kernel of each family computes each.
 FORWARD, QUERIES, KEYS = "forward", "queries", "keys"
@@ -92,8 +92,8 @@ OWN = {FORWARD: 2, QUERIES: 4, KEYS: 4, BOTH: 8}
 # Warps that hide some of the latency; registers allow no more.
 WANTED = {FORWARD: 24, QUERIES: 16, KEYS: 16, BOTH: 16}
 # Instructions of a warp before and after its pairs of rows, its share of staging among them, in
-# those of one pair: counted in the tiles of a 56x56 map. Not of dense groups forward: with two warps
-# a group an H200 is 10 % faster than with one, though they count more instructions.
+# those of one pair: counted in the tiles of a 56x56 map. Not of dense groups forward: with two
+# warps a group an H200 is 10 % faster than with one, though they count more instructions.
 AROUND = {FORWARD: 1.0, QUERIES: 0.4, KEYS: 0.4, BOTH: 0.4}
 ALONE = 1.5  # a block without another beside it loads and computes in turn, not at once
 
@@ -191,6 +191,7 @@ class Row:
     why: Counted | Measured
 
 
+H200 = partial(Measured, "tiles-nvidia-h200-2026-11-26.json")
 WIDE = 2**30
 MAPS = {16: (14, 14), 32: (28, 28), 64: (56, 56), WIDE: (112, 200)}  # that rows are counted on
 ROWS = (
@@ -232,15 +233,15 @@ ROWS = (
     Row("100 KiB", KEYS, WIDE, (2, 10, 4), Counted(2.26, 2, 16)),
     Row("228 KiB", FORWARD, 16, (2, 14, 2), Counted(1.14, 6, 24)),
     Row("228 KiB", FORWARD, 32, (4, 14, 2), Counted(1.21, 3, 24)),
-    Row("228 KiB", FORWARD, 64, (4, 8, 2), Counted(2.05, 3, 24)),
-    Row("228 KiB", FORWARD, WIDE, (2, 16, 4), Counted(1.89, 3, 24)),
-    Row("228 KiB", QUERIES, 16, (2, 14, 2), Counted(1.14, 4, 16)),
+    Row("228 KiB", FORWARD, 64, (4, 8, 2), H200("56x56 h2 d1 dim32 k7 b128, forward")),
+    Row("228 KiB", FORWARD, WIDE, (2, 16, 4), H200("112x112 h2 d1 dim32 k7 b16, forward")),
+    Row("228 KiB", QUERIES, 16, (2, 14, 2), H200("14x14 h8 d1 dim32 k7 b128, queries")),
     Row("228 KiB", QUERIES, 32, (4, 28, 2), Counted(1.0, 2, 16)),
-    Row("228 KiB", QUERIES, 64, (7, 8, 1), Counted(1.64, 2, 14)),
-    Row("228 KiB", QUERIES, WIDE, (2, 28, 4), Counted(1.66, 2, 16)),
-    Row("228 KiB", KEYS, 16, (2, 14, 2), Counted(1.14, 4, 16)),
+    Row("228 KiB", QUERIES, 64, (7, 8, 1), H200("56x56 h2 d1 dim32 k7 b128, queries")),
+    Row("228 KiB", QUERIES, WIDE, (2, 16, 4), H200("112x112 h2 d1 dim32 k7 b16, queries")),
+    Row("228 KiB", KEYS, 16, (2, 14, 2), H200("14x14 h8 d1 dim32 k7 b128, keys")),
     Row("228 KiB", KEYS, 32, (4, 28, 2), Counted(1.0, 2, 16)),
-    Row("228 KiB", KEYS, 64, (7, 8, 1), Counted(1.64, 2, 14)),
+    Row("228 KiB", KEYS, 64, (7, 8, 1), H200("56x56 h2 d1 dim32 k7 b128, keys")),
     Row("228 KiB", KEYS, WIDE, (2, 28, 4), Counted(1.66, 2, 16)),
 )
 

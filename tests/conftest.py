@@ -1,9 +1,17 @@
 """What every test starts from."""
 
+import gc
+
 import pytest
 from cli_runs import closed, digits, run  # noqa: F401
 
 from natcupy import known_calls
+
+
+def pytest_collection_finish():
+    """What is there before the first test stays: no collection has to walk all of torch again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,9 @@ from cli_runs import closed, digits, run  # noqa: F401
 from natcupy import known_calls
 
 
-def pytest_collection_finish():
-    """What is there before the first test stays: no collection has to walk all of torch again."""
+@pytest.fixture(autouse=True, scope="module")
+def what_is_there_stays():
+    """No collection of garbage has to walk all of torch, or what earlier modules left, again."""
     gc.collect()
     gc.freeze()
 

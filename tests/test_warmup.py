@@ -1,5 +1,6 @@
 """What a warm-up makes ready is what the calls then launch, seen by a launcher without a GPU."""
 
+import functools
 import importlib.util
 import subprocess
 import sys
@@ -50,10 +51,14 @@ class Cuda:
         return ops.attention(*args)
 
 
+compile_once = functools.cache(jit.compile_spec)  # tests with empty caches want the same kernels
+
+
 @pytest.fixture
 def driver(monkeypatch, tmp_path):
     """The CUDA backend for every call, up to the driver; binaries in a folder of their own."""
     monkeypatch.setenv(cache.FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(jit, "compile_spec", compile_once)
     monkeypatch.setattr(backends, "choose", lambda *_: Cuda)
     with jit.use_launcher(Driver()) as launcher:
         yield launcher

@@ -6,6 +6,8 @@ with `load`, `Memory` and `Machine`, or give torch code a `PtxLauncher` (in `ptx
 
 from __future__ import annotations
 
+import gc
+
 from .errors import Issue, IssueLog, PtxCheckError, PtxError, PtxFaultError, PtxParseError
 from .machine import Checks, Machine
 from .memory import Memory
@@ -32,4 +34,10 @@ __all__ = [
 
 def load(ptx: str | bytes, entry: str | None = None) -> Program:
     """Parse PTX text and make its entry (the only one, or that of the name) ready to run."""
-    return link(parse(ptx.decode() if isinstance(ptx, bytes) else ptx), entry)
+    collects = gc.isenabled()
+    gc.disable()  # all of the many small objects stay
+    try:
+        return link(parse(ptx.decode() if isinstance(ptx, bytes) else ptx), entry)
+    finally:
+        if collects:
+            gc.enable()

@@ -10,6 +10,7 @@ of bounds.
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -101,7 +102,10 @@ class PtxLauncher:
         key = (self._compile, spec, self.arch)
         if key not in _programs:
             entry = getattr(spec, "entry", None)
-            _programs[key] = load(self._compile(spec, self.arch), entry)
+            ptx = self._compile(spec, self.arch)
+            gc.collect()
+            _programs[key] = load(ptx, entry)
+            gc.freeze()  # kept for good: no later collection need walk all its instructions
         return _programs[key]
 
     def launch(self, recipe: Any, device: torch.device | None = None) -> None:

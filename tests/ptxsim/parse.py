@@ -29,6 +29,9 @@ _BODY = re.compile(
 _NAME = re.compile(r"[%A-Za-z_$][\w$]*(?:\.[xyzw]\b)?")
 _BRACKET = re.compile(r"[\[{(]")
 _SPACES = ("param", "shared", "global", "const", "local")
+_VARIABLE = tuple(f".{space}" for space in _SPACES)
+_GUARD = re.compile(r"@(!?)([%\w$]+)\s+(.*)")
+_BRACE = re.compile(r"[{}]")
 
 
 @dataclass(frozen=True)
@@ -229,7 +232,7 @@ class _Parser:
         """Labels of a scope are visible before their definition: collect them when it opens."""
         depth, end = 1, at
         while depth:
-            brace = re.compile(r"[{}]").search(self._text, end)
+            brace = _BRACE.search(self._text, end)
             if brace is None:
                 raise PtxParseError(f"PTX line {self._line(at)}: scope does not end")
             depth += 1 if brace[0] == "{" else -1
@@ -262,7 +265,7 @@ def _statement(
 ) -> Statement:
     if stmt.startswith(".reg"):
         return _registers(stmt, scopes, suffix)
-    if stmt.startswith(tuple("." + s for s in _SPACES)):
+    if stmt.startswith(_VARIABLE):
         var = parse_variable(stmt)
         if suffix:
             scopes[-1][var.name] = var.name + suffix
@@ -271,8 +274,7 @@ def _statement(
     if stmt.startswith("."):
         raise PtxParseError(f"PTX line {line}: directive not handled: {stmt}")
     predicate, negated, text = None, False, stmt
-    m = re.match(r"@(!?)([%\w$]+)\s+(.*)", stmt)
-    if m:
+    if m := _GUARD.match(stmt):
         negated, predicate, stmt = bool(m[1]), _resolve(m[2], scopes), m[3]
     opcode, _, rest = stmt.partition(" ")
     operands = rest

@@ -77,9 +77,9 @@ class Layout:
     def declare(self, type_name: str, names: tuple[str, ...]) -> None:
         """Give each name a slot of its own; every name must come before the first constant."""
         cls = "pred" if type_name == "pred" else class_of(view_of(type_name))
-        for name in names:
-            self.slots[name] = (cls, self.counts[cls])
-            self.counts[cls] += 1
+        first = self.counts[cls]
+        self.slots.update((name, (cls, slot)) for slot, name in enumerate(names, first))
+        self.counts[cls] += len(names)
 
     def constant(self, cls: str, bits: int) -> int:
         """The slot of an immediate, given as the bits it has in its class."""

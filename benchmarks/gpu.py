@@ -75,8 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = record.path_of(made, arguments.out).resolve()
     before = _json(path) if arguments.append else {}
-    if before and before["kernels"] != made["kernels"]:
-        say(f"{path.name} is of other kernels: --append adds to a record of the same ones.")
+    if before and any(before[what] != made[what] for what in ("kernels", "plans")):
+        say(f"{path.name} is of other kernels or plans: --append adds to a record of the same.")
         return 2
     with tempfile.TemporaryDirectory(prefix="natcupy-gpu-") as scratch:
         work = Path(scratch)
@@ -238,7 +238,12 @@ def gather(made: dict[str, Any], work: Path, sanitized: bool) -> None:
 
 def appended(before: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
     """The record with the stages and tests of another run; what both ran is the later one's."""
-    stages = {s["stage"]: s for s in (*before["stages"], *made["stages"])}
+    stages = {s["stage"]: s for s in before["stages"]}
+    stages |= {
+        s["stage"]: s
+        for s in made["stages"]
+        if s["outcome"] != "dropped" or s["stage"] not in stages
+    }
     joined = before | {"stages": list(stages.values())}
     joined["seconds"] = round(before["seconds"] + made["seconds"], 1)
     if "tests" in made:

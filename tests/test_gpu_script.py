@@ -117,7 +117,7 @@ def test_a_second_run_adds_to_a_record():
 
     before = run(10.0, [("numbers", "cut"), ("torch", "ran")], [("a", "passed"), ("b", "failed")])
     before["questions"] = {"answer": 42}
-    made = run(5.0, [("numbers", "ran")], [("b", "passed"), ("c", "passed")])
+    made = run(5.0, [("numbers", "ran"), ("torch", "dropped")], [("b", "passed"), ("c", "passed")])
     joined = gpu.appended(before, made)
     assert [s["outcome"] for s in joined["stages"]] == ["ran", "ran"]
     assert [t["outcome"] for t in joined["tests"]] == ["passed"] * 3
@@ -131,9 +131,10 @@ def test_a_record_of_other_kernels_is_not_added_to(tmp_path, capsys):
     assert gpu.main(arguments) == 0
     (path,) = tmp_path.glob("*.json")
     made = json.loads(path.read_text())
-    path.write_text(json.dumps(made | {"kernels": {}}))
-    assert gpu.main([*arguments, "--append"]) == 2
-    assert "other kernels" in capsys.readouterr().err
+    for what in ({"kernels": {}}, {"plans": "of another day"}):
+        path.write_text(json.dumps(made | what))
+        assert gpu.main([*arguments, "--append"]) == 2
+        assert "other kernels" in capsys.readouterr().err
 
 
 def test_results_that_are_not_finite_are_a_row_that_says_so():

@@ -9,6 +9,7 @@ difference.
 import importlib.util
 import json
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -16,7 +17,8 @@ from pathlib import Path
 import pytest
 from test_plan import problem
 
-from natcupy.cuda import jit, plan
+from natcupy.cuda import jit, plan, small, small_tiles
+from natcupy.cuda.heuristics import FORWARD, KEYS
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("cupy") is None, reason="NVRTC comes with CuPy, which is not installed"
@@ -96,6 +98,18 @@ def measured():
 
 def test_no_warning(measured):
     assert not {name: warnings for name, _, warnings in measured if warnings}
+
+
+@pytest.mark.parametrize(("dim", "dtype"), product((32, 64), ("F16", "F32")))
+def test_blocks_keep_to_the_launch_bounds(dim, dtype):
+    """Every legal tile's threads are no more than its kernel is compiled for."""
+    p = problem((56, 56), (7, 7), (1, 1), (1, 1), (False, False), head_dim=dim, value_dim=dim,
+                dtype=dtype, rpb=True, batch=8, arch=90)  # fmt: skip
+    made = {FORWARD: small.forward(p).recipes[0], KEYS: small.key_side(p).recipes[0]}
+    for side, recipe in made.items():
+        text = jit.compile_spec(recipe.spec, "90a", ptx=True).image.decode()
+        most = max(tile.warps for tile in small_tiles.tiles(p, side)) * 32
+        assert most <= int(re.search(r"\.maxntid (\d+)", text)[1]), recipe.spec
 
 
 # Bytes of a thread that crowded kernels may put aside, for twice the warps: numbers that are read

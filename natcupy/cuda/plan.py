@@ -57,7 +57,7 @@ LARGEST_IMAGE = 2**30  # tokens; window arithmetic adds two lengths in 32 bits
 LARGEST_BIAS = 2**31 - 1  # entries of a head's bias table, indexed in 32 bits
 LARGEST_GRID = 2**31 - 1  # blocks on the x axis, the only one used
 SHARED = 48 * 1024 - 256  # bytes every architecture gives unasked, but for a kernel's own few
-MANY_SLICES = 128  # of a sum in two stages, from which on a block of it has 1024 threads
+MANY_SLICES = 128  # of a sum in two stages, from which on blocks are of 128 rows for 8 results
 BLOCKS = 1024  # blocks that keep any GPU busy: a bound for two-stage sums
 SCRATCH = 64 * 2**20  # bytes of partial sums of one gradient
 FAMILIES = ("auto", "portable", "small", "apart")
@@ -429,7 +429,7 @@ def _extra_side(p: Problem) -> Plan:
 
 
 def _sum(dtype: str, size: int, slices: int, partial: str, out: str) -> Recipe:
-    """Add `slices` arrays of `size` numbers in order."""
+    """Add `slices` arrays of `size` numbers, always in the same order."""
     results, rows = (8, 128) if slices >= MANY_SLICES else (32, THREADS // 32)
     made = _recipe(
         "reduce_partials",

@@ -104,8 +104,10 @@ def _warps(p: Problem, side: str) -> tuple[int, int]:
     """Warps of a block, and of a multiprocessor's registers, as the kernels' launch bounds say."""
     if crowds(p, side):
         return WARPS, CROWD[side]
+    if side == FORWARD and p.dtype == "F32":
+        return 6, 12 if p.head_dim == 32 else 8
     if side == FORWARD and p.head_dim == 32:
-        return (6, 12) if p.dtype == "F32" else (WARPS, 16)
+        return WARPS, 16
     short = p.head_dim == 32 and p.dtype != "F32" and p.hood.kernel_size[1] <= 9
     return WARPS, 12 if side == KEYS and short else 8
 

@@ -59,6 +59,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torch_cuda": torch.version.cuda,
         "versions": versions(),
     }
+    if device.type == "cpu":
+        found["instructions"] = torch.backends.cpu.get_cpu_capability()  # torch's own vectors
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found |= {

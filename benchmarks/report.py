@@ -34,7 +34,7 @@ def where(record: dict[str, Any]) -> str:
     if env.get("driver"):
         parts.append(f"driver {env['driver']}")
     if env["device_type"] == "cpu":
-        parts.append(f"{env['threads']} threads")
+        parts += filter(None, (env.get("instructions"), f"{env['threads']} threads"))
     parts += [f"{name} {version}" for name, version in env["versions"].items()]
     return f"{', '.join(parts)}; {record['date']}."
 

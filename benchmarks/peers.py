@@ -260,15 +260,20 @@ def _windows(query, key, value, hood, scale, rpb):
 
 
 def _natten(query, key, value, hood, scale, rpb):
-    import natten
-
     if _has_halves(hood.rank):
         return natten_by_halves(query, key, value, hood, scale, rpb)
+    return _natten_whole(query, key, value, hood, scale)
+
+
+def _natten_whole(query, key, value, hood, scale, backend=None):
+    import natten
+
+    more = {} if backend is None else {"backend": backend}
     run = getattr(natten, f"na{hood.rank}d")
     return run(
         query.contiguous(), key.contiguous(), value.contiguous(),
         kernel_size=hood.kernel_size, stride=hood.stride, dilation=hood.dilation,
-        is_causal=hood.is_causal, scale=scale,
+        is_causal=hood.is_causal, scale=scale, **more,
     )  # fmt: skip
 
 
@@ -309,14 +314,7 @@ def _natten_without_bias(backend: str) -> Way:
     """A release from 0.20 on, which has none: less work than what is measured."""
 
     def attend(query, key, value, hood, scale, rpb):
-        import natten
-
-        run = getattr(natten, f"na{hood.rank}d")
-        return run(
-            query.contiguous(), key.contiguous(), value.contiguous(),
-            kernel_size=hood.kernel_size, stride=hood.stride, dilation=hood.dilation,
-            is_causal=hood.is_causal, scale=scale, backend=backend,
-        )  # fmt: skip
+        return _natten_whole(query, key, value, hood, scale, backend)
 
     def why_not(query, hood, rpb, backward):
         if rpb is None:

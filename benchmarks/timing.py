@@ -24,9 +24,8 @@ WARM_UP = 3  # calls before anything is timed, fewer where they are slow
 LEAST, MOST = 3, 200  # timed calls
 LEAST_ROUNDS = 5  # of runs that are timed together
 CPU_CACHE = 64 << 20  # bytes written to empty a CPU's caches
-REST = (
-    0.02  # seconds before a call: threads of another library's team wait for work a while, busily
-)
+# Seconds before a call: threads of another library's team wait for work a while, busily.
+REST = 0.02
 MOST_FLUSHES = 300  # of a GPU's cache before one call: fewer than a stream queues at once
 SPARE = 1.0  # milliseconds
 

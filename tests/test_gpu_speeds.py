@@ -3,14 +3,17 @@
 import importlib
 import importlib.util
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_tuning import Driver, FakeClock, new_process
 
-from benchmarks import counters, gpu, model, record, tiles
+from benchmarks import counters, gpu, model, peers, record, tiles
 from benchmarks.cases import ModelCase
 from benchmarks.roofline import Roofline
+from natcupy.arguments import neighborhood
 from natcupy.cuda import jit
 from natcupy.zoo import ModelConfig, build_model
 
@@ -126,3 +129,29 @@ def test_compiled_models_are_rows_of_their_own(broken, monkeypatch):
         assert (row["ms"] is None) == broken
     if not broken:
         assert made[0]["error"] < 1e-5
+
+
+# ------------------------------------------------------------------------------------------------
+# NATTEN as it is since 0.20: no bias, and backends by name
+
+
+def test_natten_without_a_bias_is_asked_for_its_backend(monkeypatch):
+    asked = {}
+
+    def na2d(query, key, value, **more):
+        assert query.is_contiguous() and key.is_contiguous() and value.is_contiguous()
+        asked.update(more)
+        return value
+
+    monkeypatch.setattr(peers, "_natten_missing", lambda: None)
+    monkeypatch.setattr(peers, "_has_halves", lambda rank: False)
+    monkeypatch.setitem(sys.modules, "natten", SimpleNamespace(na2d=na2d))
+    hood, qkv = neighborhood(2, 3, 1, 2, False), torch.zeros(1, 8, 8, 3, 2, 4)
+    ways = {way.name: way for way in peers.WAYS}
+    way = ways["NATTEN hopper-fna, no bias"]
+    way.attend(*qkv.unbind(3), hood, 0.5, torch.zeros(2, 5, 5))
+    assert asked["backend"] == "hopper-fna" and asked["dilation"] == (2, 2)
+    assert not way.exact and "rpb" not in asked
+    asked.clear()
+    ways["NATTEN"].attend(*qkv.unbind(3), hood, 0.5, None)
+    assert "backend" not in asked and asked["kernel_size"] == (3, 3)

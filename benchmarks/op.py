@@ -5,14 +5,16 @@ In: a device, a dtype, batches. Out: a record in JSON, its tables in Markdown, a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import harness
-from benchmarks.cases import OP_CASES, OpCase, pick
+from benchmarks.cases import NAMES, OP_CASES, OpCase, pick
 from benchmarks.peers import Way, pick_ways
 from benchmarks.roofline import YARDSTICK, Roofline, yardstick
 
@@ -57,7 +59,7 @@ def rows(
             why_not = way.why_not(tensors["query"], case.hood, tensors["rpb"], backward)
             run, error = None, None
             if why_not is None:
-                run = _step(way, case, tensors) if backward else _forward(way, case, tensors)
+                run = (_step if backward else _attend)(way, case, tensors)
                 error, why_not = _error(way, case, dtype, device, truth)
             asked.append(
                 {
@@ -76,7 +78,8 @@ def rows(
             )
         if device.type == "cpu":
             asked += _beside(case, ways, dtype, asked[0], backward)
-        found += harness.together(asked, device, seconds, alone=True)
+        with nullcontext() if backward else torch.inference_mode():
+            found += harness.together(asked, device, seconds, alone=True)
     return found
 
 
@@ -88,37 +91,29 @@ def _beside(case: OpCase, ways: Sequence[Way], dtype: torch.dtype, like: dict, b
     own = next((way for way in ways if way.name == "natcupy cpu"), None)
     if own is not None and dtype == torch.float32:
         tensors = case.tensors(torch.bfloat16, torch.device("cpu"))
-        run = (_step if backward else _forward)(own, case, tensors)
+        run = (_step if backward else _attend)(own, case, tensors)
         moved = case.bytes(torch.bfloat16, backward)
         name = f"{own.name}, bfloat16"
         found.append(common | {"way": name, "run": run, "flops": like["flops"], "moved": moved})
     return found
 
 
-def _attend(way: Way, case: OpCase, tensors):
-    return way.attend(
-        tensors["query"], tensors["key"], tensors["value"], case.hood, case.scale, tensors["rpb"]
-    )
+def _attend(way: Way, case: OpCase, tensors) -> Callable[[], torch.Tensor]:
+    """A call of a way, with all that is not part of it done before."""
+    query, key, value, rpb = (tensors[name] for name in NAMES)
+    return partial(way.attend, query, key, value, case.hood, case.scale, rpb)
 
 
-def _forward(way: Way, case: OpCase, tensors):
-    @torch.inference_mode()
-    def run():
-        return _attend(way, case, tensors)
-
-    return run
-
-
-def _step(way: Way, case: OpCase, tensors):
+def _step(way: Way, case: OpCase, tensors) -> Callable[[], object]:
     leaves = {n: None if x is None else x.detach().requires_grad_() for n, x in tensors.items()}
     given = [x for x in leaves.values() if x is not None]
     make = torch.Generator().manual_seed(1)
     d_out = torch.randn(tensors["query"].shape, generator=make).to(tensors["query"])
+    attend = _attend(way, case, leaves)
 
     def run():
-        out = _attend(way, case, leaves)
         # a way that leaves the bias out has no gradient for it
-        return torch.autograd.grad(out, given, d_out, allow_unused=not way.exact)
+        return torch.autograd.grad(attend(), given, d_out, allow_unused=not way.exact)
 
     return run
 
@@ -129,7 +124,7 @@ def _truth(case: OpCase, dtype: torch.dtype, device: torch.device) -> torch.Tens
     double = {n: None if x is None else x.double() for n, x in tensors.items()}
     plain = next(way for way in pick_ways("natcupy torch"))
     with torch.inference_mode():
-        return _attend(plain, case.at(TRUTH_BATCH), double)
+        return _attend(plain, case.at(TRUTH_BATCH), double)()
 
 
 def _error(way: Way, case: OpCase, dtype, device, truth) -> tuple[float | None, str | None]:
@@ -139,7 +134,7 @@ def _error(way: Way, case: OpCase, dtype, device, truth) -> tuple[float | None, 
     small = case.at(TRUTH_BATCH)
     try:
         with torch.inference_mode():
-            out = _attend(way, small, small.tensors(dtype, device))
+            out = _attend(way, small, small.tensors(dtype, device))()
     except Exception as failure:  # other libraries raise whatever they like
         return None, harness.reason(failure)
     return harness.finite((out.double() - truth).abs().max().item())

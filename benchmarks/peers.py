@@ -29,9 +29,10 @@ _MODULES = {"cuda": "natcupy.cuda.ops", "cpu": "natcupy.cpu", "torch": "natcupy.
 
 
 def _natcupy(backend: str) -> Way:
+    calls = {1: natcupy.na1d, 2: natcupy.na2d, 3: natcupy.na3d}
+
     def attend(query, key, value, hood, scale, rpb):
-        run = getattr(natcupy, f"na{hood.rank}d")
-        return run(
+        return calls[hood.rank](
             query, key, value, hood.kernel_size, hood.stride, hood.dilation, hood.is_causal,
             scale=scale, rpb=rpb, backend=backend,
         )  # fmt: skip

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -174,7 +175,7 @@ def _flushes_that_hide(run, flush: torch.Tensor, device: torch.device) -> int:
 def measure_together(
     runs: Sequence[Callable[[], object]], seconds: float
 ) -> list[tuple[Timing, float] | Exception]:
-    """Time several runs on a CPU, one call of each after the other, round by round.
+    """Time several runs on a CPU, one call of each after the other in any order, round by round.
 
     Neighbours on the machine so disturb all of them alike. Out, for each: its `Timing` and the
     median over the rounds of its time in times that of the first run; or what it failed with.
@@ -192,10 +193,12 @@ def measure_together(
     alive = [i for i in range(len(runs)) if i not in failed]
     flush = torch.empty(CPU_CACHE, dtype=torch.int8)
     times: dict[int, list[float]] = {i: [] for i in alive}
+    order, shuffle = alive.copy(), random.Random(0).shuffle
     begun, rounds = time.perf_counter(), 0
     with _no_garbage_collection():
         while rounds < LEAST_ROUNDS or time.perf_counter() - begun < seconds * len(alive):
-            for i in alive:
+            shuffle(order)  # a run after one of its own kind finds its code in the caches
+            for i in order:
                 times[i].append(_cpu_time(runs[i], flush, rounds))
             rounds += 1
     found: list[tuple[Timing, float] | Exception] = []

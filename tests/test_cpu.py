@@ -18,6 +18,7 @@ from tolerances import close
 import natcupy
 from natcupy.cpu import host, kernels, launch, threads
 from natcupy.layouts import joined
+from natcupy.neighborhood import Neighborhood
 
 ROOT = Path(__file__).parents[1]
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -139,6 +140,18 @@ def test_rpb_in_float32_beside_another_dtype(dtype):
     close(out, oracle.attention(**inputs, **PLAIN.window)[0], dtype)
     (grad,) = torch.autograd.grad(out.sum(), inputs["rpb"])
     assert grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", FLOATS[1:])
+def test_a_bias_in_a_half_type_is_widened_by_the_kernel(dtype):
+    inputs = tensors(NAT, dtype)
+    wide = inputs | {"rpb": inputs["rpb"].float()}
+    assert torch.equal(attend(NAT, inputs), attend(NAT, wide))
+    hood = Neighborhood(NAT.kernel_size, NAT.stride, NAT.dilation, NAT.is_causal)
+    use = kernels.kernel(NAT.shape, hood, 32, 32, 0, dtype, False, 1)
+    assert use.bias(inputs["rpb"]) is inputs["rpb"]
+    shorter = use.bias(inputs["rpb"][..., 7:])  # than the vectors that it reads
+    assert shorter.dtype == torch.float32 and torch.equal(shorter, wide["rpb"][..., 7:])
 
 
 def test_kernel_one_returns_the_values():
@@ -288,7 +301,7 @@ def test_strides_past_two_gigabytes():
 def any_size(monkeypatch):
     """Use all threads for small problems too; put the number of threads back."""
     before = torch.get_num_threads()
-    monkeypatch.setattr(launch, "SMALL", 0)
+    monkeypatch.setattr(kernels, "SMALL", 0)
     yield
     torch.set_num_threads(before)
 

@@ -112,7 +112,7 @@ def check(p, dtype, at_end):
         patch.setattr(launch, "_take_scratch", guarded.scratch)
         patch.setattr(launch, "_idle", [])
         patch.setattr(launch, "_empty", guarded.empty)
-        patch.setattr(launch, "SMALL", 2**62)  # scratch memory of one thread
+        patch.setattr(kernels, "SMALL", 2**62)  # scratch memory of one thread
         inputs = tensors(p, dtype, requires_grad=True)
         expected, cotangents = ask_oracle(p, inputs)
         inputs = {

@@ -38,9 +38,9 @@ def close(actual, expected, dtype, what="output", backward=False):
 # The error rule: against float64, a kernel's largest error is at most so many times that of plain
 # torch in the same dtype on the same device, plus a floor. `overflow`: logits far beyond the usual.
 # Of a bias table of few numbers the error of one run of plain torch is a matter of luck. So `plain`
-# may be several runs that are equal but for their rounding, of which the largest error counts; and
-# the floor of gradients is at least half the spacing of the dtype at the largest true number, which
-# any result may be off by.
+# may be several runs that are equal but for their rounding, of which the largest error counts: the
+# more, the smaller the table. And the floor of gradients is at least half the spacing of the dtype
+# at the largest true number, which any result may be off by.
 RULE = {"forward": (2, 0.0), "backward": (3, 0.0), "overflow": (5, 1e-3)}
 FLOOR = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-3}
 

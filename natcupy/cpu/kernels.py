@@ -27,6 +27,7 @@ STORAGE = {
     torch.float16: "half",
     torch.bfloat16: "bfloat",
 }
+SMALL = 1_000_000  # multiply-adds of the logits below which one thread is faster than two
 UNROLLED = 13  # most keys of a row whose loop is unrolled
 LONG_ROW = 8  # vectors, from which on one more adds little
 ALIGNMENT = 64  # bytes, of each thread's scratch memory
@@ -41,7 +42,8 @@ class Kernel:
 
     def __init__(self, spec: Spec, shape: Shape, found: Plan, words: dict[str, int], size: int):
         self.spec, self.plan = spec, found
-        self.compute = torch.float64 if spec.common.real == "double" else torch.float32
+        self.storage = next(x for x, name in STORAGE.items() if name == spec.common.storage)
+        self.compute = compute_dtype(self.storage)
         self.thread_bytes = -(-size // ALIGNMENT) * ALIGNMENT
         #: multiply-adds of one head, times 2
         self.work = shape.head_dim * prod(shape.lengths) * prod(shape.kernel_size)
@@ -60,6 +62,18 @@ class Kernel:
         if not self._address:
             self._address = host.function(self.spec)
         return self._address
+
+    def workers(self, heads: int, threads: int) -> int:
+        """Threads for a call with so many (batch, query head) pairs, of those there are."""
+        return threads if self.work * heads >= SMALL else 1
+
+    def bias(self, rpb: torch.Tensor) -> torch.Tensor:
+        """A bias table as it is read: contiguous, in the compute dtype or widened by the kernel.
+
+        Which reads whole vectors, and leaves shorter rows to torch.
+        """
+        widened = rpb.dtype == self.storage and rpb.shape[-1] >= LANES
+        return (rpb if widened else rpb.to(self.compute)).contiguous()
 
     def block(self) -> ctypes.Array:
         """A new argument block with all that is known."""

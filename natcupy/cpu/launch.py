@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from functools import partial
 from math import prod
 
 import torch
@@ -15,14 +14,16 @@ from torch import Tensor
 
 from natcupy.cpu import threads
 from natcupy.cpu.kernels import ALIGNMENT, COUNTERS, PLACE, Kernel, compute_dtype, kernel
-from natcupy.cpu.spec import TENSORS
-from natcupy.layouts import joined
+from natcupy.cpu.spec import BIAS_READ, BIAS_WIDENED, TENSORS
+from natcupy.layouts import are_joined
 from natcupy.neighborhood import Neighborhood
 
-SMALL = 1_000_000  # multiply-adds of the logits below which one thread is faster than two
 INPUTS = ("query", "key", "value", "rpb", "extra_keys", "extra_values")
 STRIDES_AT = {name: PLACE[f"{name}_batch"] for name in TENSORS}
 OUT, LSE = PLACE["out"], PLACE["lse"]
+SCRATCH, THREAD_COUNT = PLACE["scratch"], PLACE["thread_count"]
+DRAWN, STARTED = COUNTERS  # tasks, and threads
+TASKS, FIRST_ITEM, ITEMS = PLACE["tasks"], PLACE["first_item"], PLACE["phase_items"]
 CPU = torch.device("cpu")
 
 Tensors = tuple[Tensor | None, ...]  # the inputs: three tensors, and three that may be None
@@ -63,16 +64,16 @@ class _Ready:
         extra = 0 if extra_keys is None else extra_keys.shape[1]
         sizes = (head_dim, value.shape[-1], extra, query.dtype)
         stripes = -(-2 * threads // (batch * heads))
-        self._kernel = kernel(tuple(lengths), hood, *sizes, False, stripes)
-        self._tasks, self._threads = batch * heads, threads
-        call = _Call(self._kernel)
+        self._kernel = use = kernel(tuple(lengths), hood, *sizes, False, stripes)
+        self._tasks, self._workers = batch * heads, use.workers(batch * heads, threads)
+        call = _Call(use)
         call.sizes(heads, key.shape[-2], scale)
         read = [call.rows(name, x) for name, x in zip(INPUTS[:3], tensors[:3], strict=True)]
         read += call.parameters(rpb, extra_keys, extra_values)
         call.strides("out", _contiguous(self._out[0]))
         call.lse_strides(_contiguous(self._lse[0]))
-        self._block = call.block
-        ways = (_rows, _rows, _rows, partial(_bias, compute=self._kernel.compute), _rows, _rows)
+        self._block, self._calls = call.block, []
+        ways = (_rows, _rows, _rows, use.bias, _rows, _rows)
         #: place, number and way to read it of each input; no way where it is read as it is
         self._inputs = [
             (PLACE[name], i, None if read[i] is x else ways[i])
@@ -86,13 +87,21 @@ class _Ready:
         lse = _empty(*self._lse) if want_lse else None
         if self._is_empty:
             return out, lse
-        call = _Call(self._kernel, self._block)
+        try:
+            call = self._calls.pop()
+        except IndexError:  # all in use, by other threads
+            call = _Call(self._kernel, self._block)
+        block, copies = call.block, []
         for place, i, way in self._inputs:
-            call.address(place, tensors[i] if way is None else way(tensors[i]))
-        call.address(OUT, out)
-        if want_lse:
-            call.address(LSE, lse)
-        call.run(self._tasks, self._tasks, self._threads)
+            x = tensors[i]
+            if way is not None:
+                x = way(x)
+                copies.append(x)
+            block[place] = x.data_ptr()
+        block[OUT] = out.data_ptr()
+        block[LSE] = lse.data_ptr() if want_lse else 0
+        call.run(self._tasks, self._workers)
+        self._calls.append(call)
         return out, lse
 
 
@@ -131,41 +140,42 @@ def backward(
     for name, x in (("query", query), ("key", key), ("value", value), ("grad_out", grad_out)):
         call.rows(name, x)
     if grad_lse is not None:
-        grad_lse = call.address(PLACE["grad_lse"], grad_lse.to(compute).contiguous())
+        grad_lse = call.address("grad_lse", grad_lse.to(compute).contiguous())
         call.lse_strides(grad_lse.stride())
     call.parameters(rpb, extra_keys, extra_values)
 
     grad_query = grad_key = grad_value = rpb_shares = None
     extra_shares: list[Tensor | None] = [None, None]
-    parts = batch, use.plan.items
+    parts = batch * use.plan.items
     wide = compute if use.spec.adds else key.dtype
     one = packed and want_query and want_key_value and wide == query.dtype
-    whole = joined(query, key, value) if one else None
-    if whole is not None:
-        grad_query, grad_key, grad_value = _empty(whole.shape, wide).unbind(-3)
+    one = one and are_joined(query, key, value)
+    if one:
+        whole = (*query.shape[:-2], 3, heads, head_dim)
+        grad_query, grad_key, grad_value = _empty(whole, wide).unbind(-3)
     if want_query:
-        if whole is None:
+        if not one:
             grad_query = _empty(query.shape, query.dtype)
         call.rows("grad_query", grad_query)
         call.set("want_query", 1)
     if want_key_value:
-        if whole is None:
+        if not one:
             grad_key, grad_value = _empty(key.shape, wide), _empty(value.shape, wide)
         call.rows("grad_key", grad_key)
         call.rows("grad_value", grad_value)
         call.set("want_key_value", 1)
     if want_rpb:
-        rpb_shares = call.address(PLACE["rpb_sums"], _empty((*parts, *rpb.shape), compute))
+        rpb_shares = call.address("rpb_sums", _empty((parts, *rpb.shape), compute))
         call.set("want_rpb", 1)
     if extra:
         for i, (name, dim) in enumerate((("key", head_dim), ("value", value_dim))):
-            shares = _empty((*parts, kv_heads, extra, dim), compute)
-            extra_shares[i] = call.address(PLACE[f"extra_{name}_grads"], shares)
-    call.run(batch * kv_heads, batch * heads, torch.get_num_threads())
+            shares = _empty((batch, use.plan.items, kv_heads, extra, dim), compute)
+            extra_shares[i] = call.address(f"extra_{name}_grads", shares)
+    call.run(batch * kv_heads, use.workers(batch * heads, torch.get_num_threads()))
 
-    if want_key_value:
+    if want_key_value and wide != key.dtype:
         grad_key, grad_value = grad_key.to(key.dtype), grad_value.to(key.dtype)
-    grad_rpb = _sum(rpb_shares.flatten(0, 1)).to(rpb.dtype) if want_rpb else None
+    grad_rpb = _sum(rpb_shares).to(rpb.dtype) if want_rpb else None
     grad_extras = [None, None]
     if want_extra:
         grad_extras = [
@@ -201,18 +211,17 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _bias(rpb: Tensor, compute: torch.dtype) -> Tensor:
-    """The bias table as kernels read it."""
-    return rpb.to(compute).contiguous()
-
-
 class _Call:
     """The argument block of one call, and what must live until it is over."""
 
     def __init__(self, use: Kernel, block: ctypes.Array | None = None):
-        """`block` is that of an earlier call like this one."""
-        self._kernel = use
+        """`block` is that of a call with equal sizes, strides and numbers."""
+        self._phases, self._thread_bytes = use.plan.phases, use.thread_bytes
+        self._kernel, self._address = use, use.address
         self.block = use.block() if block is None else type(block).from_buffer_copy(block)
+        self._start = ctypes.addressof(self.block)
+        self.set("next", self._start + 8 * DRAWN)
+        self.set("threads", self._start + 8 * STARTED)
         self._kept: list[Tensor] = []
 
     def sizes(self, heads: int, kv_heads: int, scale: float) -> None:
@@ -225,15 +234,15 @@ class _Call:
         """Set a word."""
         self.block[PLACE[name]] = value
 
-    def address(self, place: int, x: Tensor) -> Tensor:
+    def address(self, name: str, x: Tensor) -> Tensor:
         """A tensor whose strides the kernel knows."""
         self._kept.append(x)
-        self.block[place] = x.data_ptr()
+        self.set(name, x.data_ptr())
         return x
 
     def rows(self, name: str, x: Tensor) -> Tensor:
         """A tensor [batch, *spatial, heads, channels] and its strides."""
-        x = self.address(PLACE[name], _rows(x))
+        x = self.address(name, _rows(x))
         self.strides(name, x.stride())
         return x
 
@@ -254,34 +263,29 @@ class _Call:
     ) -> list[Tensor | None]:
         """The bias table, and additional keys and values [B, E, Hkv, D]; as they are read."""
         if rpb is not None:
-            rpb = self.address(PLACE["rpb"], _bias(rpb, self._kernel.compute))
-            self.set("has_rpb", 1)
+            rpb = self.address("rpb", self._kernel.bias(rpb))
+            self.set("has_rpb", BIAS_READ if rpb.dtype == self._kernel.compute else BIAS_WIDENED)
         extra = []
         for what, x in (("key", keys), ("value", values)):
             if x is not None:
-                x = self.address(PLACE[f"extra_{what}s"], _rows(x))
+                x = self.address(f"extra_{what}s", _rows(x))
                 at = PLACE[f"extra_{what}_batch"]
                 self.block[at : at + 3] = x.stride()[:3]
             extra.append(x)
         return [rpb, *extra]
 
-    def run(self, tasks: int, heads: int, most_threads: int) -> None:
-        """All phases. `tasks` per item; `heads` is the number of (batch, query head) pairs."""
-        use, block = self._kernel, self.block
-        count = most_threads if use.work * heads >= SMALL else 1
-        scratch = _take_scratch(count * use.thread_bytes)
-        self.set("scratch", -(-scratch.data_ptr() // ALIGNMENT) * ALIGNMENT)
-        start = ctypes.addressof(block)
-        self.set("next", start + 8 * COUNTERS[0])
-        self.set("threads", start + 8 * COUNTERS[1])
-        for first, items in use.plan.phases:
-            block[COUNTERS[0]] = block[COUNTERS[1]] = 0
-            self.set("first_item", first)
-            self.set("phase_items", items)
-            self.set("tasks", tasks * items)
-            workers = min(count, tasks * items)
-            self.set("thread_count", workers)
-            threads.run(use.address, start, workers)
+    def run(self, tasks: int, workers: int) -> None:
+        """All phases, with `tasks` per item, on at most so many threads."""
+        block, address, start = self.block, self._address, self._start
+        scratch = _take_scratch(workers * self._thread_bytes)
+        block[SCRATCH] = -(-scratch.data_ptr() // ALIGNMENT) * ALIGNMENT
+        for first, items in self._phases:
+            count = tasks * items
+            some = workers if workers < count else count
+            block[DRAWN] = block[STARTED] = 0
+            block[FIRST_ITEM], block[ITEMS], block[TASKS] = first, items, count
+            block[THREAD_COUNT] = some
+            threads.run(address, start, some)
         _idle.append(scratch)
 
 

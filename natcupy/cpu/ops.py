@@ -64,13 +64,11 @@ class Plain:
 
     def __call__(self, tensors, return_lse: bool):
         """(out, lse), and None for the lse if it is not asked for."""
-        if _wants_history(tensors):
-            return _Attention.apply(*tensors, self.forward, return_lse)
+        if torch.is_grad_enabled():
+            for x in tensors:
+                if x is not None and x.requires_grad:
+                    return _Attention.apply(*tensors, self.forward, return_lse)
         return self.forward(tensors, return_lse)
-
-
-def _wants_history(tensors) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _needs_formula(tensors) -> bool:

@@ -44,6 +44,8 @@ WORDS = (
     *(f"{tensor}_{stride}" for tensor in TENSORS for stride in STRIDES),
     *(f"at_{buffer}" for buffer in BUFFERS),
 )
+# What `has_rpb` tells of the bias table: none, in the compute type, in the tensors' half type.
+NO_BIAS, BIAS_READ, BIAS_WIDENED = 0, 1, 2
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from natcupy.cpu import pack
 from natcupy.cpu.classes import LANES
-from natcupy.cpu.emit import Value
+from natcupy.cpu.emit import STORAGE, Value
 from natcupy.cpu.rows import ENTRY_WORDS, PACK_WORDS, SIDE, STEP
 from natcupy.cpu.scene import Scene
+from natcupy.cpu.spec import BIAS_WIDENED
 from natcupy.cpu.view import FOUND, NEXT, THIS
 
 
@@ -149,22 +151,32 @@ class Task(Scene):
     def query_head(self) -> None:
         """All steps of the item for one query head, that of the view."""
         b = self.b
-        b.when(self.is_set("has_rpb"), self._spread_bias)
+        b.when(self.is_set("has_rpb"), self._any_bias)
         self._begin_head()
         start = ("ptr", self.found("first_step", kind="ptr"))
         b.fold(0, self.item("steps"), [start], lambda i, at: [self._step(i, at[0])])
         self._end_head()
 
-    def _spread_bias(self) -> None:
+    def _any_bias(self) -> None:
+        """`_spread_bias`, whatever type the table is in."""
+        if self.spec.common.storage == self.real:
+            self._spread_bias(self.real)
+            return
+        is_half = self.b.op(f"icmp eq i64 {self.word('has_rpb')}, {BIAS_WIDENED}")
+        half = self.spec.common.storage
+        self.b.when(is_half, lambda: self._spread_bias(half), lambda: self._spread_bias(self.real))
+
+    def _spread_bias(self, storage: str) -> None:
         """This head's biases, in units of log 2, forwards and mirrored."""
-        b = self.b
+        b, kind = self.b, STORAGE[storage][0]
         length, rows = self.word("bias_length"), self.word("bias_rows")
-        source = b.at(self.pointer("rpb"), b.mul(self.found("head"), b.mul(rows, length)))
+        source = b.at(self.pointer("rpb"), b.mul(self.found("head"), b.mul(rows, length)), kind)
         bias = b.at(self.buffer("bias"), self.word("bias_lead"))
         mirror = b.at(self.buffer("mirror"), self.word("mirror_lead"))
 
         def some(row, i, lanes):
-            x = b.vload(b.at(source, b.add(b.mul(row, length), i)), lanes)
+            place = b.at(source, b.add(b.mul(row, length), i), kind)
+            x = pack.read(b, storage, place, lanes)
             x = b.arith("fmul", x, b.fill(1 / math.log(2), lanes), lanes)
             b.vstore(x, b.at(bias, b.add(b.mul(row, self.word("bias_pitch")), i)), lanes)
             x = b.shuffle(x, "poison", lanes, range(lanes)[::-1])
@@ -175,12 +187,16 @@ class Task(Scene):
             last = b.sub(length, LANES)
             b.loop(length, lambda i: some(row, b.least(i, last), LANES), LANES)
 
-        is_short = b.less(length, LANES)
-        b.when(
-            is_short,
-            lambda: b.loop(rows, lambda row: b.loop(length, lambda i: some(row, i, 1))),
-            lambda: b.loop(rows, by_vectors),
-        )
+        def all_rows():
+            b.loop(rows, by_vectors)
+
+        def one_by_one():
+            b.loop(rows, lambda row: b.loop(length, lambda i: some(row, i, 1)))
+
+        if storage == self.real:
+            b.when(b.less(length, LANES), one_by_one, all_rows)
+        else:  # no shorter rows in a half type
+            all_rows()
 
     # -- steps ------------------------------------------------------------------------------------
 

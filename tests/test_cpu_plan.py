@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from natcupy.cpu import classes, plan
 from natcupy.cpu.classes import BY_RUNS, GROUP, LANES, SHIFTED, Tuning, group_kinds
 from natcupy.cpu.cuts import lane_cases
-from natcupy.cpu.kernels import logit_sizes
+from natcupy.cpu.kernels import logit_sizes, most_sides
 from natcupy.cpu.plan import ITEM, Shape
 from natcupy.cpu.rows import ENTRY_WORDS, PACK_WORDS, RETIRE_WORDS, ROW_WORDS, SIDE, STEP
 from natcupy.neighborhood import Neighborhood
@@ -35,8 +35,10 @@ def cases(draw):
     shape = Shape.of(lengths, Neighborhood(*rule), 8, 8, 0)
     kernel = shape.kernel_size[2]
     lanes = draw(st.sampled_from([(2, 4), (4, 4), (3, 2)]))
-    sizes = logit_sizes(shape, draw(st.sampled_from([6, 12, 26])))
-    tuning = Tuning(*sizes, draw(st.sampled_from([0, kernel])), *lanes)
+    together = draw(st.sampled_from([1, 2]))
+    sizes = logit_sizes(shape, draw(st.sampled_from([6, 12, 26])), together)
+    sides = most_sides(shape, together)
+    tuning = Tuning(*sizes, sides, draw(st.sampled_from([0, kernel])), *lanes)
     return shape, tuning, draw(st.booleans()), draw(st.sampled_from([256, 1 << 13])), 2
 
 
@@ -214,12 +216,12 @@ def test_every_pair_is_in_the_table_once(case):
 
 def test_stripes_of_a_tall_map_run_at_once():
     shape = Shape.of((113, 9), Neighborhood((7, 7), (1, 1), (1, 1), (False, False)), 8, 8, 0)
-    made = plan.make(shape, Tuning(*logit_sizes(shape, 12), 7, 2, 4), True, 512, 0)
+    made = plan.make(shape, Tuning(*logit_sizes(shape, 12), 3, 7, 2, 4), True, 512, 0)
     assert [count for _, count in made.phases] == [2, 2]
 
 
 def test_the_table_of_a_long_causal_window_is_small():
     """Nearly every block has a class of its own: not many words for each of its taps."""
     shape = Shape.of((512,), Neighborhood((256,), (1,), (1,), (True,)), 32, 32, 0)
-    made = plan.make(shape, Tuning(*logit_sizes(shape, 12), 0, 2, 4), False, 512, 0)
+    made = plan.make(shape, Tuning(*logit_sizes(shape, 12), 3, 0, 2, 4), False, 512, 0)
     assert len(made.words) < 4 * sum(range(0, 256, LANES))

@@ -134,15 +134,16 @@ def test_sums_of_logits_stay_in_registers(monkeypatch, target, shape, kernel_siz
     common = kernels.kernel(shape, hood, 32, 32, 0, torch.float32, False, 1).spec.common
     kernels.kernel.cache_clear()
     module = Module("float", shared=True)
-    sizes = {1: common.singles, **dict.fromkeys((2, 3) if common.shared else (), common.shared)}
+    together = machine.vectors_in(LANES, "float")
+    sizes = {r: common.shared if r > 1 else common.singles for r in range(1, common.sides + 1)}
     for rows, taps in sizes.items():
-        micro.logits(module, rows, taps)
+        micro.logits(module, rows, taps, together)
     assembly = Assembly(module.text(8 * machine.register_bytes), target)
     for rows, taps in sizes.items():
         loops = assembly.inner_loops(f"logits{rows}")
         sums = [sum(1 for line in loop if MULTIPLY_ADD.match(line)) for loop in loops]
         # one loop by taps and one by columns
-        each = rows * machine.registers_of(LANES, "float")
+        each = -(-rows // together) * machine.registers_of(LANES, "float")
         assert sorted(sums) == sorted(2 * [each * count for count in taps])
         assert not [line for line in chain(*loops) if SPILL.search(line)]
         assert not any(map(FRAME.match, assembly.functions[f"logits{rows}"]))

@@ -11,7 +11,7 @@ from natcupy.cpu import micro, pack, sums
 from natcupy.cpu.block import Block
 from natcupy.cpu.classes import LANES, SPREADS_AT, SUMS_MASK_AT
 from natcupy.cpu.emit import Machine
-from natcupy.cpu.rows import RETIRE_WORDS, SIDES
+from natcupy.cpu.rows import RETIRE_WORDS
 from natcupy.cpu.spec import Spec
 from natcupy.cpu.task import Side
 from natcupy.cpu.view import THIS
@@ -84,7 +84,8 @@ class Backward(Block):
             self.look(THIS, self.task, i)
             self.query_head()
 
-        self.zero("grad_lse_rows", b.mul(SIDES, self.word("query_pitch")))  # in case there is none
+        rows = b.mul(self.spec.common.sides, self.word("query_pitch"))
+        self.zero("grad_lse_rows", rows)  # in case there is none
         group = b.op(f"udiv i64 {self.word('heads')}, {self.word('kv_heads')}")
         b.loop(group, one)
         if self.spec.common.extra:

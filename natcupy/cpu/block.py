@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from natcupy.cpu.classes import ACTIVE, BROADCAST, GROUPS_AT, LANES, MASK_AT, ORIGIN, SPAN
 from natcupy.cpu.emit import Value
-from natcupy.cpu.rows import ENTRY_WORDS, SIDES
+from natcupy.cpu.rows import ENTRY_WORDS
 from natcupy.cpu.task import Side, Task
 
 
@@ -109,8 +109,7 @@ class Block(Task):
                     ]
                 b.call(f"logits{rows}", *args)
 
-        most = SIDES if self.spec.common.shared else 1
-        b.switch(b.sub(count, 1), most, [], lambda i: several(i + 1))
+        b.switch(b.sub(count, 1), self.spec.common.sides, [], lambda i: several(i + 1))
 
     def _logit_args(self, cls: str, width: Value, what: str) -> list:
         """The arguments for any keys."""

@@ -71,6 +71,7 @@ class Tuning:
 
     shared: tuple[int, ...]  # numbers of taps that one pass keeps in registers, for several rows
     singles: tuple[int, ...]  # for one query row
+    sides: int  # most query rows of a step
     keys: int  # that every query of a group sees in a row, unless by runs; 0 for any number
     lane_group: int  # queries whose outputs are in registers together
     spread_group: int  # queries that are handed out to keys together

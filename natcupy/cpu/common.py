@@ -8,8 +8,8 @@ from __future__ import annotations
 import functools
 
 from natcupy.cpu import micro, pack, sums, view
+from natcupy.cpu.classes import LANES
 from natcupy.cpu.emit import STORAGE, Machine, Module
-from natcupy.cpu.rows import SIDES
 from natcupy.cpu.spec import Common, pitch
 
 
@@ -28,11 +28,12 @@ class CommonFunctions:
         self.kind = STORAGE[common.storage][0]
         self.channels = {"key": common.head_dim, "value": common.value_dim}
         self.pitches = {w: pitch(c, machine, common.real) for w, c in self.channels.items()}
-        micro.logits(self.module, 1, common.singles)
-        for rows in range(2, SIDES + 1) if common.shared else ():
-            micro.logits(self.module, rows, common.shared)
+        together = machine.vectors_in(LANES, common.real)
+        for rows in range(1, common.sides + 1):
+            sizes = common.shared if rows > 1 else common.singles
+            micro.logits(self.module, rows, sizes, together)
         micro.mask(self.module)
-        micro.softmax(self.module)
+        micro.softmax(self.module, together)
         pack.wrap_ends(self.module)
         view.locate(self.module)
         view.ask(self.module)

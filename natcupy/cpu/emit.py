@@ -36,6 +36,10 @@ class Machine:
         """Registers that one vector of `lanes` elements fills."""
         return max(1, lanes * REAL_BYTES[real] // self.register_bytes)
 
+    def vectors_in(self, lanes: int, real: str) -> int:
+        """Vectors of `lanes` elements that one register holds, at least 1."""
+        return max(1, self.width(real) // lanes)
+
     def width(self, real: str) -> int:
         """Elements of one register, at least 2."""
         return max(2, self.register_bytes // REAL_BYTES[real])
@@ -189,6 +193,12 @@ class Builder:
         """Elements of the concatenation of two vectors."""
         kind, mask = self.vec(lanes), ", ".join(f"i32 {pick}" for pick in picks)
         return self.op(f"shufflevector {kind} {a}, {kind} {b}, <{len(picks)} x i32> <{mask}>")
+
+    def part(self, vector: str, lanes: int, start: int, count: int) -> str:
+        """Elements start .. start + count - 1 of a vector."""
+        if start == 0 and count == lanes:
+            return vector
+        return self.shuffle(vector, "poison", lanes, range(start, start + count))
 
     def arith(self, name: str, a: str, b: str, lanes: int) -> str:
         """`fadd`, `fsub`, `fmul` or `fdiv`."""

@@ -16,7 +16,7 @@ from natcupy.cpu import host, plan, sums
 from natcupy.cpu.classes import LANES, Tuning
 from natcupy.cpu.emit import REAL_BYTES, Machine
 from natcupy.cpu.plan import Plan, Shape
-from natcupy.cpu.rows import SIDES
+from natcupy.cpu.rows import MOST_SIDES
 from natcupy.cpu.spec import BUFFERS, WORDS, Common, Spec, pitch
 from natcupy.cpu.view import VIEW
 from natcupy.neighborhood import Neighborhood
@@ -30,6 +30,7 @@ STORAGE = {
 SMALL = 1_000_000  # multiply-adds of the logits below which one thread is faster than two
 UNROLLED = 13  # most keys of a row whose loop is unrolled
 LONG_ROW = 8  # vectors, from which on one more adds little
+THREAD_BYTES = 1 << 20  # of scratch memory beyond which a step has one query row less
 ALIGNMENT = 64  # bytes, of each thread's scratch memory
 PLACE = {name: i for i, name in enumerate(WORDS)}
 # Two counters follow the words, each with a cache line to itself.
@@ -90,7 +91,16 @@ def share(taps: int, most: int) -> int:
     return -(-taps // -(-taps // max(1, most)))
 
 
-def logit_sizes(shape: Shape, registers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def most_sides(shape: Shape, together: int) -> int:
+    """Query rows of a step, where a register holds the lanes of so many of them."""
+    if shape.lengths[0] * shape.lengths[1] == 1:
+        return 1
+    return MOST_SIDES if together > 1 else MOST_SIDES - 1
+
+
+def logit_sizes(
+    shape: Shape, registers: int, together: int = 1
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Numbers of taps to keep in registers, for several query rows and for one.
 
     For several, a size and the next smaller one, which together make up any larger number of taps.
@@ -98,9 +108,10 @@ def logit_sizes(shape: Shape, registers: int) -> tuple[tuple[int, ...], tuple[in
     """
     inner = shape.kernel_size[2]
     border = inner + inner // 2
-    if shape.lengths[0] * shape.lengths[1] == 1:
+    sides = most_sides(shape, together)
+    if sides == 1:
         return (), tuple(sorted({share(inner, registers), share(border, registers)}))
-    size = share(inner, registers // SIDES)
+    size = share(inner, registers // -(-sides // together))
     shared = (size - 1, size) if size > 1 else (size,)
     return shared, tuple(sorted({shared[0], share(inner, registers)}))
 
@@ -125,22 +136,28 @@ def kernel(
     shape = Shape.of(lengths, hood, head_dim, value_dim, extra)
     real = "double" if storage == "double" else "float"
     registers = (machine.registers - _spare(machine)) // machine.registers_of(LANES, real)
-    shared, singles = logit_sizes(shape, registers)
+    together = machine.vectors_in(LANES, real)
+    shared, singles = logit_sizes(shape, registers, together)
+    sides = most_sides(shape, together)
     keys = shape.kernel_size[2] if shape.kernel_size[2] <= UNROLLED else 0
-    common = Common(storage, head_dim, value_dim, shared, singles, keys, extra > 0)
+    common = Common(storage, head_dim, value_dim, shared, singles, sides, keys, extra > 0)
     pitches = {
         what: pitch(channels, machine, real)
         for what, channels in (("key", head_dim), ("value", value_dim))
     }
     blocks = sums.weighted_block(machine), sums.spread_block(machine)
-    tuning = Tuning(shared, singles, keys, *(block.lanes for block in blocks))
+    lanes = [block.lanes for block in blocks]
     kept = head_dim + pitches["value"]
     if backward:  # keys along, and the sums of both gradients
         kept += value_dim + 2 * pitches["key"]
     item_bytes = REAL_BYTES[real] * kept
-    found = plan.make(shape, tuning, backward, item_bytes, stripes)
+    for rows in range(sides, min(sides, MOST_SIDES - 1) - 1, -1):
+        tuning = Tuning(shared, singles, rows, keys, *lanes)
+        found = plan.make(shape, tuning, backward, item_bytes, stripes)
+        words, size = _constants(shape, found, pitches, backward)
+        if size * REAL_BYTES[real] <= THREAD_BYTES:
+            break
     spec = Spec(backward, common, backward and (grouped or len(found.phases) > 1))
-    words, size = _constants(shape, found, pitches, backward)
     return Kernel(spec, shape, found, words, size * REAL_BYTES[real])
 
 
@@ -186,7 +203,7 @@ def _constants(shape: Shape, p: Plan, pitches, backward: bool) -> tuple[dict[str
             "grad_across": p.sides * dv * query_pitch,
             "grad_along": p.sides * query_pitch * pitches["value"],
             "grads": p.sides * logits,
-            "grad_lse_rows": SIDES * query_pitch,
+            "grad_lse_rows": MOST_SIDES * query_pitch,
             "bias_sums": shape.bias_rows * bias_pitch * LANES,
             "mirror_sums": _whole(shape.bias_rows * mirror_pitch),
             "extra_values_across": dv * extra_pitch,

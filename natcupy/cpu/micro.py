@@ -34,23 +34,23 @@ FORMAT = {"float": (1.5 * 2.0**23, 23, 127), "double": (1.5 * 2.0**52, 52, 1023)
 LOWEST = {"float": -3.4028234663852886e38, "double": -1.7976931348623157e308}
 
 
-def exp2(b: Builder, x: str) -> str:
-    """2**x for 8 lanes, x <= 0 or NaN (kept); exactly 0 half below the least normal exponent."""
+def exp2(b: Builder, x: str, lanes: int = LANES) -> str:
+    """2**x for each lane, x <= 0 or NaN (kept); exactly 0 half below the least normal exponent."""
     magic, mantissa, bias = FORMAT[b.real]
     integer = "i32" if b.real == "float" else "i64"
-    kind, ints = b.vec(LANES), f"<{LANES} x {integer}>"
-    x = b.greater_of(b.fill(-bias, LANES), x, LANES)  # whose power has no exponent bits: 0
-    shifted = b.arith("fadd", x, b.fill(magic, LANES), LANES)
-    whole = b.arith("fsub", shifted, b.fill(magic, LANES), LANES)
-    part = b.arith("fsub", x, whole, LANES)
+    kind, ints = b.vec(lanes), f"<{lanes} x {integer}>"
+    x = b.greater_of(b.fill(-bias, lanes), x, lanes)  # whose power has no exponent bits: 0
+    shifted = b.arith("fadd", x, b.fill(magic, lanes), lanes)
+    whole = b.arith("fsub", shifted, b.fill(magic, lanes), lanes)
+    part = b.arith("fsub", x, whole, lanes)
     powers = EXP2_FLOAT if b.real == "float" else EXP2_DOUBLE
-    y = b.fill(powers[-1], LANES)
+    y = b.fill(powers[-1], lanes)
     for power in powers[-2::-1]:
-        y = b.fma(y, part, b.fill(power, LANES), LANES)
+        y = b.fma(y, part, b.fill(power, lanes), lanes)
     bits = b.op(f"bitcast {kind} {shifted} to {ints}")
     bits = b.op(f"add {ints} {bits}, splat ({integer} {bias})")
     bits = b.op(f"shl {ints} {bits}, splat ({integer} {mantissa})")
-    return b.arith("fmul", y, b.op(f"bitcast {ints} {bits} to {kind}"), LANES)
+    return b.arith("fmul", y, b.op(f"bitcast {ints} {bits} to {kind}"), lanes)
 
 
 def log2(b: Builder, x: str) -> str:
@@ -86,8 +86,10 @@ def log2(b: Builder, x: str) -> str:
 # logits
 
 
-def logits(module: Module, rows: int, sizes: tuple[int, ...]) -> None:
+def logits(module: Module, rows: int, sizes: tuple[int, ...], together: int = 1) -> None:
     """`logits{rows}`: all taps of one key row for 8 columns of `rows` query rows.
+
+    The lanes of `together` query rows are in one register.
 
     s[tap][lane] = bias + sum over channels of at[channel][lane] * keys[channel][tap (+ lane)]
 
@@ -99,6 +101,7 @@ def logits(module: Module, rows: int, sizes: tuple[int, ...]) -> None:
         f"logits{rows}",
         f"ptr class, ptr table, i64 at_step, i64 key_step, i64 channels, ptr keys, {outs}",
     )
+    sides = [range(r, min(r + together, rows)) for r in range(0, rows, together)]
     broadcast = b.table("%class", BROADCAST)
     chunks_at, count = (SINGLES_AT, SINGLES) if rows == 1 else (SHARED_AT, SHARED)
     chunks = b.at("%table", b.table("%class", chunks_at), "i32")
@@ -110,7 +113,7 @@ def logits(module: Module, rows: int, sizes: tuple[int, ...]) -> None:
 
         def run(which):
             by_column, place = divmod(which, len(sizes))
-            _chunk(b, rows, bool(by_column), sizes[place], tap)
+            _chunk(b, sides, bool(by_column), sizes[place], tap)
 
         b.switch(case, 2 * len(sizes), [], run)
 
@@ -118,31 +121,52 @@ def logits(module: Module, rows: int, sizes: tuple[int, ...]) -> None:
     module.finish(b)
 
 
-def _chunk(b: Builder, rows: int, broadcast: bool, size: int, first: str) -> None:
-    """`size` taps from `first` on in registers for all channels."""
-    kind, sides, taps = b.vec(LANES), range(rows), range(size)
-    biases = [b.at(f"%bias{r}", b.sub(0, first) if broadcast else first) for r in sides]
-    if broadcast:
-        start = [b.vload(b.at(bias, -tap), LANES) for bias in biases for tap in taps]
-    else:
-        start = [b.splat_load(b.at(bias, tap), LANES) for bias in biases for tap in taps]
-    pointers = [("ptr", b.at("%keys", first)), *(("ptr", f"%at{r}") for r in sides)]
+def _chunk(b: Builder, sides: list[range], broadcast: bool, size: int, first: str) -> None:
+    """`size` taps from `first` on in registers for all channels; of some query rows each."""
+    rows, taps = range(sides[-1].stop), range(size)
+    biases = [b.at(f"%bias{r}", b.sub(0, first) if broadcast else first) for r in rows]
+
+    def bias(r, tap):
+        if broadcast:
+            return b.vload(b.at(biases[r], -tap), LANES)
+        return b.splat_load(b.at(biases[r], tap), LANES)
+
+    start = [
+        (b.vec(len(some) * LANES), _joined(b, [bias(r, tap) for r in some]))
+        for some in sides
+        for tap in taps
+    ]
+    pointers = [("ptr", b.at("%keys", first)), *(("ptr", f"%at{r}") for r in rows)]
 
     def channel(_, values):
-        keys, ats, sums = values[0], values[1 : rows + 1], list(values[rows + 1 :])
-        queries = [b.vload(at, LANES) for at in ats]
+        keys, ats, sums = values[0], values[1 : len(rows) + 1], list(values[len(rows) + 1 :])
+        queries = [_joined(b, [b.vload(ats[r], LANES) for r in some]) for some in sides]
         for tap in taps:
             place = b.at(keys, tap)
-            key = b.splat_load(place, LANES) if broadcast else b.vload(place, LANES)
-            for r in sides:
-                sums[r * size + tap] = b.fma(queries[r], key, sums[r * size + tap], LANES)
+            for i, some in enumerate(sides):
+                lanes = len(some) * LANES
+                if broadcast:
+                    key = b.splat_load(place, lanes)
+                else:
+                    key = _joined(b, [b.vload(place, LANES)] * len(some))
+                at = i * size + tap
+                sums[at] = b.fma(queries[i], key, sums[at], lanes)
         return [b.at(keys, "%key_step"), *(b.at(at, "%at_step") for at in ats), *sums]
 
-    sums = b.fold_some("%channels", [*pointers, *((kind, x) for x in start)], channel)[rows + 1 :]
-    for r in sides:
-        out = b.at(f"%s{r}", b.mul(first, LANES))
-        for tap in taps:
-            b.vstore(sums[r * size + tap], b.at(out, tap * LANES), LANES)
+    sums = b.fold_some("%channels", [*pointers, *start], channel)[len(rows) + 1 :]
+    for i, some in enumerate(sides):
+        for half, r in enumerate(some):
+            out = b.at(f"%s{r}", b.mul(first, LANES))
+            for tap in taps:
+                x = b.part(sums[i * size + tap], len(some) * LANES, half * LANES, LANES)
+                b.vstore(x, b.at(out, tap * LANES), LANES)
+
+
+def _joined(b: Builder, vectors: list[str]) -> str:
+    """One or two vectors of 8 lanes as one."""
+    if len(vectors) == 1:
+        return vectors[0]
+    return b.shuffle(*vectors, LANES, range(2 * LANES))
 
 
 def mask(module: Module) -> None:
@@ -193,39 +217,45 @@ def _seen(b: Builder, mask: str) -> str:
     return b.lanes_seen(b.at("%table", b.table(mask, 0), "i32"), LANES)
 
 
-def softmax(module: Module) -> None:
-    """`softmax`: s becomes exp2(s - max) in place; max and sum over `count` >= 1 vectors."""
+def softmax(module: Module, together: int = 1) -> None:
+    """`softmax`: s becomes exp2(s - max) in place; max and sum over `count` >= 1 vectors.
+
+    A register holds `together` vectors of 8 lanes.
+    """
     b = module.function("softmax", "ptr s, i64 count, ptr max, ptr sum")
 
     def over(first: float, ways: int, step, join):
-        """`ways` interleaved partial results, the remaining vectors into the first; joined."""
+        """`ways` interleaved results, the remaining vectors into the first; joined."""
+        lanes = together * LANES
         whole = b.op(f"and i64 %count, {-ways}")
 
-        def several(i, parts):
+        def several(i, found):
             base = b.at("%s", b.mul(i, LANES))
-            return [step(b.at(base, j * LANES), part) for j, part in enumerate(parts)]
+            return [step(b.at(base, n * lanes), x, lanes) for n, x in enumerate(found)]
 
-        start = [(b.vec(LANES), b.fill(first, LANES))] * ways
-        total, *parts = b.fold(0, whole, start, several, ways)
+        start = [(b.vec(lanes), b.fill(first, lanes))] * (ways // together)
+        wide = b.fold(0, whole, start, several, ways)
+        total, *others = (b.part(x, lanes, n, LANES) for x in wide for n in range(0, lanes, LANES))
         (total,) = b.fold(
             whole,
             "%count",
             [(b.vec(LANES), total)],
-            lambda i, values: [step(b.at("%s", b.mul(i, LANES)), values[0])],
+            lambda i, values: [step(b.at("%s", b.mul(i, LANES)), values[0], LANES)],
         )
-        for part in parts:
-            total = join(part, total)
+        for other in others:
+            total = join(other, total)
         return total
 
-    def greater(a, b_):
-        return b.greater_of(a, b_, LANES)
+    def greater(at, found, lanes):
+        return b.greater_of(b.vload(at, lanes), found, lanes)
 
-    def term(at, part):
-        x = exp2(b, b.arith("fsub", b.vload(at, LANES), high, LANES))
-        b.vstore(x, at, LANES)
-        return b.arith("fadd", part, x, LANES)
+    def term(at, found, lanes):
+        highs = _joined(b, [high] * (lanes // LANES))
+        x = exp2(b, b.arith("fsub", b.vload(at, lanes), highs, lanes), lanes)
+        b.vstore(x, at, lanes)
+        return b.arith("fadd", found, x, lanes)
 
-    high = over(LOWEST[b.real], 4, lambda at, part: greater(b.vload(at, LANES), part), greater)
+    high = over(LOWEST[b.real], 4, greater, lambda x, y: b.greater_of(x, y, LANES))
     # two at a time: more would not leave registers for the polynomial's numbers
     total = over(0.0, 2, term, lambda x, y: b.arith("fadd", x, y, LANES))
     b.vstore(high, "%max", LANES)

@@ -46,13 +46,6 @@ def write(b: Builder, storage: str, vector: str, pointer: str, lanes: int) -> No
     b.do(f"store <{lanes} x {kind}> {vector}, ptr {pointer}, align {size}")
 
 
-def part(b: Builder, vector: str, lanes: int, start: int, count: int) -> str:
-    """Elements start .. start + count - 1 of a vector."""
-    if start == 0 and count == lanes:
-        return vector
-    return b.shuffle(vector, "poison", lanes, range(start, start + count))
-
-
 @dataclass(frozen=True)
 class Store:
     """Writes the vectors of one pass over `channels` channels of a row of a tensor, exactly."""
@@ -75,7 +68,7 @@ class Store:
         """Vector `number` at the row `out`."""
         start = number * self.width
         for at, count in pieces(min(self.width, self.channels - start), self.width):
-            piece = part(b, vector, self.width, at, count)
+            piece = b.part(vector, self.width, at, count)
             write(b, self.storage, piece, b.at(out, start + at, self.kind), count)
 
 

@@ -121,7 +121,7 @@ class _Maker:
     """Collects the table while walking over groups, stripes and tiles."""
 
     def __init__(self, shape: Shape, tuning: Tuning, backward: bool):
-        self.shape, self.backward = shape, backward
+        self.shape, self.backward, self.most_sides = shape, backward, tuning.sides
         # address 0 means "none"; some words stay 0
         self.words: list[int] = [0] * FULL_MASK_AT + [-1] * LANES
         self.items: list[tuple[int, list[int]]] = []  # (phase, record)
@@ -165,7 +165,9 @@ class _Maker:
                     return is_in(in_planes, x) or is_in(in_rows, y)
 
                 stripe = range(a, b), range(c, d)
-                found = steps(tuple(windows[:2]), self.shape.kernel_size[:2], stripe, earlier)
+                found = steps(
+                    tuple(windows[:2]), self.shape.kernel_size[:2], stripe, earlier, self.most_sides
+                )
                 phase = plane_phase * row_phases + row_phase
                 stripes.append((phase, [self.put(found.words), found.count]))
                 ring, self.rows = max(ring, found.ring), max(self.rows, found.most)

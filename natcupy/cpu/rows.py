@@ -15,14 +15,14 @@ from itertools import product
 
 from natcupy.neighborhood import rpb_index
 
-SIDES = 3  # most query rows of a step
+MOST_SIDES = 4  # query rows of a step, on any machine
 # Words of a step's header; lists of sides, packs, entries, retired rows and rows of sides follow.
 STEP = ("size", "sides", "packs", "entries", "retired")
 # A query row, and the key rows that it sees: where they are listed, in words from the step's start.
 SIDE = ("x", "y", "rows_at", "rows")
 # A key row with the sides that see it: its slot, the first of them and their number, then for each
 # its place among the key rows that the side sees, and the row of the bias table.
-ENTRY_WORDS = 3 + 2 * SIDES
+ENTRY_WORDS = 3 + 2 * MOST_SIDES
 PACK_WORDS, ROW_WORDS, RETIRE_WORDS = 3, 2, 4
 
 Row = tuple[int, int]  # indices on the two outer axes
@@ -45,12 +45,13 @@ def steps(
     kernel_size: tuple[int, int],
     stripe: tuple[range, range],
     earlier: Callable[[int, int], bool],
+    most_sides: int,
 ) -> Steps:
-    """Steps for all query rows of `stripe`, given the windows of the two outer axes.
+    """Steps of up to `most_sides` query rows of `stripe`, given the windows of the outer axes.
 
     `earlier(x, y)` says whether a stripe of an earlier phase has summed into that key row.
     """
-    planes, parts = stripe[0], _even_parts(stripe[1])
+    planes, parts = stripe[0], _even_parts(stripe[1], most_sides)
     outer = [_window(windows[0], x, kernel_size[0]) for x in planes]
     known: dict = {}
     inner = [_Part(windows[1], part, kernel_size[1], known) for part in parts]
@@ -150,7 +151,7 @@ class _Lists:
         return terms + [(0, 0, 0)] * (ENTRY_WORDS - len(terms))
 
 
-def _even_parts(rows: range) -> list[range]:
-    """Neighboring rows, as few parts as possible, of nearly equal sizes."""
-    count = -(-len(rows) // SIDES)
+def _even_parts(rows: range, most: int) -> list[range]:
+    """Neighboring rows, as few parts of up to `most` as possible, of nearly equal sizes."""
+    count = -(-len(rows) // most)
     return [rows[i * len(rows) // count : (i + 1) * len(rows) // count] for i in range(count)]

@@ -57,6 +57,7 @@ class Common:
     value_dim: int
     shared: tuple[int, ...]  # taps of the logit kernels for several query rows; none, no such rows
     singles: tuple[int, ...]  # and for one
+    sides: int  # most query rows of a step
     keys: int  # that a query sees in a row, where their loop is unrolled; else 0
     extra: bool  # whether there are additional keys
 

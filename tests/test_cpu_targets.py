@@ -142,9 +142,16 @@ def test_sums_of_logits_stay_in_registers(monkeypatch, target, shape, kernel_siz
     for rows, taps in sizes.items():
         loops = assembly.inner_loops(f"logits{rows}")
         sums = [sum(1 for line in loop if MULTIPLY_ADD.match(line)) for loop in loops]
-        # one loop by taps and one by columns
-        each = -(-rows // together) * machine.registers_of(LANES, "float")
-        assert sorted(sums) == sorted(2 * [each * count for count in taps])
+        # one loop by taps, and those by columns
+        columns = [
+            min(micro.MOST_COLUMNS, size - at)
+            for size in taps
+            for at in range(0, size, micro.MOST_COLUMNS)
+        ]
+        vectors = [len(micro.registers_of(rows, size, together)) for size in taps]
+        vectors += [-(-rows // together) * size for size in columns]
+        each = machine.registers_of(LANES, "float")
+        assert sorted(sums) == sorted(each * count for count in vectors)
         assert not [line for line in chain(*loops) if SPILL.search(line)]
         assert not any(map(FRAME.match, assembly.functions[f"logits{rows}"]))
 

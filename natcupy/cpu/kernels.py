@@ -15,6 +15,7 @@ import torch
 from natcupy.cpu import host, plan, sums
 from natcupy.cpu.classes import LANES, Tuning
 from natcupy.cpu.emit import REAL_BYTES, Machine
+from natcupy.cpu.micro import PAIR
 from natcupy.cpu.plan import Plan, Shape
 from natcupy.cpu.rows import MOST_SIDES
 from natcupy.cpu.spec import BUFFERS, WORDS, Common, Spec, pitch
@@ -98,6 +99,14 @@ def most_sides(shape: Shape, together: int) -> int:
     return MOST_SIDES if together > 1 else MOST_SIDES - 1
 
 
+def _line_size(taps: int, registers: int, together: int) -> int:
+    """Taps of a line to keep in registers: whole pairs of vectors, where that takes fewer."""
+    if together == 1:
+        return share(taps, registers)
+    size = share(taps, registers * together // PAIR * PAIR)
+    return -(-size // PAIR) * PAIR if size % PAIR > PAIR // together else size
+
+
 def logit_sizes(
     shape: Shape, registers: int, together: int = 1
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -110,7 +119,9 @@ def logit_sizes(
     border = inner + inner // 2
     sides = most_sides(shape, together)
     if sides == 1:
-        return (), tuple(sorted({share(inner, registers), share(border, registers)}))
+        return (), tuple(
+            sorted({_line_size(taps, registers, together) for taps in (inner, border)})
+        )
     size = share(inner, registers // -(-sides // together))
     shared = (size - 1, size) if size > 1 else (size,)
     return shared, tuple(sorted({shared[0], share(inner, registers)}))

@@ -31,6 +31,8 @@ EXP2_FLOAT = (1.0, 0.6931469776, 0.24022242085, 0.05550733744, 0.00967151265, 0.
 EXP2_DOUBLE = tuple(math.log(2) ** n / math.factorial(n) for n in range(14))  # below 1e-17
 # (magic number that rounds to an integer when added, mantissa bits, exponent bias)
 FORMAT = {"float": (1.5 * 2.0**23, 23, 127), "double": (1.5 * 2.0**52, 52, 1023)}
+PAIR = 2 * LANES  # taps in the registers of 8
+MOST_COLUMNS = 24  # of a broadcast class in registers at once
 LOWEST = {"float": -3.4028234663852886e38, "double": -1.7976931348623157e308}
 
 
@@ -89,19 +91,16 @@ def log2(b: Builder, x: str) -> str:
 def logits(module: Module, rows: int, sizes: tuple[int, ...], together: int = 1) -> None:
     """`logits{rows}`: all taps of one key row for 8 columns of `rows` query rows.
 
-    The lanes of `together` query rows are in one register.
-
     s[tap][lane] = bias + sum over channels of at[channel][lane] * keys[channel][tap (+ lane)]
 
     A tap's bias is one number at bias + tap; in a broadcast class the lanes have one each, from
-    bias - tap on (a mirrored row).
+    bias - tap on (a mirrored row). A register holds `together` vectors of 8 lanes.
     """
     outs = ", ".join(f"ptr at{r}, ptr s{r}, ptr bias{r}" for r in range(rows))
     b = module.function(
         f"logits{rows}",
         f"ptr class, ptr table, i64 at_step, i64 key_step, i64 channels, ptr keys, {outs}",
     )
-    sides = [range(r, min(r + together, rows)) for r in range(0, rows, together)]
     broadcast = b.table("%class", BROADCAST)
     chunks_at, count = (SINGLES_AT, SINGLES) if rows == 1 else (SHARED_AT, SHARED)
     chunks = b.at("%table", b.table("%class", chunks_at), "i32")
@@ -113,7 +112,12 @@ def logits(module: Module, rows: int, sizes: tuple[int, ...], together: int = 1)
 
         def run(which):
             by_column, place = divmod(which, len(sizes))
-            _chunk(b, sides, bool(by_column), sizes[place], tap)
+            if not by_column:
+                _chunk(b, registers_of(rows, sizes[place], together), False, tap)
+                return
+            for at in range(0, sizes[place], MOST_COLUMNS):
+                size = min(MOST_COLUMNS, sizes[place] - at)
+                _chunk(b, _by_rows(rows, range(size), together), True, b.add(tap, at))
 
         b.switch(case, 2 * len(sizes), [], run)
 
@@ -121,9 +125,25 @@ def logits(module: Module, rows: int, sizes: tuple[int, ...], together: int = 1)
     module.finish(b)
 
 
-def _chunk(b: Builder, sides: list[range], broadcast: bool, size: int, first: str) -> None:
-    """`size` taps from `first` on in registers for all channels; of some query rows each."""
-    rows, taps = range(sides[-1].stop), range(size)
+Held = list[tuple[int, int]]  # the vectors of 8 logits in a register: (query row, tap) of each
+
+
+def registers_of(rows: int, size: int, together: int) -> list[Held]:
+    """The registers for `size` taps of so many query rows: two rows in one, or taps 8 apart."""
+    paired = size // PAIR * PAIR if (rows, together) == (1, 2) else 0
+    starts = [at + tap for at in range(0, paired, PAIR) for tap in range(LANES)]
+    pairs = [[(0, tap), (0, tap + LANES)] for tap in starts]
+    return pairs + _by_rows(rows, range(paired, size), together)
+
+
+def _by_rows(rows: int, taps: range, together: int) -> list[Held]:
+    sides = [range(r, min(r + together, rows)) for r in range(0, rows, together)]
+    return [[(r, tap) for r in some] for tap in taps for some in sides]
+
+
+def _chunk(b: Builder, registers: list[Held], broadcast: bool, first: str) -> None:
+    """The logits of these registers, their taps counted from `first`, over all channels."""
+    rows = range(1 + max(r for held in registers for r, _ in held))
     biases = [b.at(f"%bias{r}", b.sub(0, first) if broadcast else first) for r in rows]
 
     def bias(r, tap):
@@ -131,35 +151,38 @@ def _chunk(b: Builder, sides: list[range], broadcast: bool, size: int, first: st
             return b.vload(b.at(biases[r], -tap), LANES)
         return b.splat_load(b.at(biases[r], tap), LANES)
 
-    start = [
-        (b.vec(len(some) * LANES), _joined(b, [bias(r, tap) for r in some]))
-        for some in sides
-        for tap in taps
-    ]
-    pointers = [("ptr", b.at("%keys", first)), *(("ptr", f"%at{r}") for r in rows)]
+    def key(keys, held):
+        (_, tap), lanes = held[0], len(held) * LANES
+        place = b.at(keys, tap)
+        if broadcast:
+            return b.splat_load(place, lanes)
+        if held[-1][1] != tap:  # columns of taps 8 apart are neighbors
+            return b.vload(place, lanes)
+        return _joined(b, [b.vload(place, LANES)] * len(held))
 
     def channel(_, values):
-        keys, ats, sums = values[0], values[1 : len(rows) + 1], list(values[len(rows) + 1 :])
-        queries = [_joined(b, [b.vload(ats[r], LANES) for r in some]) for some in sides]
-        for tap in taps:
-            place = b.at(keys, tap)
-            for i, some in enumerate(sides):
-                lanes = len(some) * LANES
-                if broadcast:
-                    key = b.splat_load(place, lanes)
-                else:
-                    key = _joined(b, [b.vload(place, LANES)] * len(some))
-                at = i * size + tap
-                sums[at] = b.fma(queries[i], key, sums[at], lanes)
+        keys, ats, sums = values[0], values[1 : 1 + len(rows)], values[1 + len(rows) :]
+        found = [b.vload(at, LANES) for at in ats]
+        queries = {
+            some: _joined(b, [found[r] for r in some])
+            for some in dict.fromkeys(tuple(r for r, _ in held) for held in registers)
+        }
+        sums = [
+            b.fma(queries[tuple(r for r, _ in held)], key(keys, held), total, len(held) * LANES)
+            for held, total in zip(registers, sums, strict=True)
+        ]
         return [b.at(keys, "%key_step"), *(b.at(at, "%at_step") for at in ats), *sums]
 
-    sums = b.fold_some("%channels", [*pointers, *start], channel)[len(rows) + 1 :]
-    for i, some in enumerate(sides):
-        for half, r in enumerate(some):
-            out = b.at(f"%s{r}", b.mul(first, LANES))
-            for tap in taps:
-                x = b.part(sums[i * size + tap], len(some) * LANES, half * LANES, LANES)
-                b.vstore(x, b.at(out, tap * LANES), LANES)
+    pointers = [("ptr", b.at("%keys", first)), *(("ptr", f"%at{r}") for r in rows)]
+    start = [
+        (b.vec(len(held) * LANES), _joined(b, [bias(*one) for one in held])) for held in registers
+    ]
+    sums = b.fold_some("%channels", [*pointers, *start], channel)[1 + len(rows) :]
+    outs = [b.at(f"%s{r}", b.mul(first, LANES)) for r in rows]
+    for held, total in zip(registers, sums, strict=True):
+        for i, (r, tap) in enumerate(held):
+            x = b.part(total, len(held) * LANES, i * LANES, LANES)
+            b.vstore(x, b.at(outs[r], tap * LANES), LANES)
 
 
 def _joined(b: Builder, vectors: list[str]) -> str:

@@ -59,7 +59,7 @@ def rows(
             why_not = way.why_not(tensors["query"], case.hood, tensors["rpb"], backward)
             run, error = None, None
             if why_not is None:
-                run = (_step if backward else _attend)(way, case, tensors)
+                run = (_step if backward else _attending)(way, case, tensors)
                 error, why_not = _error(way, case, dtype, device, truth)
             asked.append(
                 {
@@ -91,14 +91,14 @@ def _beside(case: OpCase, ways: Sequence[Way], dtype: torch.dtype, like: dict, b
     own = next((way for way in ways if way.name == "natcupy cpu"), None)
     if own is not None and dtype == torch.float32:
         tensors = case.tensors(torch.bfloat16, torch.device("cpu"))
-        run = (_step if backward else _attend)(own, case, tensors)
+        run = (_step if backward else _attending)(own, case, tensors)
         moved = case.bytes(torch.bfloat16, backward)
         name = f"{own.name}, bfloat16"
         found.append(common | {"way": name, "run": run, "flops": like["flops"], "moved": moved})
     return found
 
 
-def _attend(way: Way, case: OpCase, tensors) -> Callable[[], torch.Tensor]:
+def _attending(way: Way, case: OpCase, tensors) -> Callable[[], torch.Tensor]:
     """A call of a way, with all that is not part of it done before."""
     query, key, value, rpb = (tensors[name] for name in NAMES)
     return partial(way.attend, query, key, value, case.hood, case.scale, rpb)
@@ -109,7 +109,7 @@ def _step(way: Way, case: OpCase, tensors) -> Callable[[], object]:
     given = [x for x in leaves.values() if x is not None]
     make = torch.Generator().manual_seed(1)
     d_out = torch.randn(tensors["query"].shape, generator=make).to(tensors["query"])
-    attend = _attend(way, case, leaves)
+    attend = _attending(way, case, leaves)
 
     def run():
         # a way that leaves the bias out has no gradient for it
@@ -124,7 +124,7 @@ def _truth(case: OpCase, dtype: torch.dtype, device: torch.device) -> torch.Tens
     double = {n: None if x is None else x.double() for n, x in tensors.items()}
     plain = next(way for way in pick_ways("natcupy torch"))
     with torch.inference_mode():
-        return _attend(plain, case.at(TRUTH_BATCH), double)()
+        return _attending(plain, case.at(TRUTH_BATCH), double)()
 
 
 def _error(way: Way, case: OpCase, dtype, device, truth) -> tuple[float | None, str | None]:
@@ -134,7 +134,7 @@ def _error(way: Way, case: OpCase, dtype, device, truth) -> tuple[float | None, 
     small = case.at(TRUTH_BATCH)
     try:
         with torch.inference_mode():
-            out = _attend(way, small, small.tensors(dtype, device))()
+            out = _attending(way, small, small.tensors(dtype, device))()
     except Exception as failure:  # other libraries raise whatever they like
         return None, harness.reason(failure)
     return harness.finite((out.double() - truth).abs().max().item())

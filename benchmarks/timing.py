@@ -197,7 +197,9 @@ def measure_together(
     begun, rounds = time.perf_counter(), 0
     with _no_garbage_collection():
         while rounds < LEAST_ROUNDS or time.perf_counter() - begun < seconds * len(alive):
-            shuffle(order)  # a run after one of its own kind finds its code in the caches
+            shuffle(
+                order
+            )  # or what always follows one of its own kind would find its code in the caches
             for i in order:
                 times[i].append(_cpu_time(runs[i], flush, rounds))
             rounds += 1

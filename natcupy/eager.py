@@ -30,7 +30,7 @@ def is_watched() -> bool:
 
 def is_own(x) -> bool:
     """Whether a tensor is torch's own kind, and its memory holds what it is."""
-    if type(x) not in OWN or x.is_neg() or x._is_zerotensor():
+    if type(x) not in OWN or x.is_neg() or x._is_zerotensor():  # `is_in_memory`, without a call
         return False
     return not _is_functorch_wrapped(x)
 

@@ -24,7 +24,10 @@ def joined(query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
 
 
 def are_joined(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the three lie in memory as such parts do, of one tensor or neighbors by chance."""
+    """Whether the three lie in memory as such parts do, of one tensor or neighbors by chance.
+
+    Where only their layout matters, that makes no difference.
+    """
     if not _have_strides_of_parts(query, key, value):
         return False
     start, size = query.data_ptr(), query.shape[-2] * query.shape[-1] * query.element_size()

@@ -132,6 +132,18 @@ def test_narrow_and_wide_machines(monkeypatch):
     kernels.kernel.cache_clear()
 
 
+@pytest.mark.parametrize("size", [9, 11, 12, 13, 14, 15, 16, 17, 27, 28, 31, 47, 63])
+def test_borders_of_lines(monkeypatch, size):
+    """Windows that wrap around the ends of a line, of sizes that fill registers and do not."""
+    for machine in (host.Machine(16, 32), host.Machine(32, 64)):
+        monkeypatch.setattr(host, "machine", lambda machine=machine: machine)
+        monkeypatch.setattr(host, "_functions", {})
+        kernels.kernel.cache_clear()
+        for more in (0, 5, 7, 8, 13, 32):
+            compare(Problem((size + more,), (size,), (1,), (1,), (False,), rpb=True), torch.float32)
+    kernels.kernel.cache_clear()
+
+
 @pytest.mark.parametrize("dtype", FLOATS[1:])
 def test_rpb_in_float32_beside_another_dtype(dtype):
     inputs = tensors(PLAIN, dtype)

@@ -176,7 +176,9 @@ class Classes:
         groups, spreads = self._groups(windows, origin)
         record += [groups, *self._chunks(count, skipped), spreads]
         record += [self._partners(span, kernel, wrap is not None) if mask_at else 0]
-        record += [skipped, end_of(by_column if broadcast else by_tap, sizes)]
+        computed = end_of(by_column if broadcast else by_tap, sizes)
+        assert wrap is None or computed == kernel  # a tap more would spoil its partner
+        record += [skipped, computed]
         idle = (0,) * (LANES - len(windows))
         record += [self._masks([lanes + idle for lanes in seen]) if self.backward else 0]
         self.span = max(self.span, span)

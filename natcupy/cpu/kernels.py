@@ -12,10 +12,9 @@ from math import prod
 
 import torch
 
-from natcupy.cpu import host, plan, sums
+from natcupy.cpu import host, micro, plan, sums
 from natcupy.cpu.classes import LANES, Tuning
 from natcupy.cpu.emit import REAL_BYTES, Machine
-from natcupy.cpu.micro import PAIR
 from natcupy.cpu.plan import Plan, Shape
 from natcupy.cpu.rows import MOST_SIDES
 from natcupy.cpu.spec import BUFFERS, WORDS, Common, Spec, pitch
@@ -70,9 +69,9 @@ class Kernel:
         return threads if self.work * heads >= SMALL else 1
 
     def bias(self, rpb: torch.Tensor) -> torch.Tensor:
-        """A bias table as it is read: contiguous, in the compute dtype or widened by the kernel.
+        """A bias table as it is read: contiguous, in the compute dtype or one to be widened.
 
-        Which reads whole vectors, and leaves shorter rows to torch.
+        The kernel widens whole vectors only; shorter rows are widened here.
         """
         widened = rpb.dtype == self.storage and rpb.shape[-1] >= LANES
         return (rpb if widened else rpb.to(self.compute)).contiguous()
@@ -93,18 +92,25 @@ def share(taps: int, most: int) -> int:
 
 
 def most_sides(shape: Shape, together: int) -> int:
-    """Query rows of a step, where a register holds the lanes of so many of them."""
+    """Query rows of a step: one on a line, more where registers hold the lanes of several."""
     if shape.lengths[0] * shape.lengths[1] == 1:
         return 1
     return MOST_SIDES if together > 1 else MOST_SIDES - 1
 
 
 def _line_size(taps: int, registers: int, together: int) -> int:
-    """Taps of a line to keep in registers: whole pairs of vectors, where that takes fewer."""
+    """Taps of a line to keep in registers, at most `taps`: the least work for all of them."""
     if together == 1:
         return share(taps, registers)
-    size = share(taps, registers * together // PAIR * PAIR)
-    return -(-size // PAIR) * PAIR if size % PAIR > PAIR // together else size
+
+    def work(size: int) -> tuple[int, int]:
+        return -(-taps // size) * (1 + held[size]), -size  # a query, and the taps
+
+    held = {
+        size: len(micro.registers_of(1, size, together))
+        for size in range(1, 1 + min(taps, registers * together))
+    }
+    return min((size for size in held if held[size] <= registers), key=work)
 
 
 def logit_sizes(
@@ -112,6 +118,8 @@ def logit_sizes(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Numbers of taps to keep in registers, for several query rows and for one.
 
+    A register holds `together` vectors: of query rows, or on a line of taps. No size is larger than
+    the window, for the taps of a wrapped class are just as many.
     For several, a size and the next smaller one, which together make up any larger number of taps.
     The smallest one is common to both, so that any number ends at the same place in both.
     """
@@ -162,7 +170,7 @@ def kernel(
     if backward:  # keys along, and the sums of both gradients
         kept += value_dim + 2 * pitches["key"]
     item_bytes = REAL_BYTES[real] * kept
-    for rows in range(sides, min(sides, MOST_SIDES - 1) - 1, -1):
+    for rows in (sides, sides - 1) if sides == MOST_SIDES else (sides,):
         tuning = Tuning(shared, singles, rows, keys, *lanes)
         found = plan.make(shape, tuning, backward, item_bytes, stripes)
         words, size = _constants(shape, found, pitches, backward)

@@ -72,7 +72,8 @@ class _Ready:
         read += call.parameters(rpb, extra_keys, extra_values)
         call.strides("out", _contiguous(self._out[0]))
         call.lse_strides(_contiguous(self._lse[0]))
-        self._block, self._calls = call.block, []
+        self._block = call.block
+        self._calls: list[_Call] = []  # idle ones; threads take and return them in one operation
         ways = (_rows, _rows, _rows, use.bias, _rows, _rows)
         #: place, number and way to read it of each input; no way where it is read as it is
         self._inputs = [
@@ -212,10 +213,10 @@ def _rows(x: Tensor) -> Tensor:
 
 
 class _Call:
-    """The argument block of one call, and what must live until it is over."""
+    """An argument block; and what must live while it is made and used for the first time."""
 
     def __init__(self, use: Kernel, block: ctypes.Array | None = None):
-        """`block` is that of a call with equal sizes, strides and numbers."""
+        """`block` is that of a call with equal sizes, strides and numbers; its addresses are old."""
         self._phases, self._thread_bytes = use.plan.phases, use.thread_bytes
         self._kernel, self._address = use, use.address
         self.block = use.block() if block is None else type(block).from_buffer_copy(block)

@@ -31,9 +31,11 @@ EXP2_FLOAT = (1.0, 0.6931469776, 0.24022242085, 0.05550733744, 0.00967151265, 0.
 EXP2_DOUBLE = tuple(math.log(2) ** n / math.factorial(n) for n in range(14))  # below 1e-17
 # (magic number that rounds to an integer when added, mantissa bits, exponent bias)
 FORMAT = {"float": (1.5 * 2.0**23, 23, 127), "double": (1.5 * 2.0**52, 52, 1023)}
-PAIR = 2 * LANES  # taps in the registers of 8
-MOST_COLUMNS = 24  # of a broadcast class in registers at once
+PAIR = 2 * LANES  # taps of a line in 8 registers, each with the one 8 further
+MOST_COLUMNS = 24  # of a broadcast class at once: what 32 registers leave beside keys and queries
 LOWEST = {"float": -3.4028234663852886e38, "double": -1.7976931348623157e308}
+
+Register = list[tuple[int, int]]  # of logits: (query row, tap) of each vector of 8 lanes in it
 
 
 def exp2(b: Builder, x: str, lanes: int = LANES) -> str:
@@ -125,10 +127,7 @@ def logits(module: Module, rows: int, sizes: tuple[int, ...], together: int = 1)
     module.finish(b)
 
 
-Held = list[tuple[int, int]]  # the vectors of 8 logits in a register: (query row, tap) of each
-
-
-def registers_of(rows: int, size: int, together: int) -> list[Held]:
+def registers_of(rows: int, size: int, together: int) -> list[Register]:
     """The registers for `size` taps of so many query rows: two rows in one, or taps 8 apart."""
     paired = size // PAIR * PAIR if (rows, together) == (1, 2) else 0
     starts = [at + tap for at in range(0, paired, PAIR) for tap in range(LANES)]
@@ -136,12 +135,13 @@ def registers_of(rows: int, size: int, together: int) -> list[Held]:
     return pairs + _by_rows(rows, range(paired, size), together)
 
 
-def _by_rows(rows: int, taps: range, together: int) -> list[Held]:
+def _by_rows(rows: int, taps: range, together: int) -> list[Register]:
+    """One register for each tap and `together` query rows, tap by tap."""
     sides = [range(r, min(r + together, rows)) for r in range(0, rows, together)]
     return [[(r, tap) for r in some] for tap in taps for some in sides]
 
 
-def _chunk(b: Builder, registers: list[Held], broadcast: bool, first: str) -> None:
+def _chunk(b: Builder, registers: list[Register], broadcast: bool, first: str) -> None:
     """The logits of these registers, their taps counted from `first`, over all channels."""
     rows = range(1 + max(r for held in registers for r, _ in held))
     biases = [b.at(f"%bias{r}", b.sub(0, first) if broadcast else first) for r in rows]
@@ -248,7 +248,7 @@ def softmax(module: Module, together: int = 1) -> None:
     b = module.function("softmax", "ptr s, i64 count, ptr max, ptr sum")
 
     def over(first: float, ways: int, step, join):
-        """`ways` interleaved results, the remaining vectors into the first; joined."""
+        """Interleaved results of `ways` vectors, the remaining ones into the first; joined."""
         lanes = together * LANES
         whole = b.op(f"and i64 %count, {-ways}")
 
@@ -279,7 +279,7 @@ def softmax(module: Module, together: int = 1) -> None:
         return b.arith("fadd", found, x, lanes)
 
     high = over(LOWEST[b.real], 4, greater, lambda x, y: b.greater_of(x, y, LANES))
-    # two at a time: more would not leave registers for the polynomial's numbers
+    # two vectors at a time: more would not leave registers for the polynomial's numbers
     total = over(0.0, 2, term, lambda x, y: b.arith("fadd", x, y, LANES))
     b.vstore(high, "%max", LANES)
     b.vstore(total, "%sum", LANES)

@@ -91,7 +91,7 @@ class Plan:
     taps: int  # most vectors of logits of one query row in a block, additional keys excluded
     span: int  # most taps of one key row
     extra_taps: int
-    sides: int  # query rows of a step
+    sides: int  # most query rows of a step
     reach: tuple[int, int]  # columns that are read left and right of an item's first key
     ends: tuple[int, int]  # columns before and behind an item's keys that wrapped classes read
     bias_reach: tuple[int, int]  # of [0, 2 * kernel_size - 2], same

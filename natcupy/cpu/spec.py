@@ -44,8 +44,8 @@ WORDS = (
     *(f"{tensor}_{stride}" for tensor in TENSORS for stride in STRIDES),
     *(f"at_{buffer}" for buffer in BUFFERS),
 )
-# What `has_rpb` tells of the bias table: none, in the compute type, in the tensors' half type.
-NO_BIAS, BIAS_READ, BIAS_WIDENED = 0, 1, 2
+# What `has_rpb` tells of the bias table: in the compute type, or in the tensors' half type. 0: none.
+BIAS_READ, BIAS_WIDENED = 1, 2
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Common:
     value_dim: int
     shared: tuple[int, ...]  # taps of the logit kernels for several query rows; none, no such rows
     singles: tuple[int, ...]  # and for one
-    sides: int  # most query rows of a step
+    sides: int  # query rows that there are functions for; a plan's steps may have fewer
     keys: int  # that a query sees in a row, where their loop is unrolled; else 0
     extra: bool  # whether there are additional keys
 

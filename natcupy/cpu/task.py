@@ -151,14 +151,14 @@ class Task(Scene):
     def query_head(self) -> None:
         """All steps of the item for one query head, that of the view."""
         b = self.b
-        b.when(self.is_set("has_rpb"), self._any_bias)
+        b.when(self.is_set("has_rpb"), self._read_bias)
         self._begin_head()
         start = ("ptr", self.found("first_step", kind="ptr"))
         b.fold(0, self.item("steps"), [start], lambda i, at: [self._step(i, at[0])])
         self._end_head()
 
-    def _any_bias(self) -> None:
-        """`_spread_bias`, whatever type the table is in."""
+    def _read_bias(self) -> None:
+        """`_spread_bias`, of a table in either type."""
         if self.spec.common.storage == self.real:
             self._spread_bias(self.real)
             return

@@ -62,8 +62,8 @@ def runs(case, tensors, d_out, d_lse, dtype, gradients=True):
     Two, or more where a bias table is so small that the largest of its errors says little.
     """
     rpb = tensors["rpb"]
-    few = gradients and rpb is not None and rpb.numel() > 0
-    count = min(MOST_RUNS, max(2, -(-SAMPLE // rpb.numel()))) if few else 2
+    has_table = gradients and rpb is not None and rpb.numel() > 0
+    count = min(MOST_RUNS, max(2, -(-SAMPLE // rpb.numel()))) if has_table else 2
     return [
         _in_order(number, case, tensors, d_out, d_lse, dtype, gradients) for number in range(count)
     ]
@@ -82,8 +82,8 @@ def _in_order(number, case, tensors, d_out, d_lse, dtype, gradients):
         return x.detach()[..., (to.argsort() if back else to).to(x.device)]
 
     turned = {n: x if x is None or n == "rpb" else turn(x) for n, x in tensors.items()}
-    ends = None if d_out is None else turn(d_out)
-    out, lse, made = outcome(case, turned, ends, d_lse, dtype, gradients)
+    turned_d_out = None if d_out is None else turn(d_out)
+    out, lse, made = outcome(case, turned, turned_d_out, d_lse, dtype, gradients)
     back = {n: x if n == "rpb" else turn(x, back=True) for n, x in made.items()}
     return turn(out, back=True), lse, back
 

@@ -216,7 +216,7 @@ class _Call:
     """An argument block; and what must live while it is made and used for the first time."""
 
     def __init__(self, use: Kernel, block: ctypes.Array | None = None):
-        """`block` is that of a call with equal sizes, strides and numbers; its addresses are old."""
+        """`block` is that of a call with equal sizes and strides; all its addresses are old."""
         self._phases, self._thread_bytes = use.plan.phases, use.thread_bytes
         self._kernel, self._address = use, use.address
         self.block = use.block() if block is None else type(block).from_buffer_copy(block)

@@ -44,7 +44,7 @@ WORDS = (
     *(f"{tensor}_{stride}" for tensor in TENSORS for stride in STRIDES),
     *(f"at_{buffer}" for buffer in BUFFERS),
 )
-# What `has_rpb` tells of the bias table: in the compute type, or in the tensors' half type. 0: none.
+# What `has_rpb` tells of a bias table: in the compute type, or in the tensors' half type.
 BIAS_READ, BIAS_WIDENED = 1, 2
 
 

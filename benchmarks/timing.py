@@ -197,9 +197,7 @@ def measure_together(
     begun, rounds = time.perf_counter(), 0
     with _no_garbage_collection():
         while rounds < LEAST_ROUNDS or time.perf_counter() - begun < seconds * len(alive):
-            shuffle(
-                order
-            )  # or what always follows one of its own kind would find its code in the caches
+            shuffle(order)  # what always follows one of its own kind would find its code cached
             for i in order:
                 times[i].append(_cpu_time(runs[i], flush, rounds))
             rounds += 1

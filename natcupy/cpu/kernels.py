@@ -170,7 +170,7 @@ def kernel(
     if backward:  # keys along, and the sums of both gradients
         kept += value_dim + 2 * pitches["key"]
     item_bytes = REAL_BYTES[real] * kept
-    for rows in (sides, sides - 1) if sides == MOST_SIDES else (sides,):
+    for rows in _rows_to_try(sides, shape, backward):
         tuning = Tuning(shared, singles, rows, keys, *lanes)
         found = plan.make(shape, tuning, backward, item_bytes, stripes)
         words, size = _constants(shape, found, pitches, backward)
@@ -178,6 +178,15 @@ def kernel(
             break
     spec = Spec(backward, common, backward and (grouped or len(found.phases) > 1))
     return Kernel(spec, shape, found, words, size * REAL_BYTES[real])
+
+
+def _rows_to_try(sides: int, shape: Shape, backward: bool) -> tuple[int, ...]:
+    """Query rows of a step, fewer where the scratch memory of more is too large."""
+    if sides < MOST_SIDES:
+        return (sides,)
+    if backward and shape.lengths[0] > 1:  # rows of several planes leave no room for more
+        return (sides - 1,)
+    return sides, sides - 1
 
 
 def _spare(machine: Machine) -> int:

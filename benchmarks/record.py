@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -25,7 +26,7 @@ from natcupy.cuda.source import Spec, source_text
 
 RESULTS = Path(__file__).parent / "results"
 SCHEMA = 1
-PACKAGES = ("torch", "numpy", "triton", "natten", "llvmlite")
+PACKAGES = ("torch", "numpy", "triton", "natten", "numba", "timm", "llvmlite")
 
 
 def kernel_hashes() -> dict[str, str]:
@@ -41,9 +42,13 @@ def kernel_hashes() -> dict[str, str]:
 
 
 def plans_hash() -> str:
-    """SHA-256 of the rooms that plan and launch kernels."""
+    """SHA-256 of the rooms that plan and launch CUDA kernels."""
+    return _hash_of("cuda")
+
+
+def _hash_of(folder: str) -> str:
     digest = hashlib.sha256()
-    for path in sorted(Path(natcupy.__file__).parent.joinpath("cuda").glob("*.py")):
+    for path in sorted(Path(natcupy.__file__).parent.joinpath(folder).glob("*.py")):
         digest.update(f"{path.name}\0".encode() + path.read_bytes())
     return digest.hexdigest()
 
@@ -61,6 +66,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cpu":
         found["instructions"] = torch.backends.cpu.get_cpu_capability()  # torch's own vectors
+        found["cpu_kernels"] = _hash_of("cpu")  # of what generates, plans and launches them
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found |= {
@@ -81,8 +87,19 @@ def versions() -> dict[str, str]:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            continue
+            if name == "natten" and (version := _natten_version()) is not None:
+                found[name] = version
     return found
+
+
+def _natten_version() -> str | None:
+    """Of a build on the path that nothing was installed from."""
+    if importlib.util.find_spec("natten") is None:
+        return None
+    try:
+        return str(importlib.import_module("natten").__version__)
+    except Exception:  # a build for another torch fails in ways of its own
+        return None
 
 
 def driver_version() -> str | None:

@@ -14,13 +14,12 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
-from cpu_problems import attend, cpu_problems
+from cpu_problems import PROBLEMS, ask_oracle, attend, cpu_problems, run
 from hypothesis import given, settings
 from strategies import Problem, tensors
-from test_cpu import PROBLEMS, ask_oracle, run
 from tolerances import close
 
-from natcupy.cpu import kernels, launch, plan
+from natcupy.cpu import host, kernels, launch, plan
 from natcupy.neighborhood import Neighborhood
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="maps pages as Linux does")
@@ -186,14 +185,18 @@ LARGEST = {  # of the models, and long and large problems: (window, head_dim)
 }
 
 
+@pytest.mark.parametrize("machine", [(16, 32), (32, 16), (32, 64)], ids=str)
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("case", LARGEST.values(), ids=LARGEST)
-def test_a_thread_needs_at_most_a_megabyte(case, backward):
+def test_a_thread_needs_at_most_a_megabyte(monkeypatch, case, backward, machine):
+    monkeypatch.setattr(host, "machine", lambda: host.Machine(*machine))
+    kernels.kernel.cache_clear()
     shape, kernel_size, dilation, dim = case
     hood = Neighborhood(kernel_size, (1,) * len(shape), dilation, (False,) * len(shape))
     for stripes in (1, 8):
         use = kernels.kernel(shape, hood, dim, dim, 0, torch.float32, backward, stripes)
         assert use.thread_bytes <= 1 << 20
+    kernels.kernel.cache_clear()
 
 
 @pytest.mark.parametrize("threads", [1, 2])

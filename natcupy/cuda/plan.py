@@ -4,10 +4,10 @@ In: a `Problem`, plain numbers that describe a call. Out: a `Plan`, a few `Recip
 scratch memory they share; `fill` turns a recipe and data pointers into a `Launch`. Nothing here
 touches a device: it is arithmetic, cached, and testable anywhere.
 
-Two families of kernels: those for small 2-D windows on tensor cores (`small`), and the portable
-ones, planned here, which run every call. Of the portable ones only what shapes the code is compiled
-in (dtype, rank, lanes, rpb or not); sizes, strides and tiles are arguments, so a new image size
-compiles nothing.
+Three families of kernels: those for small 2-D windows on tensor cores (`small`), those for other
+windows on tensor cores (`mma`), and the portable ones, planned here, which run every call. Of the
+portable ones only what shapes the code is compiled in (dtype, rank, lanes, rpb or not); sizes,
+strides and tiles are arguments, so a new image size compiles nothing.
 
 A `Choice` names one of the ways to run one side of a call: forward, its query side or key side
 backward, or both of these. Without one the first of `choices` runs, which `heuristics` and
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 
-from natcupy.cuda import small, small_tiles
+from natcupy.cuda import mma, small, small_tiles
 from natcupy.cuda.heuristics import BOTH, FORWARD, KEYS, QUERIES
 from natcupy.cuda.recipes import (
     Plan,
@@ -32,6 +32,7 @@ from natcupy.cuda.recipes import (
     array,
     contiguous,
     fill,
+    geometry,
     recipe,
     rename,
     views,
@@ -60,10 +61,10 @@ SHARED = 48 * 1024 - 256  # bytes every architecture gives unasked, but for a ke
 MANY_SLICES = 128  # of a sum in two stages, from which on blocks are of 128 rows for 8 results
 BLOCKS = 1024  # blocks that keep any GPU busy: a bound for two-stage sums
 SCRATCH = 64 * 2**20  # bytes of partial sums of one gradient
-FAMILIES = ("auto", "portable", "small", "apart")
+FAMILIES = ("auto", "portable", "mma", "small", "apart")
 
-# ("small", blocks of 8 columns, rows, splits, heads) or ("portable", tokens per axis, ...); of both
-# sides backward ("joint", as of "small") for one launch, or ("apart",), which leaves each its own.
+# ("small", blocks of 8 columns, rows, splits, heads), ("mma", tokens per axis, ...) or ("portable",
+# tokens per axis, ...); of both sides backward ("joint", as of "small") for one launch, or ("apart",), which leaves each its own.
 Choice = tuple[str | int, ...]
 APART: Choice = ("apart",)
 
@@ -98,20 +99,9 @@ def _tiling(p: Problem, tile: tuple[int, ...], row_bytes: int, per_slot: int) ->
     room = SHARED - row_bytes - 16 - slots * per_slot
     capacity = room // (row_bytes + slots * per_slot)
     stage = choose_stage(halo_of(groups, hood.kernel_size, hood.stride, tile), capacity)
-    tiles = tuple(-(-n // t) for n, t in zip(groups, tile, strict=True))
-    values = {
-        **array("geometry.length", p.shape, 1),
-        **array("geometry.kernel_size", hood.kernel_size, 1),
-        **array("geometry.stride", hood.stride, 1),
-        **array("geometry.dilation", hood.dilation, 1),
-        **array("geometry.causal", hood.is_causal, 0),
-        **array("geometry.tile", tile, 1),
-        **array("geometry.tiles", tiles, 1),
-        **array("geometry.stage", stage, 1),
-        "geometry.capacity": prod(stage),
-    }
+    tiles = (-(-n // t) for n, t in zip(groups, tile, strict=True))
     items = p.batch * prod(tiles) * prod(hood.dilation)
-    return Tiling(values, items, threads, slots, prod(stage))
+    return Tiling(geometry(p, tile, stage), items, threads, slots, prod(stage))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -157,10 +147,11 @@ def _recipe(kernel: str, constants, blocks: int, block, shared: int, values) -> 
 def use_family(family: str) -> Iterator[None]:
     """Plan inside the block with one family of kernels, in every thread: for tests and benchmarks.
 
-    "auto" is the default: the small-window kernels where `small.pays` says they pay, else the
-    portable ones, which run everything. "portable" takes those always; "small" takes the others
-    wherever they can run and raises ValueError, with the reason, where they cannot; "apart" does
-    that too, and runs each side of a backward pass in a launch of its own.
+    "auto" is the default: the small-window kernels where `small.pays` says they pay, else those of
+    `mma` where they pay, else the portable ones, which run everything. "portable" takes those
+    always; "small" and "mma" take the others wherever they can run and raise ValueError, with the
+    reason, where they cannot; "apart" is "small", each side of a backward pass in a launch of its
+    own.
     """
     global _family
     if family not in FAMILIES:
@@ -197,16 +188,23 @@ def forget() -> None:
 
 def _use_small(p: Problem) -> bool:
     """Whether this call runs on the small-window kernels."""
-    if _family == "portable":
-        return False
-    reason = small.why_not(p)
-    forced = _family in ("small", "apart")
+    return _family in ("auto", "small", "apart") and _takes(small, "small-window", p)
+
+
+def _use_mma(p: Problem) -> bool:
+    """Whether a call that no small-window kernel runs goes to the other tensor-core kernels."""
+    return _family in ("auto", "mma") and _takes(mma, "tensor-core", p)
+
+
+def _takes(family, called: str, p: Problem) -> bool:
+    """Whether kernels run `p`: where they pay, or where they are all that was asked for."""
+    reason, forced = family.why_not(p), _family != "auto"
     if forced and reason:
         raise ValueError(
-            f"the small-window kernels cannot run this call: {reason}; plan it with "
+            f"the {called} kernels cannot run this call: {reason}; plan it with "
             "family 'auto' or 'portable'."
         )
-    return not reason and (forced or small.pays(p))
+    return not reason and (forced or family.pays(p))
 
 
 @lru_cache(maxsize=4096)
@@ -220,6 +218,9 @@ def choices(p: Problem, side: str) -> tuple[Choice, ...]:
     if _use_small(p):
         cut = [("small", *tile.shape) for tile in small_tiles.ranked(p, side)]
         return tuple([*cut, portable[0]] if _family == "auto" else cut)
+    if _use_mma(p):
+        cut = ("mma", *mma.tile(p))
+        return (cut, portable[0]) if _family == "auto" else (cut,)
     return tuple(portable)
 
 
@@ -252,6 +253,8 @@ def legal(p: Problem, side: str, choice: Choice) -> bool:
         return choice == APART or joint
     if family == "small":
         return not small.why_not(p) and tile in {t.shape for t in small_tiles.tiles(p, side)}
+    if family == "mma":
+        return not mma.why_not(p) and tile == mma.tile(p)
     most = THREADS // sharing(p.dtype, p.head_dim, p.value_dim).lanes
     fits = len(tile) == p.rank and all(0 < t <= n for t, n in zip(tile, p.groups, strict=True))
     return family == "portable" and fits and prod(tile) <= most
@@ -320,6 +323,11 @@ def _forward(p: Problem, tile: tuple[int, ...], rpb: bool) -> Plan:
         values,
     )
     return Plan((made,))
+
+
+def _mma_query_side(p: Problem, tile: tuple[int, ...], rpb: bool) -> Plan:
+    """The gradient of the bias is for the portable kernel to make, with that of the query."""
+    return _query_side(p, _portable_tiles(p, p.heads)[0], True) if rpb else mma.query_side(p)
 
 
 def _small_query_side(p: Problem, tile: tuple[int, ...], rpb: bool) -> Plan:
@@ -446,6 +454,9 @@ _PARTS = {
     ("portable", FORWARD): _forward,
     ("portable", QUERIES): _query_side,
     ("portable", KEYS): _key_side,
+    ("mma", FORWARD): lambda p, tile, rpb: mma.forward(p),
+    ("mma", QUERIES): _mma_query_side,
+    ("mma", KEYS): lambda p, tile, rpb: mma.key_side(p),
     ("small", FORWARD): lambda p, tile, rpb: small.forward(p, tile),
     ("small", QUERIES): _small_query_side,
     ("small", KEYS): lambda p, tile, rpb: small.key_side(p, tile),

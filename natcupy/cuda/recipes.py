@@ -114,6 +114,22 @@ def view(name: str, strides: tuple[int, ...]) -> dict[str, int]:
     return {f"{name}.batch": batch, f"{name}.head": head, **array(f"{name}.axis", axes, 0)}
 
 
+def geometry(p: Problem, tile: tuple[int, ...], stage: tuple[int, ...]) -> dict[str, int]:
+    """Fields of a `Geometry`: tiles of `tile` tokens, boxes of `stage`."""
+    tiles = tuple(-(-n // t) for n, t in zip(p.groups, tile, strict=True))
+    return {
+        **array("geometry.length", p.shape, 1),
+        **array("geometry.kernel_size", p.hood.kernel_size, 1),
+        **array("geometry.stride", p.hood.stride, 1),
+        **array("geometry.dilation", p.hood.dilation, 1),
+        **array("geometry.causal", p.hood.is_causal, 0),
+        **array("geometry.tile", tile, 1),
+        **array("geometry.tiles", tiles, 1),
+        **array("geometry.stage", stage, 1),
+        "geometry.capacity": prod(stage),
+    }
+
+
 def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides of a row-major [*shape], without the last axis."""
     strides, step = [], 1

@@ -1,0 +1,191 @@
+// Backward on tensor cores, keys at rest: what na_bwd_dkv computes, in halves. Delta must have been
+// written.
+//
+// A block takes a tile of keys of one key head, a warp 16 of them. The queries that see the tile pass
+// through shared memory 64 at a time with the gradients of their outputs, for every query head that
+// reads this key head. A NaN or infinity may spread to the 16 keys of a warp that has its query
+// before it.
+
+#include "common.cuh"
+#include "neighborhood.cuh"
+#include "instructions.cuh"
+#include "products.cuh"
+#include "tile.cuh"
+#include "mma.cuh"
+
+struct Params {
+    Geometry geometry;
+    int heads;           // query heads
+    int kv_heads;
+    int queries_per_kv;  // query heads that share a key and value head
+    int head_dim;
+    int value_dim;
+    int zero;            // 0, which the compiler must not know
+    float scale;
+    View query;
+    View key;
+    View value;
+    View d_out;
+    View d_key;
+    View d_value;
+    float* rpb;    // [heads, 2 * kernel_size - 1 per axis]
+    float* lse;    // [batch, heads, *spatial]
+    float* delta;  // like lse
+};
+
+// Bytes, twice: rows, and behind them log-sum-exp and delta of each.
+enum {
+    NUMBERS = (QK_PARTS + V_PARTS) * PART_BYTES,
+    STAGED = NUMBERS + 2 * TOKENS * 4,
+    MIN_BLOCKS = (QK_PARTS + V_PARTS) * D <= 64 ? 16 / WARPS : 8 / WARPS
+};
+
+// Log-sum-exp and delta of the 8 blocks that `walk` is at.
+__device__ __forceinline__ void stage_numbers(
+    const Geometry& g, const Item& item, const Walk& walk, const float* lse, const float* delta,
+    unsigned to) {
+#pragma unroll
+    for (int n = 0; n < TURNS; n += WARPS) {
+        const int block = n + threadIdx.x / 32, row = threadIdx.x % 8, lane = threadIdx.x % 32;
+        int at[RANK], token[RANK];
+        block_at(walk.at, block, at);
+        bool real = true;
+#pragma unroll
+        for (int a = 0; a < RANK; ++a) {
+            const int place = at[a] + (a == LAST ? row : 0);
+            real &= place < walk.extent[a];
+            token[a] = item.halo.begin[a] + place;
+        }
+        if (lane < 16)
+            copy_float(to + (lane / 8 * TOKENS + block * 8 + row) * 4,
+                       (lane < 8 ? lse : delta) + token_number(g, item, token), real);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
+na_mma_bwd_dkv(const __grid_constant__ Params p) {
+    extern __shared__ __align__(128) unsigned char shared[];
+    __shared__ Item item;
+    __shared__ Shared sights[WARPS];
+    const Geometry& g = p.geometry;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int kv_head = blockIdx.x % p.kv_heads;
+    if (!begin_item<true>(g, blockIdx.x / p.kv_heads, item)) return;
+
+    Sight sight;
+    sight.shared = sights + warp;
+    Own own;
+    own.set<true>(g, item, sight);
+    Biases<false> biases(g, item.halo, own.position);
+
+    // Queries of one head after the other.
+    int head = kv_head * p.queries_per_kv;
+    Walk walk;
+    walk.begin(item.halo.extent);
+    const int head_turns = walk.turns(), turns = head_turns * p.queries_per_kv;
+    const long long tokens = tokens_per_image(g);
+    const float* lse = p.lse + (item.batch * p.heads + head) * tokens;
+    const float* delta = p.delta + (item.batch * p.heads + head) * tokens;
+    Source queries(rows_of(p.query, g, item, head), item.halo.begin, p.head_dim);
+    Source d_outs(rows_of(p.d_out, g, item, head), item.halo.begin, p.value_dim);
+    const unsigned staged = shared_address(shared);
+    const auto fetch = [&](unsigned to) {
+        stage(walk, queries, d_outs, to);
+        stage_numbers(g, item, walk, lse, delta, to + NUMBERS);
+    };
+    fetch(staged);
+
+    Left key[QK_PARTS], value[V_PARTS];
+    read_own(rows_of(p.key, g, item, kv_head), own, p.head_dim, p.zero, key);
+    read_own(rows_of(p.value, g, item, kv_head), own, p.value_dim, p.zero, value);
+    const float scale = p.scale * (float)LOG2_E;
+    float d_key[QK_PARTS][D / 8][4], d_value[V_PARTS][D / 8][4];
+    clear(d_key);
+    clear(d_value);
+    const unsigned rows = row_offset(0, lane);
+    const Across across(0, lane, 8 * ROW);
+
+    int left = head_turns;  // turns before the next head's
+#pragma unroll 1
+    for (int n = 0; n < turns; ++n) {
+        if (RPB) biases.table = p.rpb + (long long)head * biases_per_head(g);
+        copies_done();
+        __syncthreads();  // these have come, and the buffer of those before is free
+        int at[RANK];
+#pragma unroll
+        for (int a = 0; a < RANK; ++a) at[a] = walk.at[a];
+        if (n + 1 < turns) {
+            if (--left == 0) {
+                left = head_turns;
+                ++head;
+                walk.begin(item.halo.extent);
+                queries.base += p.query.head * (long long)sizeof(scalar_t);
+                d_outs.base += p.d_out.head * (long long)sizeof(scalar_t);
+                lse += tokens;
+                delta += tokens;
+            } else {
+                walk.advance();
+            }
+            fetch(staged + (n + 1) % 2 * STAGED);
+        }
+
+        unsigned any, all;
+        sight.look(at, any, all);
+#pragma unroll 1
+        for (int i = 0; i < TURNS / 2; ++i) {
+            if ((any >> 2 * i & 3) == 0) continue;
+            const unsigned from = staged + n % 2 * STAGED + 2 * i * 8 * ROW;
+            const unsigned numbers = staged + n % 2 * STAGED + NUMBERS +
+                                     (2 * i * 8 + lane % 4 * 2) * 4;
+            float t[2][4], d[2][4];
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    t[h][e] = t[h][2 + e] = 0;
+                    d[h][e] = d[h][2 + e] = -read_float(numbers + (TOKENS + h * 8 + e) * 4);
+                }
+            add_products(t, key, from + rows);
+            add_products(d, value, from + rows + QK_PARTS * PART_BYTES);
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                float minus_lse[2];
+#pragma unroll
+                for (int e = 0; e < 2; ++e)
+                    minus_lse[e] = read_float(numbers + (h * 8 + e) * 4) * -(float)LOG2_E;
+                if (RPB || (all >> 2 * i & 3) != 3) {
+                    int block[RANK];
+                    block_at(at, 2 * i + h, block);
+                    const Mask mask(sight, block);
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) {
+                        const bool sees = mask.sees(e / 2, e % 2);
+                        float x = fmaf(t[h][e], scale, minus_lse[e % 2]);
+                        if (RPB) x += biases.at(block, e / 2, e % 2, sees);
+                        t[h][e] = sees ? exp_2(x) : 0;
+                        d[h][e] = sees ? t[h][e] * d[h][e] : 0;
+                    }
+                } else {
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) {
+                        t[h][e] = exp_2(fmaf(t[h][e], scale, minus_lse[e % 2]));
+                        d[h][e] *= t[h][e];
+                    }
+                }
+            }
+            Weights<2> weights, ds;
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+#pragma unroll
+                for (int side = 0; side < 2; ++side) {
+                    weights.set(h, side, t[h][2 * side], t[h][2 * side + 1]);
+                    ds.set(h, side, d[h][2 * side], d[h][2 * side + 1]);
+                }
+            add_weighted(d_value, weights, across + (from + QK_PARTS * PART_BYTES));
+            add_weighted(d_key, ds, across + from);
+        }
+    }
+    const float scales[2] = {p.scale, p.scale}, ones[2] = {1, 1};
+    write_own(rows_of(p.d_key, g, item, kv_head), own, p.head_dim, d_key, scales);
+    write_own(rows_of(p.d_value, g, item, kv_head), own, p.value_dim, d_value, ones);
+}

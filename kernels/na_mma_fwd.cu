@@ -1,0 +1,290 @@
+// Forward on tensor cores, for any window: what na_fwd computes, in halves.
+//
+// A block takes a tile of queries of one head, a warp 16 of them. Keys and values that the tile sees
+// pass through shared memory 64 at a time, then the additional ones. The softmax is online, per turn:
+// weights are 2^(t - reference), where the reference moves to the largest score so far only when that
+// has grown by more than SLACK, so sums are seldom scaled. Weights stay below 2^SLACK.
+//
+// A value that is NaN or infinite would reach queries that do not see it: zero times either is NaN.
+// Where a result is not finite, the warp computes its queries again one by one.
+
+#include "common.cuh"
+#include "neighborhood.cuh"
+#include "instructions.cuh"
+#include "products.cuh"
+#include "tile.cuh"
+#include "mma.cuh"
+
+struct Params {
+    Geometry geometry;
+    int heads;
+    int queries_per_kv;  // query heads that share a key and value head
+    int head_dim;
+    int value_dim;
+    int extras;          // additional keys and values
+    int zero;            // 0, which the compiler must not know
+    float scale;         // in base two: times log2(e)
+    View query;
+    View key;
+    View value;
+    View extra_key;
+    View extra_value;
+    View out;
+    float* rpb;  // [heads, 2 * kernel_size - 1 per axis]
+    float* lse;  // [batch, heads, *spatial]
+};
+
+enum {
+    STAGED = (QK_PARTS + V_PARTS) * PART_BYTES,  // bytes, twice
+    MIN_BLOCKS = (QK_PARTS + V_PARTS) * D <= 128 ? 16 / WARPS : 8 / WARPS
+};
+#define SLACK 8.0f
+#define LOWEST -3e38f  // finite: a reference that no score has set yet
+
+// What a lane knows of its two queries; the reference is in base two.
+struct Sums {
+    float out[V_PARTS][D / 8][4], reference[2], total[2], whole[4];
+};
+
+// One query again, by the whole warp: a lane has every 32nd number of a row.
+__device__ __forceinline__ void attend_alone(
+    const Params& p, const Item& item, int head, const int (&query)[RANK], long long number) {
+    enum { EACH = D / 32 * (QK_PARTS > V_PARTS ? QK_PARTS : V_PARTS) };
+    const Geometry& g = p.geometry;
+    const int lane = threadIdx.x % 32, kv_head = head / p.queries_per_kv;
+    const auto read = [&](const Rows& rows, const int (&at)[RANK], int dim, float (&x)[EACH]) {
+        const scalar_t* row = rows.at(at);
+#pragma unroll
+        for (int i = 0; i < EACH; ++i)
+            x[i] = lane + 32 * i < dim ? widen(row[lane + 32 * i]) : 0.0f;
+    };
+    Box box;
+    int keys = 1;
+#pragma unroll
+    for (int a = 0; a < RANK; ++a) {
+        const Interval seen = sight<false>(g, a, item.length[a], query[a]);
+        box.begin[a] = seen.begin;
+        box.extent[a] = seen.end - seen.begin;
+        keys *= box.extent[a];
+    }
+    float q[EACH], sum[EACH] = {}, peak = -3e38f, total = 0;
+    read(rows_of(p.query, g, item, head), query, p.head_dim, q);
+#pragma unroll 1
+    for (int n = 0; n < keys + p.extras; ++n) {
+        const bool extra = n >= keys;
+        int at[RANK];
+        position_in(box, n, at);
+        if (extra)
+#pragma unroll
+            for (int a = 0; a < RANK; ++a) at[a] = a == LAST ? n - keys : 0;
+        float x[EACH], dot = 0;
+        read(extra ? line_of(p.extra_key, item.batch, kv_head)
+                   : rows_of(p.key, g, item, kv_head), at, p.head_dim, x);
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) dot += q[i] * x[i];
+#pragma unroll
+        for (int step = 16; step > 0; step /= 2) dot += __shfl_xor_sync(0xFFFFFFFFu, dot, step);
+        float t = dot * p.scale;
+        if (RPB && !extra)
+            t += p.rpb[(long long)head * biases_per_head(g) + pair_bias(g, at, query)] *
+                 (float)LOG2_E;
+        const float high = fmaxf(peak, t), factor = exp_2(peak - high), weight = exp_2(t - high);
+        peak = high;
+        total = total * factor + weight;
+        read(extra ? line_of(p.extra_value, item.batch, kv_head)
+                   : rows_of(p.value, g, item, kv_head), at, p.value_dim, x);
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) sum[i] = sum[i] * factor + weight * x[i];
+    }
+    scalar_t* out = rows_of(p.out, g, item, head).at(query);
+#pragma unroll
+    for (int i = 0; i < EACH; ++i)
+        if (lane + 32 * i < p.value_dim) narrow(sum[i] / total, out[lane + 32 * i]);
+    if (lane == 0) p.lse[number] = (peak + log_2(total)) * (float)LN_2;
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
+na_mma_fwd(const __grid_constant__ Params p) {
+    extern __shared__ __align__(128) unsigned char shared[];
+    __shared__ Item item;
+    __shared__ Shared sights[WARPS];
+    const Geometry& g = p.geometry;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int head = blockIdx.x % p.heads, kv_head = head / p.queries_per_kv;
+    if (!begin_item<false>(g, blockIdx.x / p.heads, item)) return;
+
+    Sight sight;
+    sight.shared = sights + warp;
+    Own own;
+    own.set<false>(g, item, sight);
+    Biases<true> biases(g, item.halo, own.position);
+    if (RPB) biases.table = p.rpb + (long long)head * biases_per_head(g);
+
+    // Keys and values of the window, later the additional ones.
+    Walk walk;
+    walk.begin(item.halo.extent);
+    const int window_turns = walk.turns();
+    const int turns = window_turns + (p.extras + TOKENS - 1) / TOKENS;
+    Source keys(rows_of(p.key, g, item, kv_head), item.halo.begin, p.head_dim);
+    Source values(rows_of(p.value, g, item, kv_head), item.halo.begin, p.value_dim);
+    const unsigned staged = shared_address(shared);
+    stage(walk, keys, values, staged);
+
+    // Scores are made positive multiples of products, so that the largest of both is the same.
+    Left query[QK_PARTS];
+    read_own(rows_of(p.query, g, item, head), own, p.head_dim,
+             p.zero ^ (p.scale < 0 ? 0x80008000u : 0u), query);
+    const float scale = RPB ? 1.0f : fabsf(p.scale);
+    Sums sums;
+    clear(sums.out);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) sums.whole[e] = 0;
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+        sums.reference[side] = LOWEST;
+        sums.total[side] = 0;
+    }
+    const unsigned rows = row_offset(0, lane);
+    const Across across(0, lane, 8 * ROW);
+
+#pragma unroll 1
+    for (int n = 0; n < turns; ++n) {
+        copies_done();
+        __syncthreads();  // these have come, and the buffer of those before is free
+        int at[RANK];
+#pragma unroll
+        for (int a = 0; a < RANK; ++a) at[a] = walk.at[a];
+        if (n + 1 < turns) {
+            if (n + 1 == window_turns) {
+                const Box line = line_box(0, p.extras);
+                walk.begin(line.extent);
+                keys = Source(line_of(p.extra_key, item.batch, kv_head), line.begin, p.head_dim);
+                values =
+                    Source(line_of(p.extra_value, item.batch, kv_head), line.begin, p.value_dim);
+            } else {
+                walk.advance();
+            }
+            stage(walk, keys, values, staged + (n + 1) % 2 * STAGED);
+        }
+        const bool in_window = n < window_turns;
+        if (n == window_turns) sight.set_line(p.extras, own.there);
+
+        unsigned any, all;
+        sight.look(at, any, all);
+        if ((any & 0xFF) == 0) continue;
+        const unsigned from = staged + n % 2 * STAGED;
+
+        // Scores of the turn; minus infinity for what is not seen.
+        float t[TURNS / 2][2][4], high[2] = {LOWEST, LOWEST};
+#pragma unroll
+        for (int i = 0; i < TURNS / 2; ++i) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) t[i][h][e] = any >> 2 * i & 3 ? 0 : minus_infinity();
+            if ((any >> 2 * i & 3) == 0) continue;
+            add_products(t[i], query, from + rows + 2 * i * 8 * ROW);
+            if (RPB || (all >> 2 * i & 3) != 3) {
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    int block[RANK];
+                    block_at(at, 2 * i + h, block);
+                    const Mask mask(sight, block);
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) {
+                        const bool sees = mask.sees(e / 2, e % 2);
+                        float x = t[i][h][e];
+                        if (RPB)
+                            x = x * fabsf(p.scale) +
+                                biases.at(block, e / 2, e % 2, sees && in_window);
+                        t[i][h][e] = sees ? x : minus_infinity();
+                    }
+                }
+            }
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) high[e / 2] = fmaxf(high[e / 2], t[i][h][e]);
+        }
+
+        // A new reference where scores have outgrown the old one.
+        bool grown = false;
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+            high[side] = max_of_quad(high[side]) * scale;
+            grown |= high[side] > sums.reference[side] + SLACK;
+        }
+        if (__any_sync(0xFFFFFFFFu, grown)) {
+#pragma unroll
+            for (int side = 0; side < 2; ++side) {
+                const float next = fmaxf(sums.reference[side], high[side]);
+                const float factor = exp_2(sums.reference[side] - next);
+                sums.reference[side] = next;
+                sums.total[side] *= factor;
+#pragma unroll
+                for (int e = 0; e < 2; ++e) sums.whole[2 * side + e] *= factor;
+#pragma unroll
+                for (int part = 0; part < V_PARTS; ++part)
+#pragma unroll
+                    for (int j = 0; j < D / 8; ++j)
+#pragma unroll
+                        for (int e = 0; e < 2; ++e) sums.out[part][j][2 * side + e] *= factor;
+            }
+        }
+
+        // Weights, and their values.
+#pragma unroll
+        for (int i = 0; i < TURNS / 2; ++i) {
+            if ((any >> 2 * i & 3) == 0) continue;
+            Weights<2> weights;
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+#pragma unroll
+                for (int side = 0; side < 2; ++side) {
+                    const float low = -sums.reference[side];
+                    const float a = exp_2(fmaf(t[i][h][2 * side], scale, low));
+                    const float b = exp_2(fmaf(t[i][h][2 * side + 1], scale, low));
+                    sums.total[side] += a + b;
+                    weights.set(h, side, a, b);
+                }
+            add_weighted(sums.out, weights,
+                         across + (from + QK_PARTS * PART_BYTES + 2 * i * 8 * ROW));
+            add_up(scalar_t(), sums.whole, weights, 2);
+        }
+    }
+
+    float factor[2], sum = 0;
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+        sums.total[side] = sum_of_quad(sums.total[side]);
+        factor[side] = inverse(sums.whole[2 * side]);
+        if (!own.there[side]) continue;
+#pragma unroll
+        for (int part = 0; part < V_PARTS; ++part)
+#pragma unroll
+            for (int j = 0; j < D / 8; ++j)
+#pragma unroll
+                for (int e = 0; e < 2; ++e) sum += sums.out[part][j][2 * side + e];
+    }
+    if (!__any_sync(0xFFFFFFFFu, !(fabsf(sum) < -minus_infinity()))) {
+        write_own(rows_of(p.out, g, item, head), own, p.value_dim, sums.out, factor);
+#pragma unroll
+        for (int side = 0; side < 2; ++side)
+            if (own.there[side] && lane % 4 == 0)
+                p.lse[own.number(g, item, p.heads, head, side)] =
+                    (sums.reference[side] + log_2(sums.total[side])) * (float)LN_2;
+        return;
+    }
+#pragma unroll 1
+    for (int row = 0; row < 16; ++row) {
+        int position[RANK];
+#pragma unroll
+        for (int a = 0; a < RANK; ++a)
+            position[a] = __shfl_sync(
+                0xFFFFFFFFu, row < 8 ? own.position[0][a] : own.position[1][a], row % 8 * 4);
+        if (__shfl_sync(0xFFFFFFFFu, (int)(row < 8 ? own.there[0] : own.there[1]), row % 8 * 4))
+            attend_alone(p, item, head, position,
+                         (item.batch * p.heads + head) * tokens_per_image(g) +
+                             token_number(g, item, position));
+    }
+}

@@ -1,0 +1,189 @@
+"""Plans of the tensor-core kernels for any window: which calls they run, in which launches.
+
+In: a `Problem`. Out: why the kernels cannot run it, the tile that its blocks take, or recipes. They
+run what the small-window kernels do not: lines and volumes, large windows, strides, causal axes,
+additional keys, head_dim and value_dim of up to 128. Sizes, tiles and strides are arguments;
+compiled in are dtype, rank, the parts that rows are cut into, and whether there is a bias.
+
+A tile depends on nothing but the shape of a map and the kind of its windows: sums are taken in
+blocks of keys, which begin with the tile, so results would not be the same bits with other tiles.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import product
+from math import e, log2, prod
+
+from natcupy.cuda import heuristics
+from natcupy.cuda.heuristics import FORWARD, KEYS, QUERIES, SIDES
+from natcupy.cuda.recipes import Plan, Problem, Recipe, access, geometry, recipe, views
+from natcupy.cuda.tiling import ITEM_SIZE, halo_of
+
+LARGEST_DIM = 128  # head_dim and value_dim; beyond, the sums of a row fill the registers
+FRAGMENT = 16  # tokens that a warp owns
+BLOCK = 8  # columns that are seen or skipped together
+TURN = 64  # tokens staged at a time
+SIZES = (128, 64)  # tokens of a tile
+LARGEST_GRID = 2**31 - 1
+OWN_SHARED = 4096  # bytes that the kernels declare themselves, at most
+LEAST_WORK = 1024  # numbers of all keys and values that a query sees, from which on they pay
+
+# Instructions of a warp, counted: for a block of columns that it sees, for a block that it stages,
+# for a turn, and for a tile beside these.
+SEEN, STAGED, TURNED, AROUND = 45, 28, 50, 400
+
+
+def why_not(p: Problem) -> str:
+    """Why the kernels cannot run `p`, or "" if they can."""
+    reasons = {
+        "float16, or bfloat16 from sm_80 on": p.dtype == "F16"
+        or (p.dtype == "BF16" and p.arch >= 80),
+        f"head_dim and value_dim of at most {LARGEST_DIM}": max(p.head_dim, p.value_dim)
+        <= LARGEST_DIM,
+        "rows at multiples of 16 bytes": access(p) == 16,
+    }
+    missing = [rule for rule, held in reasons.items() if not held]
+    if not missing:
+        missing = [rule for rule, held in _limits(p).items() if not held]
+    return f"they need {' and '.join(missing)}" if missing else ""
+
+
+def _limits(p: Problem) -> dict[str, bool]:
+    most = max(_shared(p, side) for side in SIDES) + OWN_SHARED
+    return {
+        "tiles that fit shared memory": most <= heuristics.block_limit(p.arch),
+        "at most 2**31 - 1 blocks": max(p.heads, p.kv_heads) * _items(p) <= LARGEST_GRID,
+        "what a tile sees within 2**32 bytes": _reach(p) < 2**32,
+    }
+
+
+def pays(p: Problem) -> bool:
+    """Whether the kernels are expected to beat the portable ones on `p`, which they can run."""
+    keys = prod(p.hood.kernel_size) + p.extras
+    return keys * (p.head_dim + p.value_dim) >= LEAST_WORK
+
+
+def _reach(p: Problem) -> int:
+    """Bytes from one corner to the other of the largest box of tokens that a tile sees."""
+    hood, size = p.hood, ITEM_SIZE[p.dtype]
+    axes = zip(p.groups, tile(p), hood.kernel_size, hood.stride, hood.dilation, strict=True)
+    extents = [min(n, t + 2 * (k + s)) * d for n, t, k, s, d in axes]
+    reach = [
+        strides[1] * p.extras
+        if name.startswith("extra")
+        else sum(n * step for n, step in zip(extents, strides[1:-1], strict=True))
+        for name, strides in p.strides
+    ]
+    return max(reach, default=0) * size
+
+
+# ------------------------------------------------------------------------------------------------
+# tiles
+
+
+def tile(p: Problem) -> tuple[int, ...]:
+    """Tokens per axis that a block owns."""
+    return _tile(p.groups, p.hood.kernel_size, p.hood.stride)
+
+
+@lru_cache(maxsize=4096)
+def _tile(groups, kernel_size, stride) -> tuple[int, ...]:
+    """The cheapest of all tiles of whole fragments whose extents are powers of two."""
+    size = next((s for s in reversed(SIZES) if s >= prod(groups)), SIZES[0])
+    powers = [1 << n for n in range(size.bit_length())]
+    shapes = (shape for shape in product(powers, repeat=len(groups)) if prod(shape) == size)
+    return min(shapes, key=lambda shape: _cost(groups, kernel_size, stride, shape))
+
+
+def _cost(groups, kernel_size, stride, shape) -> float:
+    """Instructions of all tiles of a group."""
+    halo = halo_of(groups, kernel_size, stride, shape)
+    staged = prod(halo[:-1]) * -(-halo[-1] // BLOCK)
+    warps = prod(shape) // FRAGMENT
+    seen = warps * _seen(groups, kernel_size, stride, shape)
+    turns = -(-staged * BLOCK // TURN)
+    one = SEEN * seen + STAGED * staged + warps * (TURNED * turns + AROUND)
+    return one * prod(-(-n // t) for n, t in zip(groups, shape, strict=True))
+
+
+def _seen(groups, kernel_size, stride, shape) -> float:
+    """Blocks of 8 columns that one of the 16 tokens of a warp sees, on average."""
+    left, fragment = FRAGMENT, []
+    for t in reversed(shape):
+        fragment.append(min(left, t))
+        left //= fragment[-1]
+    extents = halo_of(groups, kernel_size, stride, tuple(reversed(fragment)))
+    starts = range(0, shape[-1], fragment[0])
+    touched = [-(-(at % BLOCK + extents[-1]) // BLOCK) for at in starts]
+    return prod(extents[:-1]) * sum(touched) / len(touched)
+
+
+# ------------------------------------------------------------------------------------------------
+# recipes
+
+
+def _parts(p: Problem) -> tuple[int, int, int]:
+    """Numbers of a part of a row, and the parts of queries and keys and of values."""
+    dim = 32 if max(p.head_dim, p.value_dim) <= 32 else 64
+    return dim, -(-p.head_dim // dim), -(-p.value_dim // dim)
+
+
+def _items(p: Problem) -> int:
+    """Tiles of all dilation groups of all images."""
+    tiles = (-(-n // t) for n, t in zip(p.groups, tile(p), strict=True))
+    return p.batch * prod(tiles) * prod(p.hood.dilation)
+
+
+def _shared(p: Problem, side: str) -> int:
+    """Bytes of two turns of rows, and with queries their log-sum-exp and delta."""
+    dim, *parts = _parts(p)
+    row = dim * sum(parts) * ITEM_SIZE[p.dtype]
+    return 2 * TURN * (row + (8 if side == KEYS else 0))
+
+
+def _recipe(kernel: str, p: Problem, side: str, scale: float) -> Recipe:
+    dim, qk_parts, v_parts = _parts(p)
+    warps = prod(tile(p)) // FRAGMENT
+    constants = {
+        "SCALAR": p.dtype,
+        "RANK": p.rank,
+        "ACCESS": 16,
+        "LANES": 1,
+        "TERMS": 1,
+        "HEAD_DIM": dim,
+        "QK_PARTS": qk_parts,
+        "V_PARTS": v_parts,
+        "WARPS": warps,
+        "RPB": int(p.rpb),
+    }
+    values = {
+        **geometry(p, tile(p), (1,) * p.rank),
+        "heads": p.heads,
+        "kv_heads": p.kv_heads,
+        "queries_per_kv": p.heads // p.kv_heads,
+        "head_dim": p.head_dim,
+        "value_dim": p.value_dim,
+        "extras": p.extras,
+        "zero": 0,
+        "scale": scale,
+        **views(p),
+    }
+    heads = p.kv_heads if side == KEYS else p.heads
+    blocks, threads = heads * _items(p), (32 * warps, 1, 1)
+    return recipe(kernel, tuple(constants.items()), blocks, threads, _shared(p, side), values)
+
+
+def forward(p: Problem) -> Plan:
+    """The launch that computes `out` and `lse`."""
+    return Plan((_recipe("na_mma_fwd", p, FORWARD, p.scale * log2(e)),))
+
+
+def query_side(p: Problem) -> Plan:
+    """The launch that computes delta and d_query."""
+    return Plan((_recipe("na_mma_bwd_dq", p, QUERIES, p.scale),))
+
+
+def key_side(p: Problem) -> Plan:
+    """The launch that computes d_key and d_value."""
+    return Plan((_recipe("na_mma_bwd_dkv", p, KEYS, p.scale),))

@@ -56,6 +56,11 @@ struct Walk {
             }
         }
     }
+    // Where block `block` of the 8 begins.
+    __device__ __forceinline__ void find(int block, int (&to)[RANK]) const {
+#pragma unroll
+        for (int a = 0; a < RANK; ++a) to[a] = __shfl_sync(0xFFFFFFFFu, at[a], block);
+    }
     // Of 8 blocks each.
     __device__ __forceinline__ int turns() const {
         int blocks = pitch / 8;
@@ -64,12 +69,6 @@ struct Walk {
         return (blocks + TURNS - 1) / TURNS;
     }
 };
-
-// Where a block begins, known to the whole warp.
-__device__ __forceinline__ void block_at(const int (&at)[RANK], int block, int (&to)[RANK]) {
-#pragma unroll
-    for (int a = 0; a < RANK; ++a) to[a] = __shfl_sync(0xFFFFFFFFu, at[a], block);
-}
 
 __device__ __forceinline__ void copy_float(unsigned to, const void* from, bool real) {
 #if __CUDA_ARCH__ >= 800
@@ -126,7 +125,7 @@ __device__ __forceinline__ void stage(
     for (int n = 0; n < TURNS; n += WARPS) {
         const int block = n + threadIdx.x / 32;
         int at[RANK];
-        block_at(walk.at, block, at);
+        walk.find(block, at);
         a.copy<QK_PARTS>(walk, at, block, to);
         b.copy<V_PARTS>(walk, at, block, to + QK_PARTS * PART_BYTES);
     }
@@ -134,86 +133,101 @@ __device__ __forceinline__ void stage(
 
 // ---- what tokens see -------------------------------------------------------------------------
 
-struct Bounds { int any_begin, any_end, all_begin, all_end; };
-struct Span { int begin; unsigned extent; };
+struct alignas(8) Span { int begin; unsigned extent; };
+struct alignas(16) Spans { Span axis[RANK == 3 ? 2 : 1]; };  // along all axes but the last
 
-// What the 16 tokens of a warp see, relative to the halo, per axis: in shared memory the boxes that
-// any and all of them see, and the spans of each but those along the last axis, which lanes hold of
-// their own two tokens.
-struct Shared { Bounds bounds[RANK]; Span spans[16][RANK == 1 ? 1 : LAST]; };
+// What the 16 tokens of a warp see, relative to the halo.
 struct Sight {
-    Shared* shared;  // of this warp
-    Span last[2];
+    Spans* spans;   // [token], in shared memory
+    unsigned full;  // the tokens that are there, as bits
+    Span last[2];   // of the lane's own two tokens along the last axis
+    int any_begin, any_end, all_begin, all_end;  // along the last axis, what any and all of them see
 
-    // Of two intervals per axis; tokens that are not there see nothing.
-    __device__ __forceinline__ void set(const Interval (&seen)[2][RANK], const bool (&there)[2]) {
+    // Of lane n and n + 16: what token n sees; one that is not there sees nothing.
+    __device__ __forceinline__ void set(const Interval (&seen)[RANK], bool there) {
         const int lane = threadIdx.x % 32;
         __syncwarp();
 #pragma unroll
-        for (int a = 0; a < RANK; ++a) {
-            Bounds b = {0x7FFFFFFF, 0, 0, 0x7FFFFFFF};
+        for (int a = 0; a < LAST; ++a)
+            if (lane < 16)
+                spans[lane].axis[a] = {seen[a].begin,
+                                       there ? (unsigned)(seen[a].end - seen[a].begin) : 0u};
+        const Interval one = seen[LAST];
+        any_begin = there ? one.begin : 0x7FFFFFFF;
+        any_end = there ? one.end : 0;
+        all_begin = there ? one.begin : 0;
+        all_end = there ? one.end : 0x7FFFFFFF;
 #pragma unroll
-            for (int side = 0; side < 2; ++side) {
-                const int begin = seen[side][a].begin, end = seen[side][a].end;
-                const Span span = {begin, there[side] ? end - begin : 0u};
-                if (a == LAST)
-                    last[side] = span;
-                else if (lane % 4 == 0)
-                    shared->spans[side * 8 + lane / 4][a] = span;
-                if (there[side])
-                    b = {least(b.any_begin, begin), most(b.any_end, end),
-                         most(b.all_begin, begin), least(b.all_end, end)};
-            }
+        for (int step = 1; step < 16; step *= 2) {
+            any_begin = least(any_begin, __shfl_xor_sync(0xFFFFFFFFu, any_begin, step));
+            any_end = most(any_end, __shfl_xor_sync(0xFFFFFFFFu, any_end, step));
+            all_begin = most(all_begin, __shfl_xor_sync(0xFFFFFFFFu, all_begin, step));
+            all_end = least(all_end, __shfl_xor_sync(0xFFFFFFFFu, all_end, step));
+        }
+        full = __ballot_sync(0xFFFFFFFFu, there) & 0xFFFF;
 #pragma unroll
-            for (int step = 4; step < 32; step *= 2) {
-                b.any_begin = least(b.any_begin, __shfl_xor_sync(0xFFFFFFFFu, b.any_begin, step));
-                b.any_end = most(b.any_end, __shfl_xor_sync(0xFFFFFFFFu, b.any_end, step));
-                b.all_begin = most(b.all_begin, __shfl_xor_sync(0xFFFFFFFFu, b.all_begin, step));
-                b.all_end = least(b.all_end, __shfl_xor_sync(0xFFFFFFFFu, b.all_end, step));
-            }
-            if (lane == 0) shared->bounds[a] = b;
+        for (int side = 0; side < 2; ++side) {
+            const int token = side * 8 + lane / 4;
+            last[side].begin = __shfl_sync(0xFFFFFFFFu, one.begin, token);
+            last[side].extent = __shfl_sync(0xFFFFFFFFu, there ? one.end - one.begin : 0, token);
         }
         __syncwarp();
     }
     // Of a line of tokens that all see, as additional keys are.
-    __device__ __forceinline__ void set_line(int length, const bool (&there)[2]) {
-        Interval seen[2][RANK];
+    __device__ __forceinline__ void set_line(int length) {
+        Interval seen[RANK];
 #pragma unroll
-        for (int side = 0; side < 2; ++side)
-#pragma unroll
-            for (int a = 0; a < RANK; ++a) seen[side][a] = {0, a == LAST ? length : 1};
-        set(seen, there);
+        for (int a = 0; a < RANK; ++a) seen[a] = {0, a == LAST ? length : 1};
+        set(seen, full >> threadIdx.x % 16 & 1);
     }
-    // Of 8 blocks, as bits: those that any token sees, and those that all tokens see.
-    __device__ __forceinline__ void look(const int (&at)[RANK], unsigned& any, unsigned& all) const {
-        bool some = true, every = true;
+};
+
+// What is seen of the 8 blocks of a turn. Lane n knows of block n % 8 which tokens see its line.
+struct Turn {
+    int column;                // where the lane's block begins
+    unsigned tokens, any, all; // as bits; blocks that any token sees, and that all tokens see
+
+    __device__ __forceinline__ Turn(const Sight& sight, const int (&at)[RANK]) {
+        column = at[LAST];
+        tokens = sight.full;
+        if (RANK > 1) {  // each quarter of the lanes asks for four tokens
+            const int first = threadIdx.x % 32 / 8 * 4;
+            tokens = 0;
 #pragma unroll
-        for (int a = 0; a < RANK; ++a) {
-            const Bounds b = shared->bounds[a];
-            const int end = at[a] + (a == LAST ? 8 : 1);
-            some &= at[a] < b.any_end && end > b.any_begin;
-            every &= at[a] >= b.all_begin && end <= b.all_end;
+            for (int i = 0; i < 4; ++i) {
+                const Spans spans = sight.spans[first + i];
+                bool near = true;
+#pragma unroll
+                for (int a = 0; a < LAST; ++a)
+                    near &= (unsigned)(at[a] - spans.axis[a].begin) < spans.axis[a].extent;
+                if (near) tokens |= 1 << i;
+            }
+            tokens <<= first;
+            tokens |= __shfl_xor_sync(0xFFFFFFFFu, tokens, 8);
+            tokens |= __shfl_xor_sync(0xFFFFFFFFu, tokens, 16);
         }
-        any = __ballot_sync(0xFFFFFFFFu, some);
-        all = __ballot_sync(0xFFFFFFFFu, every);
+        any = __ballot_sync(0xFFFFFFFFu, tokens != 0 && column < sight.any_end &&
+                                             column + 8 > sight.any_begin);
+        all = __ballot_sync(0xFFFFFFFFu, tokens == sight.full && column >= sight.all_begin &&
+                                             column + 8 <= sight.all_end);
     }
+    __device__ __forceinline__ bool skips(int pair) const { return (any >> 2 * pair & 3) == 0; }
+    __device__ __forceinline__ bool masks(int pair) const { return (all >> 2 * pair & 3) != 3; }
 };
 
 // What the lane's two tokens see of its two columns of a block.
 struct Mask {
     unsigned first[2], extent[2];
 
-    __device__ __forceinline__ Mask(const Sight& sight, const int (&at)[RANK]) {
+    __device__ __forceinline__ Mask(const Sight& sight, const Turn& turn, int block) {
+        const unsigned tokens = __shfl_sync(0xFFFFFFFFu, turn.tokens, block);
+        const int column =
+            __shfl_sync(0xFFFFFFFFu, turn.column, block) + (int)(threadIdx.x % 4) * 2;
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
-            bool near = true;
-#pragma unroll
-            for (int a = 0; a < LAST; ++a) {
-                const Span span = sight.shared->spans[side * 8 + threadIdx.x % 32 / 4][a];
-                near &= (unsigned)(at[a] - span.begin) < span.extent;
-            }
-            first[side] = at[LAST] + threadIdx.x % 4 * 2 - sight.last[side].begin;
-            extent[side] = near ? sight.last[side].extent : 0;
+            first[side] = column - sight.last[side].begin;
+            extent[side] = tokens & 1 << (side * 8 + threadIdx.x % 32 / 4) ? sight.last[side].extent
+                                                                           : 0;
         }
     }
     __device__ __forceinline__ bool sees(int side, int e) const {
@@ -227,30 +241,34 @@ struct Mask {
 template <bool FORWARDS>
 struct Biases {
     const float* table;  // of the head
-    int base[2], step[RANK];
+    int base[2];         // of the lane's tokens with its own columns of the halo's first block
 
     __device__ __forceinline__ Biases(
         const Geometry& g, const Box& halo, const int (&position)[2][RANK]) {
-        base[0] = base[1] = 0;
 #pragma unroll
-        for (int a = 0; a < RANK; ++a) {
+        for (int side = 0; side < 2; ++side) {
+            int n = 0;
 #pragma unroll
-            for (int side = 0; side < 2; ++side)
-                base[side] = base[side] * (2 * g.kernel_size[a] - 1) +
-                             (FORWARDS ? rpb_index(halo.begin[a], position[side][a], g.kernel_size[a])
-                                       : rpb_index(position[side][a], halo.begin[a], g.kernel_size[a]));
-            step[a] = FORWARDS ? 1 : -1;
-#pragma unroll
-            for (int b = 0; b < a; ++b) step[b] *= 2 * g.kernel_size[a] - 1;
+            for (int a = 0; a < RANK; ++a) {
+                const int own = position[side][a], other = halo.begin[a], k = g.kernel_size[a];
+                n = n * (2 * k - 1) +
+                    (FORWARDS ? rpb_index(other, own, k) : rpb_index(own, other, k));
+            }
+            base[side] = n + STEP * (int)(threadIdx.x % 4) * 2;
         }
     }
-    // In base two, of element `e` of a block; zero where the pair does not see each other.
-    __device__ __forceinline__ float at(const int (&block)[RANK], int side, int e, bool sees) const {
-        int n = base[side] + step[LAST] * (threadIdx.x % 4 * 2 + e);
+    // From the halo's first block to the one at `at`.
+    static __device__ __forceinline__ int offset(const Geometry& g, const int (&at)[RANK]) {
+        int n = 0;
 #pragma unroll
-        for (int a = 0; a < RANK; ++a) n += block[a] * step[a];
-        return sees ? table[n] * (float)LOG2_E : 0.0f;
+        for (int a = 0; a < RANK; ++a) n = n * (2 * g.kernel_size[a] - 1) + at[a];
+        return STEP * n;
     }
+    // In base two; zero where the pair does not see each other. `offset` is the block's.
+    __device__ __forceinline__ float at(int offset, int side, int e, bool sees) const {
+        return sees ? table[base[side] + offset + STEP * e] * (float)LOG2_E : 0.0f;
+    }
+    enum { STEP = FORWARDS ? 1 : -1 };
 };
 
 // ---- rows that a lane owns -------------------------------------------------------------------
@@ -262,26 +280,23 @@ struct Own {
 
     template <bool INVERSE>
     __device__ __forceinline__ void set(const Geometry& g, const Item& item, Sight& sight) {
-        Interval seen[2][RANK];
-        const int lane = threadIdx.x % 32;
+        const int lane = threadIdx.x % 32, slot = threadIdx.x / 32 * 16 + lane % 16;
+        int token[RANK];  // lanes n and n + 16 find token n, and tell the lanes that own it
+        Interval seen[RANK];
+        const bool here = own_token<INVERSE>(g, item, slot, token, seen);
+#pragma unroll
+        for (int a = 0; a < RANK; ++a) {
+            seen[a].begin -= item.halo.begin[a];
+            seen[a].end -= item.halo.begin[a];
+        }
+        sight.set(seen, here);
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
-            const int slot = threadIdx.x / 32 * 16 + side * 8 + lane / 4;
-            there[side] = own_token<INVERSE>(g, item, slot, position[side], seen[side]);
-            there[side] &= slot < slots(g);
+            there[side] = sight.full >> (side * 8 + lane / 4) & 1;
 #pragma unroll
-            for (int a = 0; a < RANK; ++a) {
-                seen[side][a].begin -= item.halo.begin[a];
-                seen[side][a].end -= item.halo.begin[a];
-            }
+            for (int a = 0; a < RANK; ++a)
+                position[side][a] = __shfl_sync(0xFFFFFFFFu, token[a], side * 8 + lane / 4);
         }
-        sight.set(seen, there);
-    }
-    static __device__ __forceinline__ int slots(const Geometry& g) {
-        int count = 1;
-#pragma unroll
-        for (int a = 0; a < RANK; ++a) count *= g.tile[a];
-        return count;
     }
     // The number among those of all heads, [batch, heads, *spatial], of a token that is there.
     __device__ __forceinline__ long long number(

@@ -48,7 +48,7 @@ __device__ __forceinline__ void stage_numbers(
     for (int n = 0; n < TURNS; n += WARPS) {
         const int block = n + threadIdx.x / 32, row = threadIdx.x % 8, lane = threadIdx.x % 32;
         int at[RANK], token[RANK];
-        block_at(walk.at, block, at);
+        walk.find(block, at);
         bool real = true;
 #pragma unroll
         for (int a = 0; a < RANK; ++a) {
@@ -66,14 +66,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
 na_mma_bwd_dkv(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) unsigned char shared[];
     __shared__ Item item;
-    __shared__ Shared sights[WARPS];
+    __shared__ Spans spans[WARPS][16];
     const Geometry& g = p.geometry;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int kv_head = blockIdx.x % p.kv_heads;
     if (!begin_item<true>(g, blockIdx.x / p.kv_heads, item)) return;
 
     Sight sight;
-    sight.shared = sights + warp;
+    sight.spans = spans[warp];
     Own own;
     own.set<true>(g, item, sight);
     Biases<false> biases(g, item.halo, own.position);
@@ -111,9 +111,8 @@ na_mma_bwd_dkv(const __grid_constant__ Params p) {
         if (RPB) biases.table = p.rpb + (long long)head * biases_per_head(g);
         copies_done();
         __syncthreads();  // these have come, and the buffer of those before is free
-        int at[RANK];
-#pragma unroll
-        for (int a = 0; a < RANK; ++a) at[a] = walk.at[a];
+        const Turn turn(sight, walk.at);
+        const int offset = RPB ? biases.offset(g, walk.at) : 0;
         if (n + 1 < turns) {
             if (--left == 0) {
                 left = head_turns;
@@ -129,11 +128,9 @@ na_mma_bwd_dkv(const __grid_constant__ Params p) {
             fetch(staged + (n + 1) % 2 * STAGED);
         }
 
-        unsigned any, all;
-        sight.look(at, any, all);
 #pragma unroll 1
         for (int i = 0; i < TURNS / 2; ++i) {
-            if ((any >> 2 * i & 3) == 0) continue;
+            if (turn.skips(i)) continue;
             const unsigned from = staged + n % 2 * STAGED + 2 * i * 8 * ROW;
             const unsigned numbers = staged + n % 2 * STAGED + NUMBERS +
                                      (2 * i * 8 + lane % 4 * 2) * 4;
@@ -153,15 +150,14 @@ na_mma_bwd_dkv(const __grid_constant__ Params p) {
 #pragma unroll
                 for (int e = 0; e < 2; ++e)
                     minus_lse[e] = read_float(numbers + (h * 8 + e) * 4) * -(float)LOG2_E;
-                if (RPB || (all >> 2 * i & 3) != 3) {
-                    int block[RANK];
-                    block_at(at, 2 * i + h, block);
-                    const Mask mask(sight, block);
+                if (RPB || turn.masks(i)) {
+                    const Mask mask(sight, turn, 2 * i + h);
+                    const int there = RPB ? __shfl_sync(0xFFFFFFFFu, offset, 2 * i + h) : 0;
 #pragma unroll
                     for (int e = 0; e < 4; ++e) {
                         const bool sees = mask.sees(e / 2, e % 2);
                         float x = fmaf(t[h][e], scale, minus_lse[e % 2]);
-                        if (RPB) x += biases.at(block, e / 2, e % 2, sees);
+                        if (RPB) x += biases.at(there, e / 2, e % 2, sees);
                         t[h][e] = sees ? exp_2(x) : 0;
                         d[h][e] = sees ? t[h][e] * d[h][e] : 0;
                     }

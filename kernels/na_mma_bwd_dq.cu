@@ -43,14 +43,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
 na_mma_bwd_dq(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) unsigned char shared[];
     __shared__ Item item;
-    __shared__ Shared sights[WARPS];
+    __shared__ Spans spans[WARPS][16];
     const Geometry& g = p.geometry;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int head = blockIdx.x % p.heads, kv_head = head / p.queries_per_kv;
     if (!begin_item<false>(g, blockIdx.x / p.heads, item)) return;
 
     Sight sight;
-    sight.shared = sights + warp;
+    sight.spans = spans[warp];
     Own own;
     own.set<false>(g, item, sight);
     Biases<true> biases(g, item.halo, own.position);
@@ -115,9 +115,9 @@ na_mma_bwd_dq(const __grid_constant__ Params p) {
     for (int n = 0; n < turns; ++n) {
         copies_done();
         __syncthreads();  // these have come, and the buffer of those before is free
-        int at[RANK];
-#pragma unroll
-        for (int a = 0; a < RANK; ++a) at[a] = walk.at[a];
+        if (n == window_turns) sight.set_line(p.extras);
+        const Turn turn(sight, walk.at);
+        const int offset = RPB ? biases.offset(g, walk.at) : 0;
         if (n + 1 < turns) {
             if (n + 1 == window_turns) {
                 const Box line = line_box(0, p.extras);
@@ -131,13 +131,9 @@ na_mma_bwd_dq(const __grid_constant__ Params p) {
             stage(walk, keys, values, staged + (n + 1) % 2 * STAGED);
         }
         const bool in_window = n < window_turns;
-        if (n == window_turns) sight.set_line(p.extras, own.there);
-
-        unsigned any, all;
-        sight.look(at, any, all);
 #pragma unroll 1
         for (int i = 0; i < TURNS / 2; ++i) {
-            if ((any >> 2 * i & 3) == 0) continue;
+            if (turn.skips(i)) continue;
             const unsigned from = staged + n % 2 * STAGED + 2 * i * 8 * ROW;
             float t[2][4], d[2][4];
 #pragma unroll
@@ -149,17 +145,16 @@ na_mma_bwd_dq(const __grid_constant__ Params p) {
                 }
             add_products(t, query, from + rows);
             add_products(d, d_out, from + rows + QK_PARTS * PART_BYTES);
-            if (RPB || (all >> 2 * i & 3) != 3) {
+            if (RPB || turn.masks(i)) {
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
-                    int block[RANK];
-                    block_at(at, 2 * i + h, block);
-                    const Mask mask(sight, block);
+                    const Mask mask(sight, turn, 2 * i + h);
+                    const int there = RPB ? __shfl_sync(0xFFFFFFFFu, offset, 2 * i + h) : 0;
 #pragma unroll
                     for (int e = 0; e < 4; ++e) {
                         const bool sees = mask.sees(e / 2, e % 2);
                         float x = fmaf(t[h][e], scale, minus_lse[e / 2]);
-                        if (RPB) x += biases.at(block, e / 2, e % 2, sees && in_window);
+                        if (RPB) x += biases.at(there, e / 2, e % 2, sees && in_window);
                         d[h][e] = sees ? exp_2(x) * d[h][e] : 0;
                     }
                 }

@@ -107,14 +107,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
 na_mma_fwd(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) unsigned char shared[];
     __shared__ Item item;
-    __shared__ Shared sights[WARPS];
+    __shared__ Spans spans[WARPS][16];
     const Geometry& g = p.geometry;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int head = blockIdx.x % p.heads, kv_head = head / p.queries_per_kv;
     if (!begin_item<false>(g, blockIdx.x / p.heads, item)) return;
 
     Sight sight;
-    sight.shared = sights + warp;
+    sight.spans = spans[warp];
     Own own;
     own.set<false>(g, item, sight);
     Biases<true> biases(g, item.halo, own.position);
@@ -151,9 +151,9 @@ na_mma_fwd(const __grid_constant__ Params p) {
     for (int n = 0; n < turns; ++n) {
         copies_done();
         __syncthreads();  // these have come, and the buffer of those before is free
-        int at[RANK];
-#pragma unroll
-        for (int a = 0; a < RANK; ++a) at[a] = walk.at[a];
+        if (n == window_turns) sight.set_line(p.extras);
+        const Turn turn(sight, walk.at);
+        const int offset = RPB ? biases.offset(g, walk.at) : 0;
         if (n + 1 < turns) {
             if (n + 1 == window_turns) {
                 const Box line = line_box(0, p.extras);
@@ -167,11 +167,7 @@ na_mma_fwd(const __grid_constant__ Params p) {
             stage(walk, keys, values, staged + (n + 1) % 2 * STAGED);
         }
         const bool in_window = n < window_turns;
-        if (n == window_turns) sight.set_line(p.extras, own.there);
-
-        unsigned any, all;
-        sight.look(at, any, all);
-        if ((any & 0xFF) == 0) continue;
+        if (turn.any == 0) continue;
         const unsigned from = staged + n % 2 * STAGED;
 
         // Scores of the turn; minus infinity for what is not seen.
@@ -181,22 +177,21 @@ na_mma_fwd(const __grid_constant__ Params p) {
 #pragma unroll
             for (int h = 0; h < 2; ++h)
 #pragma unroll
-                for (int e = 0; e < 4; ++e) t[i][h][e] = any >> 2 * i & 3 ? 0 : minus_infinity();
-            if ((any >> 2 * i & 3) == 0) continue;
+                for (int e = 0; e < 4; ++e) t[i][h][e] = turn.skips(i) ? minus_infinity() : 0;
+            if (turn.skips(i)) continue;
             add_products(t[i], query, from + rows + 2 * i * 8 * ROW);
-            if (RPB || (all >> 2 * i & 3) != 3) {
+            if (RPB || turn.masks(i)) {
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
-                    int block[RANK];
-                    block_at(at, 2 * i + h, block);
-                    const Mask mask(sight, block);
+                    const Mask mask(sight, turn, 2 * i + h);
+                    const int there = RPB ? __shfl_sync(0xFFFFFFFFu, offset, 2 * i + h) : 0;
 #pragma unroll
                     for (int e = 0; e < 4; ++e) {
                         const bool sees = mask.sees(e / 2, e % 2);
                         float x = t[i][h][e];
                         if (RPB)
                             x = x * fabsf(p.scale) +
-                                biases.at(block, e / 2, e % 2, sees && in_window);
+                                biases.at(there, e / 2, e % 2, sees && in_window);
                         t[i][h][e] = sees ? x : minus_infinity();
                     }
                 }
@@ -235,7 +230,7 @@ na_mma_fwd(const __grid_constant__ Params p) {
         // Weights, and their values.
 #pragma unroll
         for (int i = 0; i < TURNS / 2; ++i) {
-            if ((any >> 2 * i & 3) == 0) continue;
+            if (turn.skips(i)) continue;
             Weights<2> weights;
 #pragma unroll
             for (int h = 0; h < 2; ++h)

@@ -330,28 +330,47 @@ __device__ __forceinline__ void read_own(
     }
 }
 
+// A part of a row of results times `factor`, as `store_row` writes it, the first `numbers` of it.
+template <class Half>
+__device__ __forceinline__ void write_part(
+    Half, scalar_t* to, const float (&x)[D / 8][4], int side, float factor, int numbers) {
+    const int c = threadIdx.x % 4;
+    const bool odd = c & 1;
+#pragma unroll
+    for (int j = 0; j < D / 8; j += 2) {  // two lanes trade pairs
+        const unsigned low = pair(Half(), x[j][2 * side] * factor, x[j][2 * side + 1] * factor);
+        const unsigned high =
+            pair(Half(), x[j + 1][2 * side] * factor, x[j + 1][2 * side + 1] * factor);
+        const unsigned got = __shfl_xor_sync(0xFFFFFFFFu, odd ? low : high, 1);
+        write_global(to + j * 8 + stored(c), odd ? got : low, odd ? high : got,
+                     j * 8 + stored(c) < numbers);
+    }
+}
+__device__ __forceinline__ void write_part(
+    F32, scalar_t* to, const float (&x)[D / 8][4], int side, float factor, int numbers) {
+    const int c = threadIdx.x % 4;
+#pragma unroll
+    for (int n = 0; n < PIECES; ++n) {
+        unsigned w[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+            w[j] = __float_as_uint(x[n / 2 * 4 + j][2 * side + n % 2] * factor);
+        if ((4 * n + c) * CHUNK < numbers) write_global(to + (4 * n + c) * CHUNK, w);
+    }
+}
+
 // Results of the lane's rows, in parts, times `factor` of each.
 template <int PARTS>
 __device__ __forceinline__ void write_own(
     const Rows& rows, const Own& own, int dim, const float (&x)[PARTS][D / 8][4],
     const float (&factor)[2]) {
-    const int c = threadIdx.x % 4;
-    const bool odd = c & 1;
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
-        scalar_t* to = rows.at(own.position[side]) + stored(c);
+        scalar_t* to = rows.at(own.position[side]);
 #pragma unroll
         for (int part = 0; part < PARTS; ++part)
-#pragma unroll
-            for (int j = 0; j < D / 8; j += 2) {  // two lanes trade pairs, as in `store_row`
-                const unsigned low = pair(scalar_t(), x[part][j][2 * side] * factor[side],
-                                          x[part][j][2 * side + 1] * factor[side]);
-                const unsigned high = pair(scalar_t(), x[part][j + 1][2 * side] * factor[side],
-                                           x[part][j + 1][2 * side + 1] * factor[side]);
-                const unsigned got = __shfl_xor_sync(0xFFFFFFFFu, odd ? low : high, 1);
-                write_global(to + part * D + j * 8, odd ? got : low, odd ? high : got,
-                             own.there[side] && part * D + j * 8 + stored(c) < dim);
-            }
+            write_part(scalar_t(), to + part * D, x[part], side, factor[side],
+                       own.there[side] ? dim - part * D : 0);
     }
 }
 
@@ -367,13 +386,26 @@ __device__ __forceinline__ void clear(float (&x)[PARTS][D / 8][4]) {
 
 // ---- products of a pair of blocks ------------------------------------------------------------
 
-// s += products of the own rows with 16 staged rows, the first of which is at `at`.
+// s += products of the own rows with 16 staged rows, the first of which is at `at`. Exact floats are
+// added last: see `multiply`. `zero` is 0, which the compiler must not know.
 template <int PARTS>
 __device__ __forceinline__ void add_products(
-    float (&s)[2][4], const Left (&own)[PARTS], unsigned at) {
+    float (&s)[2][4], Left (&own)[PARTS], unsigned at, unsigned zero) {
+    float sum[2][4] = {}, rest[2][4] = {};
 #pragma unroll
-    for (int part = 0; part < PARTS; ++part)
-        multiply_rows(s, s, own[part], at + part * PART_BYTES, 8 * ROW, 2);
+    for (int part = 0; part < PARTS; ++part) {
+        const unsigned rows = at + part * PART_BYTES;
+        if (FLOATS)
+            multiply_rows(sum, rest, own[part], rows, 8 * ROW, 2);
+        else
+            multiply_rows(s, s, own[part], rows, 8 * ROW, 2);
+        own[part].renew(zero);
+    }
+    if (FLOATS)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) s[h][e] += sum[h][e] + rest[h][e];
 }
 
 // out += weights times 16 staged rows.

@@ -1,5 +1,4 @@
-// Backward on tensor cores, keys at rest: what na_bwd_dkv computes, in halves. Delta must have been
-// written.
+// Backward on tensor cores, keys at rest: what na_bwd_dkv computes. Delta must have been written.
 //
 // A block takes a tile of keys of one key head, a warp 16 of them. The queries that see the tile pass
 // through shared memory 64 at a time with the gradients of their outputs, for every query head that
@@ -37,7 +36,7 @@ struct Params {
 enum {
     NUMBERS = (QK_PARTS + V_PARTS) * PART_BYTES,
     STAGED = NUMBERS + 2 * TOKENS * 4,
-    MIN_BLOCKS = (QK_PARTS + V_PARTS) * D <= 64 ? 16 / WARPS : 8 / WARPS
+    MIN_BLOCKS = (QK_PARTS + V_PARTS) * ROW <= 128 ? 16 / WARPS : 8 / WARPS
 };
 
 // Log-sum-exp and delta of the 8 blocks that `walk` is at.
@@ -142,8 +141,8 @@ na_mma_bwd_dkv(const __grid_constant__ Params p) {
                     t[h][e] = t[h][2 + e] = 0;
                     d[h][e] = d[h][2 + e] = -read_float(numbers + (TOKENS + h * 8 + e) * 4);
                 }
-            add_products(t, key, from + rows);
-            add_products(d, value, from + rows + QK_PARTS * PART_BYTES);
+            add_products(t, key, from + rows, p.zero);
+            add_products(d, value, from + rows + QK_PARTS * PART_BYTES, p.zero);
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 float minus_lse[2];

@@ -1,5 +1,5 @@
 // Backward on tensor cores, queries at rest: what na_bwd_dq computes, but for the gradient of the
-// bias, in halves. Delta is written for the key side, which runs later.
+// bias. Delta is written for the key side, which runs later.
 //
 // A block takes a tile of queries of one head, a warp 16 of them; keys and values pass as in
 // na_mma_fwd. A NaN or infinity may spread to the 16 queries of a warp that has its key before it.
@@ -36,7 +36,7 @@ struct Params {
 
 enum {
     STAGED = (QK_PARTS + V_PARTS) * PART_BYTES,  // bytes, twice
-    MIN_BLOCKS = (QK_PARTS + V_PARTS) * D <= 128 ? 16 / WARPS : 8 / WARPS
+    MIN_BLOCKS = (QK_PARTS + V_PARTS) * ROW <= 256 ? 16 / WARPS : 8 / WARPS
 };
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
@@ -143,8 +143,8 @@ na_mma_bwd_dq(const __grid_constant__ Params p) {
                     t[h][e] = 0;
                     d[h][e] = minus_delta[e / 2];
                 }
-            add_products(t, query, from + rows);
-            add_products(d, d_out, from + rows + QK_PARTS * PART_BYTES);
+            add_products(t, query, from + rows, p.zero);
+            add_products(d, d_out, from + rows + QK_PARTS * PART_BYTES, p.zero);
             if (RPB || turn.masks(i)) {
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {

@@ -1,4 +1,4 @@
-// Forward on tensor cores, for any window: what na_fwd computes, in halves.
+// Forward on tensor cores, for any window: what na_fwd computes.
 //
 // A block takes a tile of queries of one head, a warp 16 of them. Keys and values that the tile sees
 // pass through shared memory 64 at a time, then the additional ones. The softmax is online, per turn:
@@ -36,12 +36,13 @@ struct Params {
 
 enum {
     STAGED = (QK_PARTS + V_PARTS) * PART_BYTES,  // bytes, twice
-    MIN_BLOCKS = (QK_PARTS + V_PARTS) * D <= 128 ? 16 / WARPS : 8 / WARPS
+    MIN_BLOCKS = (QK_PARTS + V_PARTS) * ROW <= 256 ? 16 / WARPS : 8 / WARPS
 };
 #define SLACK 8.0f
 #define LOWEST -3e38f  // finite: a reference that no score has set yet
 
-// What a lane knows of its two queries; the reference is in base two.
+// What a lane knows of its two queries; the reference is in base two. Of weights in halves `whole` has
+// the sum after rounding: over it, a key that alone weighs anything gives its value exactly.
 struct Sums {
     float out[V_PARTS][D / 8][4], reference[2], total[2], whole[4];
 };
@@ -133,7 +134,7 @@ na_mma_fwd(const __grid_constant__ Params p) {
     // Scores are made positive multiples of products, so that the largest of both is the same.
     Left query[QK_PARTS];
     read_own(rows_of(p.query, g, item, head), own, p.head_dim,
-             p.zero ^ (p.scale < 0 ? 0x80008000u : 0u), query);
+             p.zero ^ (p.scale >= 0 ? 0 : FLOATS ? 0x80000000u : 0x80008000u), query);
     const float scale = RPB ? 1.0f : fabsf(p.scale);
     Sums sums;
     clear(sums.out);
@@ -179,7 +180,7 @@ na_mma_fwd(const __grid_constant__ Params p) {
 #pragma unroll
                 for (int e = 0; e < 4; ++e) t[i][h][e] = turn.skips(i) ? minus_infinity() : 0;
             if (turn.skips(i)) continue;
-            add_products(t[i], query, from + rows + 2 * i * 8 * ROW);
+            add_products(t[i], query, from + rows + 2 * i * 8 * ROW, p.zero);
             if (RPB || turn.masks(i)) {
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
@@ -252,7 +253,7 @@ na_mma_fwd(const __grid_constant__ Params p) {
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
         sums.total[side] = sum_of_quad(sums.total[side]);
-        factor[side] = inverse(sums.whole[2 * side]);
+        factor[side] = inverse(FLOATS ? sums.total[side] : sums.whole[2 * side]);
         if (!own.there[side]) continue;
 #pragma unroll
         for (int part = 0; part < V_PARTS; ++part)

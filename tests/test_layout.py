@@ -30,7 +30,7 @@ FLOORS = [
     ("natcupy.cuda.recipes",),
     ("natcupy.cuda.heuristics",),
     ("natcupy.cuda.small_tiles",),
-    ("natcupy.cuda.small",),
+    ("natcupy.cuda.small", "natcupy.cuda.mma"),
     ("natcupy.cuda.plan",),
     ("natcupy.tiles", "natcupy.reference", "natcupy.cuda", "natcupy.cpu"),
     ("natcupy.backends", "natcupy.known_calls"),

@@ -2,8 +2,9 @@
 
 In: a `Problem`. Out: why the kernels cannot run it, the tile that its blocks take, or recipes. They
 run what the small-window kernels do not: lines and volumes, large windows, strides, causal axes,
-additional keys, head_dim and value_dim of up to 128. Sizes, tiles and strides are arguments;
-compiled in are dtype, rank, the parts that rows are cut into, and whether there is a bias.
+additional keys, head_dim and value_dim of up to 128 (float32: 64). Sizes, tiles and strides are
+arguments; compiled in are dtype, rank, the parts that rows are cut into, and whether there is a
+bias; for float32 also the terms of a product, as for small windows.
 
 A tile depends on nothing but the shape of a map and the kind of its windows: sums are taken in
 blocks of keys, which begin with the tile, so results would not be the same bits with other tiles.
@@ -20,14 +21,14 @@ from natcupy.cuda.heuristics import FORWARD, KEYS, QUERIES, SIDES
 from natcupy.cuda.recipes import Plan, Problem, Recipe, access, geometry, recipe, views
 from natcupy.cuda.tiling import ITEM_SIZE, halo_of
 
-LARGEST_DIM = 128  # head_dim and value_dim; beyond, the sums of a row fill the registers
+LARGEST_ROW = 256  # bytes of head_dim or value_dim; beyond, the sums of a row fill the registers
 FRAGMENT = 16  # tokens that a warp owns
 BLOCK = 8  # columns that are seen or skipped together
 TURN = 64  # tokens staged at a time
 SIZES = (128, 64)  # tokens of a tile
 LARGEST_GRID = 2**31 - 1
 OWN_SHARED = 4096  # bytes that the kernels declare themselves, at most
-LEAST_WORK = 1024  # numbers of all keys and values that a query sees, from which on they pay
+LEAST_WORK = 2048  # bytes of all keys and values that a query sees, from which on they pay
 
 # Instructions of a warp, counted: for a block of columns that it sees, for a block that it stages,
 # for a turn, and for a tile beside these.
@@ -36,11 +37,11 @@ SEEN, STAGED, TURNED, AROUND = 45, 28, 50, 400
 
 def why_not(p: Problem) -> str:
     """Why the kernels cannot run `p`, or "" if they can."""
+    most = LARGEST_ROW // ITEM_SIZE[p.dtype]
     reasons = {
-        "float16, or bfloat16 from sm_80 on": p.dtype == "F16"
-        or (p.dtype == "BF16" and p.arch >= 80),
-        f"head_dim and value_dim of at most {LARGEST_DIM}": max(p.head_dim, p.value_dim)
-        <= LARGEST_DIM,
+        "float16, or bfloat16 or float32 from sm_80 on": p.dtype == "F16"
+        or (p.dtype in ("BF16", "F32") and p.arch >= 80),
+        f"head_dim and value_dim of at most {most}": max(p.head_dim, p.value_dim) <= most,
         "rows at multiples of 16 bytes": access(p) == 16,
     }
     missing = [rule for rule, held in reasons.items() if not held]
@@ -61,7 +62,7 @@ def _limits(p: Problem) -> dict[str, bool]:
 def pays(p: Problem) -> bool:
     """Whether the kernels are expected to beat the portable ones on `p`, which they can run."""
     keys = prod(p.hood.kernel_size) + p.extras
-    return keys * (p.head_dim + p.value_dim) >= LEAST_WORK
+    return keys * (p.head_dim + p.value_dim) * ITEM_SIZE[p.dtype] >= LEAST_WORK
 
 
 def _reach(p: Problem) -> int:
@@ -150,7 +151,7 @@ def _recipe(kernel: str, p: Problem, side: str, scale: float) -> Recipe:
         "RANK": p.rank,
         "ACCESS": 16,
         "LANES": 1,
-        "TERMS": 1,
+        "TERMS": 3 if p.dtype == "F32" and not p.tf32 else 1,
         "HEAD_DIM": dim,
         "QK_PARTS": qk_parts,
         "V_PARTS": v_parts,

@@ -1,0 +1,442 @@
+"""The tensor-core kernels for any window against the float64 oracle.
+
+Without a GPU the very PTX that NVRTC made runs in the interpreter, with its checks for bounds,
+alignment, unwritten memory and races; with one, the same table runs on it.
+"""
+
+import importlib.util
+import random
+
+import oracle
+import pytest
+import torch
+from kernel_cases import BF16, F16, Case, cotangents, inputs, truth
+from test_kernels import Gpu, Interpreter, check, run
+from test_plan import problem, unpacked
+from tolerances import close
+
+from natcupy import neighborhood
+from natcupy.cuda import heuristics, mma, ops, plan, small
+from natcupy.cuda.heuristics import FORWARD, KEYS, QUERIES
+from natcupy.neighborhood import inverse_window, window
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("cupy") is None, reason="NVRTC comes with CuPy, which is not installed"
+)
+
+
+def case(name, shape, kernel_size, why, dim=32, **more):
+    given = {"dtype": BF16, "head_dim": dim, "value_dim": dim}
+    return Case(name, shape, kernel_size, why, **given | more)
+
+
+CASES = (
+    case("line", (150,), 37, "two tiles, ragged", heads=2, kv_heads=2),
+    case("short line", (9,), 3, "most of a tile is empty", dtype=F16),
+    case("long window", (300,), 201, "several turns of keys, most seen by all", dim=64),
+    case("map", (20, 27), (5, 9), "tiles at every border", heads=2, kv_heads=2),
+    case("bias", (14, 14), 7, "biases at every border", rpb=True, dtype=F16),
+    case("bias, line", (70,), 23, "biases of full blocks as well", rpb=True),
+    case("volume", (4, 9, 13), (3, 4, 5), "three axes", rpb=True, dtype=F16),
+    case("thin volume", (3, 40, 2), (3, 5, 2), "a last axis of two"),
+    case("remainder", (23, 25), 5, "groups of unequal length", dilation=(2, 3)),
+    case("stride", (21, 30), (7, 6), "shared windows", stride=(3, 2), rpb=True),
+    case("blocked", (64,), 16, "stride = window: blocks seen by whole tiles", stride=16, dim=64),
+    case("causal", (40, 11), (9, 4), "one causal axis", is_causal=(True, False), dtype=F16),
+    case("causal stride", (90,), 21, "causal, strided and dilated", stride=5, dilation=2,
+         is_causal=True, rpb=True),
+    case("grouped heads", (9, 18), 7, "query heads share keys", heads=6, kv_heads=2, rpb=True),
+    case("extras", (7, 20), (3, 5), "additional keys: more than a turn", extras=70, batch=2),
+    case("one extra", (5, 6, 7), 3, "a line of one token beside three axes", extras=1, rpb=True),
+    case("everything", (6, 7, 9), (2, 3, 4), "every feature at once", stride=(1, 2, 3),
+         dilation=(2, 1, 1), is_causal=(False, True, False), heads=4, kv_heads=2, head_dim=40,
+         value_dim=72, extras=3, batch=2, rpb=True, dtype=F16, scale=-0.3),
+    case("dim 8", (40,), 9, "a quarter of a part", dim=8),
+    case("dim 48", (30,), 9, "three quarters of a part", dim=48, rpb=True),
+    case("dim 96", (9, 9), 5, "a part and a half", dim=96, dtype=F16),
+    case("dim 128", (12, 11), 5, "two parts", dim=128, heads=2, kv_heads=1),
+    case("wider values", (7, 16), 5, "parts of values alone", head_dim=16, value_dim=128),
+    case("wider keys", (7, 16), 5, "parts of keys alone", head_dim=104, value_dim=24, rpb=True),
+    case("packed", (9, 10), 5, "q, k, v in one tensor, read in place", heads=2, kv_heads=2,
+         layout="packed", dtype=F16),
+    case("heads first", (9, 10), 5, "[B, heads, N, D] memory", heads=2, kv_heads=2,
+         layout="heads first"),
+    case("scale", (33,), 9, "a given, negative scale", scale=-0.7, rpb=True, dtype=F16),
+    case("no scale", (33,), 9, "all keys weigh alike", scale=0.0),
+)  # fmt: skip
+
+
+@pytest.fixture(params=["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)])
+def engine(request):
+    if request.param == "gpu" and not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU here")
+    with plan.use_family("mma"):
+        yield Gpu() if request.param == "gpu" else Interpreter()
+
+
+def named(name):
+    return next(case for case in CASES if case.name == name)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_oracle(case, engine):
+    check(case, engine)
+
+
+def random_case(rng, number):
+    """Any call the kernels take, kept small; few head dims, each of which compiles three."""
+    rank = rng.choice((1, 2, 3))
+    kernel, stride, dilation, shape = [], [], [], []
+    most = {1: 90, 2: 12, 3: 5}[rank]
+    for _ in range(rank):
+        k, d = rng.randint(1, most), rng.choice((1, 1, 1, 2, 3))
+        kernel.append(k)
+        dilation.append(d)
+        stride.append(rng.choice((1, 1, 1, rng.randint(1, k))))
+        shape.append(k * d + rng.choice((0, 0, 1, rng.randint(0, most))))
+    kv_heads, dim = rng.choice((1, 2)), rng.choice((32, 64, 128))
+    return case(
+        f"random {number}", tuple(shape), tuple(kernel), "", stride=tuple(stride),
+        dilation=tuple(dilation), is_causal=tuple(rng.random() < 0.25 for _ in range(rank)),
+        head_dim=dim - rng.choice((0, 0, 8)), value_dim=dim - rng.choice((0, 0, 24)),
+        dtype=rng.choice((F16, BF16)), rpb=rng.random() < 0.5, extras=rng.choice((0, 0, 2, 65)),
+        kv_heads=kv_heads, heads=kv_heads * rng.choice((1, 1, 2)), batch=rng.choice((1, 2)),
+        layout=rng.choice(("contiguous", "heads first")),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_random_calls(number, engine):
+    check(random_case(random.Random(number), number), engine, seed=number)
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype"),
+    [("75", F16), ("86", BF16), ("89", F16), ("90a", BF16), ("100a", F16), ("120a", BF16)],
+)
+def test_every_architecture(arch, dtype):
+    """Other instructions on sm_75: no asynchronous copies, products of 8 keys at a time."""
+    given = case("architecture", (12, 18), (5, 7), "", dtype=dtype, extras=3, rpb=True)
+    with plan.use_family("mma"):
+        check(given, Interpreter(arch))
+
+
+@pytest.mark.parametrize("name", ["map", "everything", "dim 128"])
+def test_random_schedules(name):
+    """Warps in any order: a missing barrier shows as a race, and the bits stay the same."""
+    given = named(name)
+    tensors, cotangent = inputs(given), cotangents(given)
+    with plan.use_family("mma"):
+        first = run(given, Interpreter(), tensors, *cotangent)
+        second = run(given, Interpreter(seed=3), tensors, *cotangent)
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+    for key, gradient in first[2].items():
+        assert torch.equal(second[2][key], gradient), key
+
+
+def test_inputs_are_not_written():
+    given = named("everything")
+    interpreter = Interpreter()
+    tensors, cotangent = inputs(given), cotangents(given)
+    interpreter.launcher.protect(*(x for x in tensors.values() if x is not None), *cotangent)
+    with plan.use_family("mma"):
+        run(given, interpreter, tensors, *cotangent)
+
+
+@pytest.mark.parametrize("layout", ["packed", "heads first"])
+def test_layouts_give_the_same_bits(layout, engine):
+    given = case("layout", (9, 17), (5, 6), "", heads=2, kv_heads=2)
+    other = Case(**{**given.__dict__, "layout": layout})
+    cotangent = cotangents(given, engine.device)
+    expected = run(given, engine, inputs(given, engine.device), *cotangent)
+    actual = run(other, engine, inputs(other, engine.device), *cotangent)
+    assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
+    for name, gradient in expected[2].items():
+        assert torch.equal(actual[2][name], gradient), name
+
+
+def test_an_image_alone_has_the_bits_it_has_in_a_batch(engine):
+    """Tiles depend on the map and its windows, not on how many images there are."""
+    given = case("batch", (20, 27), (5, 9), "", batch=3)
+    one = Case(**{**given.__dict__, "batch": 1})
+    tensors, (d_out, d_lse) = inputs(given, engine.device), cotangents(given, engine.device)
+    expected = run(given, engine, tensors, d_out, d_lse)
+    alone = {n: None if x is None else x.detach()[1:2].clone() for n, x in tensors.items()}
+    alone = {n: None if x is None else x.requires_grad_() for n, x in alone.items()}
+    actual = run(one, engine, alone, d_out[1:2], d_lse[1:2])
+    assert torch.equal(actual[0][0], expected[0][1])
+    for name, gradient in expected[2].items():
+        assert torch.equal(actual[2][name][0], gradient[1]), name
+
+
+def test_a_bias_at_rest(engine):
+    """Its gradient is for the portable kernel; without it the query side has tensor cores."""
+    given = named("bias")
+    tensors, (d_out, d_lse) = inputs(given, engine.device), cotangents(given, engine.device)
+    true = truth(given, tensors, d_out, d_lse)[2]
+    tensors["rpb"] = tensors["rpb"].detach()
+    wanted = [tensors[name] for name in ("query", "key", "value")]
+    with engine.active():
+        out, lse = ops.attention(*wanted, given.hood, given.factor, tensors["rpb"], None, None)
+        made = torch.autograd.grad([out, lse], wanted, [d_out, d_lse])
+    if engine.device == "cpu":
+        ran = [r.recipe.spec.entry for r in engine.launcher.records]
+        assert ran == ["na_mma_fwd", "na_mma_bwd_dq", "na_mma_bwd_dkv"]
+    for name, gradient in zip(("query", "key", "value"), made, strict=True):
+        close(gradient, true[name], given.dtype, name, backward=True)
+
+
+# ------------------------------------------------------------------------------------------------
+# which calls, in which tiles
+
+
+def planned(**changes):
+    given = {
+        "shape": (4096,), "kernel_size": (63,), "stride": (1,), "dilation": (1,),
+        "causal": (False,), "head_dim": 32, "value_dim": 32, "dtype": "BF16", "arch": 90,
+    } | changes  # fmt: skip
+    return problem(**given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dtype": "F32"}, "float16, or bfloat16"),
+        ({"dtype": "F64"}, "float16, or bfloat16"),
+        ({"arch": 75}, "bfloat16 from sm_80 on"),
+        ({"head_dim": 136}, "at most 128"),
+        ({"value_dim": 256}, "at most 128"),
+        ({"head_dim": 36}, "multiples of 16 bytes"),
+        ({"alignment": 8}, "multiples of 16 bytes"),
+        ({"head_dim": 128, "value_dim": 128, "dtype": "F16", "arch": 75}, "shared memory"),
+        ({"batch": 2**20, "heads": 2**14, "kv_heads": 2**14}, "2**31 - 1 blocks"),
+        ({"shape": (2**22,), "kernel_size": (2**21,), "heads": 64, "kv_heads": 64}, "2**32 bytes"),
+    ],
+    ids=str,
+)
+def test_calls_they_do_not_take(changes, reason):
+    assert not mma.why_not(planned())
+    p = planned(**changes)
+    assert reason in mma.why_not(p)
+    assert plan.forward(p).recipes[0].spec.entry == "na_fwd"
+    with plan.use_family("mma"), pytest.raises(ValueError, match="cannot run this call"):
+        plan.forward(p)
+
+
+def test_what_runs_where():
+    """Small windows on maps stay with their own kernels, short work with the portable ones."""
+    lines = planned()
+    assert [r.spec.entry for r in plan.forward(lines).recipes] == ["na_mma_fwd"]
+    entries = [r.spec.entry for r in plan.backward(lines, True, False, False).recipes]
+    assert entries == ["na_mma_bwd_dq", "na_mma_bwd_dkv"]
+    nat = {"shape": (56, 56), "kernel_size": (7, 7), "stride": (1, 1), "dilation": (1, 1),
+           "causal": (False, False)}  # fmt: skip
+    assert plan.forward(planned(**nat)).recipes[0].spec.entry == "na2d_small_fwd"
+    large = planned(**nat | {"kernel_size": (31, 31)})
+    assert small.why_not(large) and plan.forward(large).recipes[0].spec.entry == "na_mma_fwd"
+    for few in ({"kernel_size": (3,)}, {"kernel_size": (7,), "head_dim": 8, "value_dim": 8}):
+        assert not mma.pays(planned(**few))
+        assert plan.forward(planned(**few)).recipes[0].spec.entry == "na_fwd"
+    assert mma.pays(planned(kernel_size=(3,), extras=64))
+
+
+def test_the_gradient_of_a_bias_is_the_portable_kernel_s():
+    p = planned(rpb=True)
+    made = plan.backward(p, True, True, False)
+    entries = [r.spec.entry for r in made.recipes]
+    assert entries == ["na_bwd_dq", "reduce_partials", "na_mma_bwd_dkv"]
+    entries = [r.spec.entry for r in plan.backward(p, True, False, False).recipes]
+    assert entries == ["na_mma_bwd_dq", "na_mma_bwd_dkv"]
+
+
+def random_problem(rng):
+    rank = rng.choice((1, 2, 3))
+    kernel, stride, dilation, shape = [], [], [], []
+    for _ in range(rank):
+        k, d = rng.choice((1, 2, 3, 7, 13, 31, 64)), rng.choice((1, 1, 2, 5))
+        kernel.append(k)
+        dilation.append(d)
+        stride.append(rng.randint(1, k))
+        shape.append(rng.choice((k * d, k * d + 1, k * d + rng.randint(0, 100))))
+    return problem(
+        shape, kernel, stride, dilation, [rng.random() < 0.3 for _ in range(rank)],
+        dtype=rng.choice(("F16", "BF16")), batch=rng.choice((1, 2, 128)),
+        kv_heads=2, heads=rng.choice((2, 6)), head_dim=rng.choice((8, 32, 64, 80, 128)),
+        value_dim=rng.choice((8, 32, 64, 128)), extras=rng.choice((0, 3)),
+        rpb=rng.random() < 0.5, arch=rng.choice((80, 86, 90, 120)),
+    )  # fmt: skip
+
+
+def test_every_launch_is_legal():
+    """Tiles of whole fragments that reach the end of every group, in shared memory that is there,
+    no larger than 32 bits can walk."""
+    rng, ran = random.Random(0), 0
+    for _ in range(1500):
+        p = random_problem(rng)
+        if mma.why_not(p):
+            continue
+        ran += 1
+        made = (mma.forward(p), mma.query_side(p), mma.key_side(p))
+        for side, recipe in zip(
+            (FORWARD, QUERIES, KEYS), (m.recipes[0] for m in made), strict=True
+        ):
+            constants, values = dict(recipe.spec.constants), unpacked(recipe)
+            tile = [values[f"geometry.tile.{a}"] for a in range(p.rank)]
+            tiles = [values[f"geometry.tiles.{a}"] for a in range(p.rank)]
+            tokens = 16 * constants["WARPS"]
+            assert recipe.block == (2 * tokens, 1, 1) and tokens in (64, 128)
+            assert tile == [1 << n.bit_length() - 1 for n in tile]
+            assert tokens == tile[0] * (tile[1] if p.rank > 1 else 1) * (
+                tile[2] if p.rank > 2 else 1
+            )
+            items = p.batch
+            for a, n in enumerate(p.groups):
+                assert (tiles[a] - 1) * tile[a] < n <= tiles[a] * tile[a]
+                items *= tiles[a] * p.hood.dilation[a]
+            heads = p.kv_heads if side == KEYS else p.heads
+            assert recipe.grid == (items * heads, 1, 1)
+            dim = constants["HEAD_DIM"]
+            assert 0 <= constants["QK_PARTS"] * dim - p.head_dim < dim
+            assert 0 <= constants["V_PARTS"] * dim - p.value_dim < dim
+            assert recipe.shared + mma.OWN_SHARED <= heuristics.block_limit(p.arch)
+            assert recipe.shared >= 2 * 64 * 2 * dim * (
+                constants["QK_PARTS"] + constants["V_PARTS"]
+            )
+    assert ran > 700
+
+
+def test_the_reach_of_a_halo_is_a_bound():
+    """What 32 bits of bytes have to hold, against the windows of every tile."""
+    rng = random.Random(1)
+    for _ in range(150):
+        p = random_problem(rng)
+        if mma.why_not(p):
+            continue
+        tile, most = mma.tile(p), [0] * p.rank
+        for a, n in enumerate(p.groups):
+            rule = (p.hood.kernel_size[a], p.hood.stride[a], p.hood.is_causal[a])
+            for length in {n, max(n - 1, 1)}:
+                for begin in range(0, length, tile[a]):
+                    last = min(begin + tile[a], length) - 1
+                    for sees in (window, inverse_window):
+                        if length < rule[0]:
+                            continue
+                        extent = sees(last, length, *rule)[1] - sees(begin, length, *rule)[0]
+                        most[a] = max(most[a], extent * p.hood.dilation[a])
+        for name, strides in p.strides:
+            if not name.startswith("extra"):
+                reach = sum(m * s for m, s in zip(most, strides[1:-1], strict=True)) * 2
+                assert reach <= mma._reach(p), (name, p)
+
+
+# ------------------------------------------------------------------------------------------------
+# numbers at the edge
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+def test_scores_that_climb(dtype, engine):
+    """Every later key scores higher: the sums are scaled down turn after turn."""
+    given = case("climb", (300,), 151, "", dtype=dtype)
+    tensors = inputs(given, engine.device)
+    ramp = torch.linspace(1, 400, 300, device=engine.device).view(1, 300, 1, 1)
+    tensors["query"] = torch.ones_like(tensors["query"]).requires_grad_()
+    tensors["key"] = (torch.ones_like(tensors["key"]) * ramp / 8).to(dtype).requires_grad_()
+    d_out, d_lse = cotangents(given, engine.device)
+    out, lse, gradients = run(given, engine, tensors, d_out, d_lse)
+    true_out, true_lse, _ = truth(given, tensors, d_out, d_lse)
+    close(out, true_out, dtype)
+    close(lse / 300, true_lse / 300, lse.dtype)
+    assert all(x.isfinite().all() for x in gradients.values())
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_large_logits_stay_finite(sign, engine):
+    given = case("large", (40,), 17, "", dtype=F16, extras=2, rpb=True, scale=sign * 32**-0.5)
+    tensors = inputs(given, engine.device)
+    for name in ("query", "key", "additional_keys"):
+        tensors[name] = (tensors[name].detach() * 60).requires_grad_()
+    cotangent = cotangents(given, engine.device)
+    out, lse, gradients = run(given, engine, tensors, *cotangent)
+    true_out, true_lse, _ = truth(given, tensors, *cotangent)
+    assert all(x.isfinite().all() for x in (out, lse, *gradients.values()))
+    close(out, true_out, F16)
+    close(lse / true_lse.abs().max().to(lse), true_lse / true_lse.abs().max(), lse.dtype)
+
+
+def test_bias_of_minus_infinity(engine):
+    """A bias may hide keys, all of some queries' too."""
+    given = case("hidden", (80,), 21, "", dtype=F16, rpb=True)
+    tensors = {n: x if x is None else x.detach() for n, x in inputs(given, engine.device).items()}
+    tensors["rpb"][:, :22] = float("-inf")
+    hood = given.hood
+    with engine.active():
+        out, lse = ops.attention(
+            *list(tensors.values())[:3], hood, given.factor, tensors["rpb"], None, None
+        )
+    double = {n: None if x is None else x.cpu().double() for n, x in tensors.items()}
+    true_out, true_lse = oracle.attention(
+        double["query"], double["key"], double["value"], hood.kernel_size, hood.stride,
+        hood.dilation, hood.is_causal, given.factor, double["rpb"], None, None,
+    )  # fmt: skip
+    seen = true_lse.isfinite()
+    assert seen.any() and not seen.all()
+    close(out.cpu()[seen], true_out[seen], F16)
+    close(lse.cpu()[seen], true_lse[seen], lse.dtype)
+    assert not out.cpu()[~seen].isfinite().any()
+
+
+@pytest.mark.parametrize("extras", [0, 3])
+@pytest.mark.parametrize("name", ["key", "value", "query"])
+def test_nan_reaches_its_windows_and_nothing_else(name, extras, engine):
+    given = case(
+        "nan", (9, 10), (3, 4), "", stride=(1, 2), dilation=(2, 1), is_causal=(False, True),
+        extras=extras, heads=2, kv_heads=1, value_dim=72, dtype=F16, rpb=True,
+    )  # fmt: skip
+    hood = given.hood
+    tensors = {n: x if x is None else x.detach() for n, x in inputs(given, engine.device).items()}
+
+    def attend():
+        query, key, value, rpb, *more = tensors.values()
+        with engine.active():
+            return ops.attention(query, key, value, hood, given.factor, rpb, *more)
+
+    right, right_lse = attend()
+    tensors[name] = tensors[name].clone()
+    tensors[name][0, 4, 5] = float("inf" if name == "value" else "nan")
+    out, lse = attend()
+    index, _, valid = neighborhood.neighbor_table(given.shape, hood, "cpu")
+    token = 4 * 10 + 5
+    seen = ((index == token) & valid).any(1)
+    seen = (seen if name != "query" else torch.arange(len(index)) == token).view(given.shape)
+    assert torch.equal(~out.isfinite().all(-1)[0, ..., 0].cpu(), seen)
+    close(out[0, ~seen].cpu(), right[0, ~seen].cpu(), given.dtype)
+    close(lse[0, ~seen].cpu(), right_lse[0, ~seen].cpu(), lse.dtype)
+
+
+def test_nan_in_an_additional_key_reaches_every_query(engine):
+    given = case("nan", (40,), 5, "", extras=3)
+    query, key, value, rpb, *more = (x if x is None else x.detach().clone()
+                                     for x in inputs(given, engine.device).values())  # fmt: skip
+    more[1][0, 1] = float("nan")
+    with engine.active():
+        out, lse = ops.attention(query, key, value, given.hood, given.factor, rpb, *more)
+    assert out.isnan().all() and lse.isfinite().all()
+
+
+def test_rows_that_lie_far_apart(engine):
+    """32 bits of bytes from corner to corner of a halo: beyond 2**31, of pages nobody touches."""
+    given = case("far", (40,), 13, "", dtype=F16)
+    step = 2**25
+    tensors = inputs(given, engine.device)
+    for name in ("query", "key", "value"):
+        near = tensors[name].detach()
+        far = torch.empty(40 * step, dtype=F16, device=engine.device)
+        far = far.as_strided(near.shape, (40 * step, step, 32, 1))
+        far.copy_(near)
+        tensors[name] = far.requires_grad_()
+    d_out, d_lse = cotangents(given, engine.device)
+    true = truth(given, tensors, d_out, d_lse)
+    out, _, gradients = run(given, engine, tensors, d_out, d_lse)
+    close(out, true[0], given.dtype)
+    for name, gradient in gradients.items():
+        close(gradient, true[2][name], given.dtype, name, backward=True)

@@ -1,0 +1,127 @@
+"""Mistakes planted in the tensor-core kernels for any window: each must be found."""
+
+import importlib.util
+from dataclasses import replace
+
+import pytest
+from kernel_cases import F16, F32
+from planted import Spoilt, spoil
+from ptxsim.errors import PtxCheckError
+import test_mma
+from test_kernels import Interpreter, check
+from test_mma import case
+
+from natcupy.cuda import plan
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("cupy") is None, reason="NVRTC comes with CuPy, which is not installed"
+)
+
+FORWARD, QUERIES, KEYS = "na_mma_fwd.cu", "na_mma_bwd_dq.cu", "na_mma_bwd_dkv.cu"
+WAIT = "        copies_done();\n        __syncthreads();"
+MISTAKES = {
+    # how a turn comes
+    "forward: no wait for copies": (FORWARD, WAIT, "        __syncthreads();"),
+    "forward: no barrier": (FORWARD, WAIT, "        copies_done();"),
+    "queries: no wait for copies": (QUERIES, WAIT, "        __syncthreads();"),
+    "queries: no barrier": (QUERIES, WAIT, "        copies_done();"),
+    "keys: no wait for copies": (KEYS, WAIT, "        __syncthreads();"),
+    "keys: no barrier": (KEYS, WAIT, "        copies_done();"),
+    "one buffer for all turns": (
+        FORWARD, "staged + (n + 1) % 2 * STAGED", "staged + n % 2 * STAGED"),
+    "rows past the halo are read": (
+        "mma.cuh", "real &= token < walk.extent[a];", "real &= token < walk.extent[a] + 1;"),
+    "dim: numbers past the row are read": (
+        "mma.cuh", "real && part * D + chunk * CHUNK < dim", "real"),
+    "dim: numbers past the row are written": ("mma.cuh", "j * 8 + stored(c) < numbers", "numbers > 0"),
+    "float: numbers past the row are written": (
+        "mma.cuh", "if ((4 * n + c) * CHUNK < numbers)", "if (numbers > 0)"),
+    "dim: numbers past an own row are read": ("mma.cuh", "if (there && at < dim)", "if (there)"),
+    "the walk loses a carry": ("mma.cuh", "at[a] += step[a] + carry;", "at[a] += step[a];"),
+    "the walk ends a line late": ("mma.cuh", "carry = at[a] >= length;", "carry = at[a] > length;"),
+    "a turn too few": (
+        "mma.cuh", "(blocks + TURNS - 1) / TURNS", "(blocks - 1) / TURNS"),
+    "the swizzle of another row": ("mma.cuh", "place(chunk, row) * 16", "place(chunk, row + 2) * 16"),
+    # what is seen
+    "a window too wide": ("mma.cuh", "first[side] + e < extent[side]", "first[side] + e <= extent[side]"),
+    "lines are not masked": (
+        "mma.cuh", "if (near) tokens |= 1 << i;", "tokens |= 1 << i;"),
+    "all see what most see": ("mma.cuh", "column + 8 <= sight.all_end", "column + 7 <= sight.all_end"),
+    "skipped too early": ("mma.cuh", "column + 8 > sight.any_begin", "column > sight.any_begin"),
+    "skipped too late": ("mma.cuh", "column < sight.any_end &&", "column + 8 < sight.any_end &&"),
+    "the spans of another token": ("mma.cuh", "tokens <<= first;", "tokens <<= first ^ 4;"),
+    "tokens that are not there": ("mma.cuh", "own_token<INVERSE>(g, item, slot, token, seen);",
+                                  "(own_token<INVERSE>(g, item, slot, token, seen), true);"),
+    # numbers
+    "extras: no mask": (FORWARD, "if (n == window_turns) sight.set_line(p.extras);", ""),
+    "extras: a bias": (FORWARD, "sees && in_window)", "sees)"),
+    "extras: of the window": (
+        QUERIES, "if (n + 1 == window_turns) {", "if (n + 1 == window_turns + 1) {"),
+    "sums keep their size": (FORWARD, "sums.total[side] *= factor;", ""),
+    "outputs keep their size": (FORWARD, "sums.out[part][j][2 * side + e] *= factor;", ";"),
+    "lse without its reference": (
+        FORWARD, "(sums.reference[side] + log_2(sums.total[side]))", "log_2(sums.total[side])"),
+    "bias of the neighbour": ("mma.cuh", "offset + STEP * e]", "offset]"),
+    "bias the other way": ("mma.cuh", "enum { STEP = FORWARDS ? 1 : -1 };", "enum { STEP = 1 };"),
+    "delta added": (QUERIES, "minus_delta[side] = -delta[side];", "minus_delta[side] = delta[side];"),
+    "delta not told": (QUERIES, "if (lane % 4 == 0) p.delta", "if (lane % 4 == 4) p.delta"),
+    "no gradient of log-sum-exp": (QUERIES, "if (p.d_lse) delta", "if (false) delta"),
+    "keys: delta of the neighbour": (KEYS, "(TOKENS + h * 8 + e) * 4", "(TOKENS + h * 8) * 4"),
+    "keys: the first head's queries": (
+        KEYS, "queries.base += p.query.head * (long long)sizeof(scalar_t);", ""),
+    "keys: the first head's numbers": (KEYS, "lse += tokens;", ""),
+    "keys: values in place of keys": (
+        KEYS, "add_weighted(d_key, ds, across + from);", "add_weighted(d_key, weights, across + from);"),
+    "keys: numbers that are not there": (KEYS, "token_number(g, item, token), real);",
+                                         "token_number(g, item, token), true);"),
+}  # fmt: skip
+
+PLAIN = case(
+    "planted", (3, 7, 21), (2, 5, 6), "", dtype=F16, heads=4, kv_heads=2, batch=2, rpb=True
+)
+EXTRAS = case("planted, extras", (30,), 5, "", dtype=F16, extras=3, rpb=True)
+DIM = case("planted, dim", (30,), 9, "", dtype=F16, dim=40)
+FLOAT = case("planted, float", (30,), 9, "", dtype=F32, dim=20)
+LONG = case("planted, long", (400,), 303, "", dtype=F16)
+
+
+@pytest.fixture
+def engine(tmp_path):
+    """Runs what `tmp_path` holds."""
+    engine = Interpreter()
+    engine.launcher = Spoilt(tmp_path)
+    with plan.use_family("mma"):
+        yield engine
+
+
+def check_all(given, engine):
+    """With the gradient of the bias, whose query side is portable, and without a bias."""
+    check(given, engine)
+    check(replace(given, rpb=False), engine)
+
+
+def given_for(mistake):
+    if mistake.split(":")[0] in ("extras", "dim", "float"):
+        return {"extras": EXTRAS, "dim": DIM, "float": FLOAT}[mistake.split(":")[0]]
+    wide = ("all see", "skipped", "sums keep", "outputs keep", "lse without", "one buffer")
+    return LONG if mistake.startswith(wide) else PLAIN
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_planted_mistakes_are_found(mistake, engine, tmp_path):
+    spoil(tmp_path, *MISTAKES[mistake])
+    with pytest.raises((PtxCheckError, AssertionError)):
+        check_all(given_for(mistake), engine)
+
+
+def test_a_nan_that_is_let_pass_is_found(engine, tmp_path):
+    spoil(tmp_path, FORWARD, "if (!__any_sync(0xFFFFFFFFu, !(fabsf(sum) < -minus_infinity())))",
+          "if (true)")  # fmt: skip
+    with pytest.raises(AssertionError):
+        test_mma.test_nan_reaches_its_windows_and_nothing_else("value", 0, engine)
+
+
+@pytest.mark.parametrize("given", [PLAIN, EXTRAS, DIM, FLOAT, LONG], ids=str)
+def test_the_kernels_as_they_are_pass(given, engine, tmp_path):
+    spoil(tmp_path)
+    check_all(given, engine)

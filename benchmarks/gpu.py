@@ -127,7 +127,7 @@ def plan_stages(device: torch.device, made: dict[str, Any], work: Path, path: Pa
     python = (sys.executable, "-m")
     questions = (*python, "benchmarks.questions", "--json", str(work / "questions.json"))
     tables = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "tests").glob("test_small*.py"))]
-    tables = ["tests/test_kernels.py", "tests/test_jit_launch.py", *tables]
+    tables = ["tests/test_kernels.py", "tests/test_mma.py", "tests/test_jit_launch.py", *tables]
     return [
         Stage("questions", (questions,), 60),
         tests("kernel tables", work, tables, 110),

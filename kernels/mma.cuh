@@ -135,13 +135,39 @@ __device__ __forceinline__ void stage(
 
 struct alignas(8) Span { int begin; unsigned extent; };
 struct alignas(16) Spans { Span axis[RANK == 3 ? 2 : 1]; };  // along all axes but the last
+struct Owned { Spans spans[16]; int position[16][RANK]; };  // of a warp's tokens, in shared memory
 
-// What the 16 tokens of a warp see, relative to the halo.
+// A warp's tokens, and what they see relative to the halo.
 struct Sight {
-    Spans* spans;   // [token], in shared memory
+    Owned* owned;
     unsigned full;  // the tokens that are there, as bits
     Span last[2];   // of the lane's own two tokens along the last axis
     int any_begin, any_end, all_begin, all_end;  // along the last axis, what any and all of them see
+
+    template <bool INVERSE>
+    __device__ __forceinline__ void begin(const Geometry& g, const Item& item, Owned* of_warp) {
+        const int lane = threadIdx.x % 32, slot = threadIdx.x / 32 * 16 + lane % 16;
+        int position[RANK];
+        Interval seen[RANK];
+        const bool there = own_token<INVERSE>(g, item, slot, position, seen);
+        owned = of_warp;
+#pragma unroll
+        for (int a = 0; a < RANK; ++a) {
+            seen[a].begin -= item.halo.begin[a];
+            seen[a].end -= item.halo.begin[a];
+            if (lane < 16) owned->position[lane][a] = position[a];
+        }
+        set(seen, there);
+    }
+    // Of the lane's own two tokens.
+    __device__ __forceinline__ bool there(int side) const {
+        return full >> (side * 8 + threadIdx.x % 32 / 4) & 1;
+    }
+    __device__ __forceinline__ void find(int side, int (&position)[RANK]) const {
+#pragma unroll
+        for (int a = 0; a < RANK; ++a)
+            position[a] = owned->position[side * 8 + threadIdx.x % 32 / 4][a];
+    }
 
     // Of lane n and n + 16: what token n sees; one that is not there sees nothing.
     __device__ __forceinline__ void set(const Interval (&seen)[RANK], bool there) {
@@ -150,7 +176,7 @@ struct Sight {
 #pragma unroll
         for (int a = 0; a < LAST; ++a)
             if (lane < 16)
-                spans[lane].axis[a] = {seen[a].begin,
+                owned->spans[lane].axis[a] = {seen[a].begin,
                                        there ? (unsigned)(seen[a].end - seen[a].begin) : 0u};
         const Interval one = seen[LAST];
         any_begin = there ? one.begin : 0x7FFFFFFF;
@@ -195,7 +221,7 @@ struct Turn {
             tokens = 0;
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const Spans spans = sight.spans[first + i];
+                const Spans spans = sight.owned->spans[first + i];
                 bool near = true;
 #pragma unroll
                 for (int a = 0; a < LAST; ++a)
@@ -243,14 +269,14 @@ struct Biases {
     const float* table;  // of the head
     int base[2];         // of the lane's tokens with its own columns of the halo's first block
 
-    __device__ __forceinline__ Biases(
-        const Geometry& g, const Box& halo, const int (&position)[2][RANK]) {
+    __device__ __forceinline__ Biases(const Geometry& g, const Box& halo, const Sight& sight) {
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
-            int n = 0;
+            int n = 0, position[RANK];
+            sight.find(side, position);
 #pragma unroll
             for (int a = 0; a < RANK; ++a) {
-                const int own = position[side][a], other = halo.begin[a], k = g.kernel_size[a];
+                const int own = position[a], other = halo.begin[a], k = g.kernel_size[a];
                 n = n * (2 * k - 1) +
                     (FORWARDS ? rpb_index(other, own, k) : rpb_index(own, other, k));
             }
@@ -273,38 +299,11 @@ struct Biases {
 
 // ---- rows that a lane owns -------------------------------------------------------------------
 
-// Where the tokens of a warp are.
-struct Own {
-    int position[2][RANK];
-    bool there[2];
-
-    template <bool INVERSE>
-    __device__ __forceinline__ void set(const Geometry& g, const Item& item, Sight& sight) {
-        const int lane = threadIdx.x % 32, slot = threadIdx.x / 32 * 16 + lane % 16;
-        int token[RANK];  // lanes n and n + 16 find token n, and tell the lanes that own it
-        Interval seen[RANK];
-        const bool here = own_token<INVERSE>(g, item, slot, token, seen);
-#pragma unroll
-        for (int a = 0; a < RANK; ++a) {
-            seen[a].begin -= item.halo.begin[a];
-            seen[a].end -= item.halo.begin[a];
-        }
-        sight.set(seen, here);
-#pragma unroll
-        for (int side = 0; side < 2; ++side) {
-            there[side] = sight.full >> (side * 8 + lane / 4) & 1;
-#pragma unroll
-            for (int a = 0; a < RANK; ++a)
-                position[side][a] = __shfl_sync(0xFFFFFFFFu, token[a], side * 8 + lane / 4);
-        }
-    }
-    // The number among those of all heads, [batch, heads, *spatial], of a token that is there.
-    __device__ __forceinline__ long long number(
-        const Geometry& g, const Item& item, int heads, int head, int side) const {
-        return (item.batch * heads + head) * tokens_per_image(g) +
-               token_number(g, item, position[side]);
-    }
-};
+// The number of a token among those of all heads, [batch, heads, *spatial].
+__device__ __forceinline__ long long number_of(
+    const Geometry& g, const Item& item, int heads, int head, const int (&position)[RANK]) {
+    return (item.batch * heads + head) * tokens_per_image(g) + token_number(g, item, position);
+}
 
 // This lane's chunks of a part of a row of `dim` numbers; zeros past its end, or where there is none.
 __device__ __forceinline__ void read_part(
@@ -317,15 +316,22 @@ __device__ __forceinline__ void read_part(
     }
 }
 
+// The row of one of the lane's tokens.
+__device__ __forceinline__ scalar_t* own_row(const Rows& rows, const Sight& sight, int side) {
+    int position[RANK];
+    sight.find(side, position);
+    return rows.at(position);
+}
+
 template <int PARTS>
 __device__ __forceinline__ void read_own(
-    const Rows& rows, const Own& own, int dim, unsigned flip, Left (&x)[PARTS]) {
+    const Rows& rows, const Sight& sight, int dim, unsigned flip, Left (&x)[PARTS]) {
 #pragma unroll
     for (int part = 0; part < PARTS; ++part) {
         Chunk chunks[2][PIECES];
 #pragma unroll
         for (int side = 0; side < 2; ++side)
-            read_part(rows.at(own.position[side]), part, dim, own.there[side], chunks[side]);
+            read_part(own_row(rows, sight, side), part, dim, sight.there(side), chunks[side]);
         x[part].set(chunks[0], chunks[1], flip);
     }
 }
@@ -362,15 +368,15 @@ __device__ __forceinline__ void write_part(
 // Results of the lane's rows, in parts, times `factor` of each.
 template <int PARTS>
 __device__ __forceinline__ void write_own(
-    const Rows& rows, const Own& own, int dim, const float (&x)[PARTS][D / 8][4],
+    const Rows& rows, const Sight& sight, int dim, const float (&x)[PARTS][D / 8][4],
     const float (&factor)[2]) {
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
-        scalar_t* to = rows.at(own.position[side]);
+        scalar_t* to = own_row(rows, sight, side);
 #pragma unroll
         for (int part = 0; part < PARTS; ++part)
             write_part(scalar_t(), to + part * D, x[part], side, factor[side],
-                       own.there[side] ? dim - part * D : 0);
+                       sight.there(side) ? dim - part * D : 0);
     }
 }
 

@@ -65,17 +65,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
 na_mma_bwd_dkv(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) unsigned char shared[];
     __shared__ Item item;
-    __shared__ Spans spans[WARPS][16];
+    __shared__ Owned owned[WARPS];
     const Geometry& g = p.geometry;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int lane = threadIdx.x % 32;
     const int kv_head = blockIdx.x % p.kv_heads;
     if (!begin_item<true>(g, blockIdx.x / p.kv_heads, item)) return;
 
     Sight sight;
-    sight.spans = spans[warp];
-    Own own;
-    own.set<true>(g, item, sight);
-    Biases<false> biases(g, item.halo, own.position);
+    sight.begin<true>(g, item, owned + threadIdx.x / 32);
+    Biases<false> biases(g, item.halo, sight);
 
     // Queries of one head after the other.
     int head = kv_head * p.queries_per_kv;
@@ -95,8 +93,8 @@ na_mma_bwd_dkv(const __grid_constant__ Params p) {
     fetch(staged);
 
     Left key[QK_PARTS], value[V_PARTS];
-    read_own(rows_of(p.key, g, item, kv_head), own, p.head_dim, p.zero, key);
-    read_own(rows_of(p.value, g, item, kv_head), own, p.value_dim, p.zero, value);
+    read_own(rows_of(p.key, g, item, kv_head), sight, p.head_dim, p.zero, key);
+    read_own(rows_of(p.value, g, item, kv_head), sight, p.value_dim, p.zero, value);
     const float scale = p.scale * (float)LOG2_E;
     float d_key[QK_PARTS][D / 8][4], d_value[V_PARTS][D / 8][4];
     clear(d_key);
@@ -181,6 +179,6 @@ na_mma_bwd_dkv(const __grid_constant__ Params p) {
         }
     }
     const float scales[2] = {p.scale, p.scale}, ones[2] = {1, 1};
-    write_own(rows_of(p.d_key, g, item, kv_head), own, p.head_dim, d_key, scales);
-    write_own(rows_of(p.d_value, g, item, kv_head), own, p.value_dim, d_value, ones);
+    write_own(rows_of(p.d_key, g, item, kv_head), sight, p.head_dim, d_key, scales);
+    write_own(rows_of(p.d_value, g, item, kv_head), sight, p.value_dim, d_value, ones);
 }

@@ -43,17 +43,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
 na_mma_bwd_dq(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) unsigned char shared[];
     __shared__ Item item;
-    __shared__ Spans spans[WARPS][16];
+    __shared__ Owned owned[WARPS];
     const Geometry& g = p.geometry;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int lane = threadIdx.x % 32;
     const int head = blockIdx.x % p.heads, kv_head = head / p.queries_per_kv;
     if (!begin_item<false>(g, blockIdx.x / p.heads, item)) return;
 
     Sight sight;
-    sight.spans = spans[warp];
-    Own own;
-    own.set<false>(g, item, sight);
-    Biases<true> biases(g, item.halo, own.position);
+    sight.begin<false>(g, item, owned + threadIdx.x / 32);
+    Biases<true> biases(g, item.halo, sight);
     if (RPB) biases.table = p.rpb + (long long)head * biases_per_head(g);
 
     // Keys and values of the window, later the additional ones.
@@ -68,7 +66,7 @@ na_mma_bwd_dq(const __grid_constant__ Params p) {
 
     // The queries and the gradients of their outputs; delta and log-sum-exp.
     Left query[QK_PARTS], d_out[V_PARTS];
-    read_own(rows_of(p.query, g, item, head), own, p.head_dim, p.zero, query);
+    read_own(rows_of(p.query, g, item, head), sight, p.head_dim, p.zero, query);
     float minus_delta[2], minus_lse[2];
     {
         const Rows outs = rows_of(p.out, g, item, head), d_outs = rows_of(p.d_out, g, item, head);
@@ -79,8 +77,9 @@ na_mma_bwd_dq(const __grid_constant__ Params p) {
 #pragma unroll
             for (int side = 0; side < 2; ++side) {
                 Chunk o[PIECES];
-                read_part(d_outs.at(own.position[side]), part, p.value_dim, own.there[side], d[side]);
-                read_part(outs.at(own.position[side]), part, p.value_dim, own.there[side], o);
+                const bool there = sight.there(side);
+                read_part(own_row(d_outs, sight, side), part, p.value_dim, there, d[side]);
+                read_part(own_row(outs, sight, side), part, p.value_dim, there, o);
 #pragma unroll
                 for (int n = 0; n < PIECES; ++n) {
                     float x[CHUNK], y[CHUNK];
@@ -96,8 +95,10 @@ na_mma_bwd_dq(const __grid_constant__ Params p) {
         for (int side = 0; side < 2; ++side) {
             delta[side] = sum_of_quad(delta[side]);
             minus_lse[side] = 0;
-            if (own.there[side]) {
-                const long long number = own.number(g, item, p.heads, head, side);
+            if (sight.there(side)) {
+                int position[RANK];
+                sight.find(side, position);
+                const long long number = number_of(g, item, p.heads, head, position);
                 if (p.d_lse) delta[side] -= p.d_lse[number];
                 if (lane % 4 == 0) p.delta[number] = delta[side];
                 minus_lse[side] = p.lse[number] * -(float)LOG2_E;
@@ -175,5 +176,5 @@ na_mma_bwd_dq(const __grid_constant__ Params p) {
         }
     }
     const float factor[2] = {p.scale, p.scale};
-    write_own(rows_of(p.d_query, g, item, head), own, p.head_dim, d_query, factor);
+    write_own(rows_of(p.d_query, g, item, head), sight, p.head_dim, d_query, factor);
 }

@@ -108,17 +108,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
 na_mma_fwd(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) unsigned char shared[];
     __shared__ Item item;
-    __shared__ Spans spans[WARPS][16];
+    __shared__ Owned owned[WARPS];
     const Geometry& g = p.geometry;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int lane = threadIdx.x % 32;
     const int head = blockIdx.x % p.heads, kv_head = head / p.queries_per_kv;
     if (!begin_item<false>(g, blockIdx.x / p.heads, item)) return;
 
     Sight sight;
-    sight.spans = spans[warp];
-    Own own;
-    own.set<false>(g, item, sight);
-    Biases<true> biases(g, item.halo, own.position);
+    sight.begin<false>(g, item, owned + threadIdx.x / 32);
+    Biases<true> biases(g, item.halo, sight);
     if (RPB) biases.table = p.rpb + (long long)head * biases_per_head(g);
 
     // Keys and values of the window, later the additional ones.
@@ -133,7 +131,7 @@ na_mma_fwd(const __grid_constant__ Params p) {
 
     // Scores are made positive multiples of products, so that the largest of both is the same.
     Left query[QK_PARTS];
-    read_own(rows_of(p.query, g, item, head), own, p.head_dim,
+    read_own(rows_of(p.query, g, item, head), sight, p.head_dim,
              p.zero ^ (p.scale >= 0 ? 0 : FLOATS ? 0x80000000u : 0x80008000u), query);
     const float scale = RPB ? 1.0f : fabsf(p.scale);
     Sums sums;
@@ -254,7 +252,7 @@ na_mma_fwd(const __grid_constant__ Params p) {
     for (int side = 0; side < 2; ++side) {
         sums.total[side] = sum_of_quad(sums.total[side]);
         factor[side] = inverse(FLOATS ? sums.total[side] : sums.whole[2 * side]);
-        if (!own.there[side]) continue;
+        if (!sight.there(side)) continue;
 #pragma unroll
         for (int part = 0; part < V_PARTS; ++part)
 #pragma unroll
@@ -263,24 +261,24 @@ na_mma_fwd(const __grid_constant__ Params p) {
                 for (int e = 0; e < 2; ++e) sum += sums.out[part][j][2 * side + e];
     }
     if (!__any_sync(0xFFFFFFFFu, !(fabsf(sum) < -minus_infinity()))) {
-        write_own(rows_of(p.out, g, item, head), own, p.value_dim, sums.out, factor);
+        write_own(rows_of(p.out, g, item, head), sight, p.value_dim, sums.out, factor);
 #pragma unroll
-        for (int side = 0; side < 2; ++side)
-            if (own.there[side] && lane % 4 == 0)
-                p.lse[own.number(g, item, p.heads, head, side)] =
+        for (int side = 0; side < 2; ++side) {
+            int position[RANK];
+            sight.find(side, position);
+            if (sight.there(side) && lane % 4 == 0)
+                p.lse[number_of(g, item, p.heads, head, position)] =
                     (sums.reference[side] + log_2(sums.total[side])) * (float)LN_2;
+        }
         return;
     }
 #pragma unroll 1
-    for (int row = 0; row < 16; ++row) {
+    for (int token = 0; token < 16; ++token) {
         int position[RANK];
 #pragma unroll
-        for (int a = 0; a < RANK; ++a)
-            position[a] = __shfl_sync(
-                0xFFFFFFFFu, row < 8 ? own.position[0][a] : own.position[1][a], row % 8 * 4);
-        if (__shfl_sync(0xFFFFFFFFu, (int)(row < 8 ? own.there[0] : own.there[1]), row % 8 * 4))
+        for (int a = 0; a < RANK; ++a) position[a] = sight.owned->position[token][a];
+        if (sight.full >> token & 1)
             attend_alone(p, item, head, position,
-                         (item.batch * p.heads + head) * tokens_per_image(g) +
-                             token_number(g, item, position));
+                         number_of(g, item, p.heads, head, position));
     }
 }

@@ -4,10 +4,10 @@ import importlib.util
 from dataclasses import replace
 
 import pytest
+import test_mma
 from kernel_cases import F16, F32
 from planted import Spoilt, spoil
 from ptxsim.errors import PtxCheckError
-import test_mma
 from test_kernels import Interpreter, check
 from test_mma import case
 
@@ -33,7 +33,8 @@ MISTAKES = {
         "mma.cuh", "real &= token < walk.extent[a];", "real &= token < walk.extent[a] + 1;"),
     "dim: numbers past the row are read": (
         "mma.cuh", "real && part * D + chunk * CHUNK < dim", "real"),
-    "dim: numbers past the row are written": ("mma.cuh", "j * 8 + stored(c) < numbers", "numbers > 0"),
+    "dim: numbers past the row are written": (
+        "mma.cuh", "j * 8 + stored(c) < numbers", "numbers > 0"),
     "float: numbers past the row are written": (
         "mma.cuh", "if ((4 * n + c) * CHUNK < numbers)", "if (numbers > 0)"),
     "dim: numbers past an own row are read": ("mma.cuh", "if (there && at < dim)", "if (there)"),
@@ -41,17 +42,20 @@ MISTAKES = {
     "the walk ends a line late": ("mma.cuh", "carry = at[a] >= length;", "carry = at[a] > length;"),
     "a turn too few": (
         "mma.cuh", "(blocks + TURNS - 1) / TURNS", "(blocks - 1) / TURNS"),
-    "the swizzle of another row": ("mma.cuh", "place(chunk, row) * 16", "place(chunk, row + 2) * 16"),
+    "the swizzle of another row": (
+        "mma.cuh", "place(chunk, row) * 16", "place(chunk, row + 2) * 16"),
     # what is seen
-    "a window too wide": ("mma.cuh", "first[side] + e < extent[side]", "first[side] + e <= extent[side]"),
+    "a window too wide": (
+        "mma.cuh", "first[side] + e < extent[side]", "first[side] + e <= extent[side]"),
     "lines are not masked": (
         "mma.cuh", "if (near) tokens |= 1 << i;", "tokens |= 1 << i;"),
-    "all see what most see": ("mma.cuh", "column + 8 <= sight.all_end", "column + 7 <= sight.all_end"),
+    "all see what most see": (
+        "mma.cuh", "column + 8 <= sight.all_end", "column + 7 <= sight.all_end"),
     "skipped too early": ("mma.cuh", "column + 8 > sight.any_begin", "column > sight.any_begin"),
     "skipped too late": ("mma.cuh", "column < sight.any_end &&", "column + 8 < sight.any_end &&"),
     "the spans of another token": ("mma.cuh", "tokens <<= first;", "tokens <<= first ^ 4;"),
-    "tokens that are not there": ("mma.cuh", "own_token<INVERSE>(g, item, slot, token, seen);",
-                                  "(own_token<INVERSE>(g, item, slot, token, seen), true);"),
+    "tokens that are not there": ("mma.cuh", "own_token<INVERSE>(g, item, slot, position, seen);",
+                                  "(own_token<INVERSE>(g, item, slot, position, seen), true);"),
     # numbers
     "extras: no mask": (FORWARD, "if (n == window_turns) sight.set_line(p.extras);", ""),
     "extras: a bias": (FORWARD, "sees && in_window)", "sees)"),
@@ -63,7 +67,8 @@ MISTAKES = {
         FORWARD, "(sums.reference[side] + log_2(sums.total[side]))", "log_2(sums.total[side])"),
     "bias of the neighbour": ("mma.cuh", "offset + STEP * e]", "offset]"),
     "bias the other way": ("mma.cuh", "enum { STEP = FORWARDS ? 1 : -1 };", "enum { STEP = 1 };"),
-    "delta added": (QUERIES, "minus_delta[side] = -delta[side];", "minus_delta[side] = delta[side];"),
+    "delta added": (
+        QUERIES, "minus_delta[side] = -delta[side];", "minus_delta[side] = delta[side];"),
     "delta not told": (QUERIES, "if (lane % 4 == 0) p.delta", "if (lane % 4 == 4) p.delta"),
     "no gradient of log-sum-exp": (QUERIES, "if (p.d_lse) delta", "if (false) delta"),
     "keys: delta of the neighbour": (KEYS, "(TOKENS + h * 8 + e) * 4", "(TOKENS + h * 8) * 4"),
@@ -71,7 +76,8 @@ MISTAKES = {
         KEYS, "queries.base += p.query.head * (long long)sizeof(scalar_t);", ""),
     "keys: the first head's numbers": (KEYS, "lse += tokens;", ""),
     "keys: values in place of keys": (
-        KEYS, "add_weighted(d_key, ds, across + from);", "add_weighted(d_key, weights, across + from);"),
+        KEYS, "add_weighted(d_key, ds, across + from);",
+        "add_weighted(d_key, weights, across + from);"),
     "keys: numbers that are not there": (KEYS, "token_number(g, item, token), real);",
                                          "token_number(g, item, token), true);"),
 }  # fmt: skip

@@ -64,7 +64,8 @@ SCRATCH = 64 * 2**20  # bytes of partial sums of one gradient
 FAMILIES = ("auto", "portable", "mma", "small", "apart")
 
 # ("small", blocks of 8 columns, rows, splits, heads), ("mma", tokens per axis, ...) or ("portable",
-# tokens per axis, ...); of both sides backward ("joint", as of "small") for one launch, or ("apart",), which leaves each its own.
+# tokens per axis, ...); of both sides backward ("joint", as of "small") for one launch, or
+# ("apart",), which leaves each its own.
 Choice = tuple[str | int, ...]
 APART: Choice = ("apart",)
 

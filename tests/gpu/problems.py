@@ -168,7 +168,7 @@ def families(case):
     """Families of kernels to plan with; what is chosen by itself is always one of them."""
     halves, alike = case.dtype in (F16, BF16), case.heads == case.kv_heads
     joined = halves and alike and case.head_dim == 32 and len(case.shape) == 2
-    return ("portable", "small", *(("apart",) if joined else ()))
+    return ("portable", "mma", "small", *(("apart",) if joined else ()))
 
 
 def check(case, rig, seed=0, backward=True, tensors=None, kind=None):

@@ -1,0 +1,141 @@
+"""The tensor-core kernels for any window compile for every architecture they are for.
+
+In CI halves of 64 are compiled for every architecture, and every second of the others for one in
+turn; `python tests/test_mma_compile.py` measures all of them and writes the table of registers,
+stack and spilled bytes; do that after a kernel has changed, and read the difference.
+"""
+
+import importlib.util
+import json
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from math import prod
+from pathlib import Path
+
+import pytest
+from test_plan import problem
+
+from natcupy.cuda import jit, mma, plan
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("cupy") is None, reason="NVRTC comes with CuPy, which is not installed"
+)
+
+ARCHS = ("80", "86", "89", "90a", "100a", "120a")
+MAPS = {1: ((4096,), (63,)), 2: ((64, 64), (21, 21)), 3: ((8, 28, 28), (3, 7, 7))}
+TABLE = Path(__file__).with_name("mma_resources.json")
+
+
+def specs(rank, dim, dtype, rpb, arch="90a"):
+    shape, kernel = MAPS[rank]
+    p = problem(shape, kernel, (1,) * rank, (1,) * rank, (False,) * rank, head_dim=dim,
+                value_dim=dim, dtype=dtype, rpb=rpb, arch=int(arch.rstrip("a")))  # fmt: skip
+    with plan.use_family("mma"):
+        plans = (plan.forward(p), plan.backward(p, True, False, False))
+    return [recipe.spec for made in plans for recipe in made.recipes]
+
+
+def jobs():
+    """Every kind of row and rank on sm_90a; halves of 64 numbers on all, some on sm_75."""
+    found = {}
+
+    def add(archs, *call):
+        for arch in archs:
+            found.update(dict.fromkeys((spec, arch) for spec in specs(*call, arch=arch)))
+
+    for rank in MAPS:
+        add(ARCHS, rank, 64, "BF16", False)
+        add(("75",), rank, 32, "F16", False)
+        for dim, rpb in product((32, 64, 128), (False, True)):
+            add(("90a",), rank, dim, "BF16", rpb)
+        for dim in (32, 64):
+            add(("90a", "80"), rank, dim, "F32", False)
+    add(("90a",), 1, 64, "F16", True)
+    return tuple(found)
+
+
+def sample():
+    """What CI compiles."""
+    own = {spec for rank in (1, 3) for spec in specs(rank, 64, "BF16", False)}
+    others = {}
+    for spec, arch in jobs():
+        if spec not in own:
+            others.setdefault(spec, []).append(arch)
+    in_turn = [(spec, archs[i // 2 % len(archs)]) for i, (spec, archs) in enumerate(others.items())]
+    return [*product(own, ARCHS), *in_turn[::2]]
+
+
+def measure(job):
+    spec, arch = job
+    compiled = jit.compile_spec(spec, arch)
+    usage = jit.resource_usage(compiled.log)[spec.entry]
+    row = [usage.registers, usage.stack, usage.spill_stores, usage.spill_loads]
+    return f"{spec} sm_{arch}", row, compiled.warnings
+
+
+def measure_all(chosen):
+    jit.toolkit()  # loaded once, before the threads
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(measure, chosen))
+
+
+@pytest.fixture(scope="module")
+def measured():
+    return measure_all(sample())
+
+
+def test_no_warning(measured):
+    assert not {name: warnings for name, _, warnings in measured if warnings}
+
+
+def test_blocks_keep_to_the_launch_bounds():
+    """The threads of a tile are those that the kernel is compiled for, its own shared memory no
+    more than the plan leaves it."""
+    for spec in specs(3, 64, "BF16", False):
+        text = jit.compile_spec(spec, "90a", ptx=True).image.decode()
+        warps = dict(spec.constants)["WARPS"]
+        assert int(re.search(r"\.maxntid (\d+)", text)[1]) == 32 * warps
+        own = re.findall(r"\.shared .*?\[(\d+)\];", text)
+        assert 0 < sum(map(int, own)) <= mma.OWN_SHARED
+
+
+def test_tiles_have_whole_warps():
+    for shape, kernel in MAPS.values():
+        assert prod(mma._tile(shape, kernel, (1,) * len(shape))) in mma.SIZES
+
+
+# Bytes of a thread that the kernels may put aside, for twice the warps.
+ASIDE = 128
+
+
+def test_no_spill_in_the_table():
+    """Of halves without a bias nothing in the loop over turns; of every architecture."""
+    table = json.loads(TABLE.read_text())["kernels"]
+    assert not {name: row for name, row in table.items() if max(row[1:]) > ASIDE}
+    plain = {n: row for n, row in table.items() if "RPB=0" in n and "F32" not in n}
+    assert not {name: row for name, row in plain.items() if max(row[1:]) > 32}
+
+
+def test_resources_are_those_of_the_table(measured):
+    """Exact for the compiler that made the table; another may allot registers otherwise."""
+    table = json.loads(TABLE.read_text())
+    assert set(table["kernels"]) == {f"{spec} sm_{arch}" for spec, arch in jobs()}
+    version = ".".join(map(str, jit.toolkit().version))
+    if version != table["nvrtc"]:
+        pytest.skip(f"the table was made by NVRTC {table['nvrtc']}, this is {version}")
+    changed = {
+        n: (table["kernels"][n], row) for n, row, _ in measured if table["kernels"][n] != row
+    }
+    assert not changed, f"run python tests/{Path(__file__).name} and commit {TABLE.name}"
+
+
+if __name__ == "__main__":
+    rows = {name: row for name, row, _ in measure_all(jobs())}
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(rows[name])}" for name in sorted(rows))
+    version = ".".join(map(str, jit.toolkit().version))
+    columns = '["registers", "stack", "spill stores", "spill loads"]'
+    TABLE.write_text(
+        f'{{"nvrtc": "{version}", "columns": {columns}, "kernels": {{\n{lines}\n}}}}\n'
+    )

@@ -134,7 +134,7 @@ __device__ __forceinline__ void stage(
 // ---- what tokens see -------------------------------------------------------------------------
 
 struct alignas(8) Span { int begin; unsigned extent; };
-struct alignas(16) Spans { Span axis[RANK == 3 ? 2 : 1]; };  // along all axes but the last
+struct alignas(RANK == 3 ? 16 : 8) Spans { Span axis[RANK == 3 ? 2 : 1]; };  // along all axes but the last
 struct Owned { Spans spans[16]; int position[16][RANK]; };  // of a warp's tokens, in shared memory
 
 // A warp's tokens, and what they see relative to the halo.

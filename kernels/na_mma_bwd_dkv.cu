@@ -32,34 +32,56 @@ struct Params {
     float* delta;  // like lse
 };
 
-// Bytes, twice: rows, and behind them log-sum-exp and delta of each.
+// Twice: rows, and behind them log-sum-exp and delta of each, which lie in different banks.
 enum {
-    NUMBERS = (QK_PARTS + V_PARTS) * PART_BYTES,
-    STAGED = NUMBERS + 2 * TOKENS * 4,
+    NUMBERS = (QK_PARTS + V_PARTS) * PART_BYTES,  // where these begin, in bytes
+    DELTAS = TOKENS + 8,                          // and delta among them
+    STAGED = NUMBERS + 2 * TOKENS * 4 + 128,      // bytes
     MIN_BLOCKS = (QK_PARTS + V_PARTS) * ROW <= 128 ? 16 / WARPS : 8 / WARPS
 };
 
-// Log-sum-exp and delta of the 8 blocks that `walk` is at.
-__device__ __forceinline__ void stage_numbers(
-    const Geometry& g, const Item& item, const Walk& walk, const float* lse, const float* delta,
-    unsigned to) {
+// Log-sum-exp and delta of a head from the first token of a halo on.
+struct Numbers {
+    const char *lse, *delta;
+    unsigned step[RANK];
+
+    __device__ __forceinline__ Numbers(const Params& p, const Item& item, int head) {
+        const Geometry& g = p.geometry;
+        const long long first = number_of(g, item, p.heads, head, item.halo.begin);
+        lse = (const char*)(p.lse + first);
+        delta = (const char*)(p.delta + first);
+        unsigned bytes = 4;  // an image has at most 2^30 tokens
 #pragma unroll
-    for (int n = 0; n < TURNS; n += WARPS) {
-        const int block = n + threadIdx.x / 32, row = threadIdx.x % 8, lane = threadIdx.x % 32;
-        int at[RANK], token[RANK];
-        walk.find(block, at);
-        bool real = true;
-#pragma unroll
-        for (int a = 0; a < RANK; ++a) {
-            const int place = at[a] + (a == LAST ? row : 0);
-            real &= place < walk.extent[a];
-            token[a] = item.halo.begin[a] + place;
+        for (int a = LAST; a >= 0; --a) {
+            step[a] = bytes * g.dilation[a];
+            bytes *= g.length[a];
         }
-        if (lane < 16)
-            copy_float(to + (lane / 8 * TOKENS + block * 8 + row) * 4,
-                       (lane < 8 ? lse : delta) + token_number(g, item, token), real);
     }
-}
+    // Those of the 8 blocks that `walk` is at.
+    __device__ __forceinline__ void stage(const Walk& walk, unsigned to) const {
+        const int lane = threadIdx.x % 32, row = lane % 8;
+#pragma unroll
+        for (int n = 0; n < TURNS; n += WARPS) {
+            const int block = n + threadIdx.x / 32;
+            int at[RANK];
+            walk.find(block, at);
+            unsigned bytes = row * step[LAST];
+            bool real = at[LAST] + row < walk.extent[LAST];
+#pragma unroll
+            for (int a = 0; a < RANK; ++a) {
+                bytes += at[a] * step[a];
+                real &= at[a] < walk.extent[a];
+            }
+            if (lane < 16)
+                copy_float(to + (lane / 8 * DELTAS + block * 8 + row) * 4,
+                           (lane < 8 ? lse : delta) + bytes, real);
+        }
+    }
+    __device__ __forceinline__ void next_head(const Geometry& g) {
+        lse += tokens_per_image(g) * 4;
+        delta += tokens_per_image(g) * 4;
+    }
+};
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
 na_mma_bwd_dkv(const __grid_constant__ Params p) {
@@ -80,15 +102,13 @@ na_mma_bwd_dkv(const __grid_constant__ Params p) {
     Walk walk;
     walk.begin(item.halo.extent);
     const int head_turns = walk.turns(), turns = head_turns * p.queries_per_kv;
-    const long long tokens = tokens_per_image(g);
-    const float* lse = p.lse + (item.batch * p.heads + head) * tokens;
-    const float* delta = p.delta + (item.batch * p.heads + head) * tokens;
+    Numbers all(p, item, head);
     Source queries(rows_of(p.query, g, item, head), item.halo.begin, p.head_dim);
     Source d_outs(rows_of(p.d_out, g, item, head), item.halo.begin, p.value_dim);
     const unsigned staged = shared_address(shared);
     const auto fetch = [&](unsigned to) {
         stage(walk, queries, d_outs, to);
-        stage_numbers(g, item, walk, lse, delta, to + NUMBERS);
+        all.stage(walk, to + NUMBERS);
     };
     fetch(staged);
 
@@ -117,8 +137,7 @@ na_mma_bwd_dkv(const __grid_constant__ Params p) {
                 walk.begin(item.halo.extent);
                 queries.base += p.query.head * (long long)sizeof(scalar_t);
                 d_outs.base += p.d_out.head * (long long)sizeof(scalar_t);
-                lse += tokens;
-                delta += tokens;
+                all.next_head(g);
             } else {
                 walk.advance();
             }
@@ -137,7 +156,7 @@ na_mma_bwd_dkv(const __grid_constant__ Params p) {
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
                     t[h][e] = t[h][2 + e] = 0;
-                    d[h][e] = d[h][2 + e] = -read_float(numbers + (TOKENS + h * 8 + e) * 4);
+                    d[h][e] = d[h][2 + e] = -read_float(numbers + (DELTAS + h * 8 + e) * 4);
                 }
             add_products(t, key, from + rows, p.zero);
             add_products(d, value, from + rows + QK_PARTS * PART_BYTES, p.zero);

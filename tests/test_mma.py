@@ -10,12 +10,15 @@ import random
 import oracle
 import pytest
 import torch
-from kernel_cases import BF16, F16, Case, cotangents, inputs, truth
+from kernel_cases import BF16, F16, F32, Case, cotangents, inputs, truth
+from ptxsim import Checks
+from ptxsim.launcher import PtxLauncher
 from test_kernels import Gpu, Interpreter, check, run
 from test_plan import problem, unpacked
+from test_small import error
 from tolerances import close
 
-from natcupy import neighborhood
+from natcupy import na1d, neighborhood
 from natcupy.cuda import heuristics, mma, ops, plan, small
 from natcupy.cuda.heuristics import FORWARD, KEYS, QUERIES
 from natcupy.neighborhood import inverse_window, window
@@ -63,6 +66,10 @@ CASES = (
          layout="heads first"),
     case("scale", (33,), 9, "a given, negative scale", scale=-0.7, rpb=True, dtype=F16),
     case("no scale", (33,), 9, "all keys weigh alike", scale=0.0),
+    case("float", (70,), 23, "products of floats in three terms", dtype=F32, heads=2, rpb=True),
+    case("float volume", (3, 7, 9), (2, 3, 5), "longer rows", dim=64, dtype=F32, extras=3),
+    case("float, odd dims", (9, 14), 5, "rows of 20 and 44 floats", head_dim=20, value_dim=44,
+         dtype=F32, heads=2, kv_heads=1, is_causal=(False, True)),
 )  # fmt: skip
 
 
@@ -94,12 +101,13 @@ def random_case(rng, number):
         dilation.append(d)
         stride.append(rng.choice((1, 1, 1, rng.randint(1, k))))
         shape.append(k * d + rng.choice((0, 0, 1, rng.randint(0, most))))
-    kv_heads, dim = rng.choice((1, 2)), rng.choice((32, 64, 128))
+    kv_heads, dtype = rng.choice((1, 2)), rng.choice((F16, BF16, F32))
+    dim = rng.choice((32, 64) if dtype == F32 else (32, 64, 128))
     return case(
         f"random {number}", tuple(shape), tuple(kernel), "", stride=tuple(stride),
         dilation=tuple(dilation), is_causal=tuple(rng.random() < 0.25 for _ in range(rank)),
         head_dim=dim - rng.choice((0, 0, 8)), value_dim=dim - rng.choice((0, 0, 24)),
-        dtype=rng.choice((F16, BF16)), rpb=rng.random() < 0.5, extras=rng.choice((0, 0, 2, 65)),
+        dtype=dtype, rpb=rng.random() < 0.5, extras=rng.choice((0, 0, 2, 65)),
         kv_heads=kv_heads, heads=kv_heads * rng.choice((1, 1, 2)), batch=rng.choice((1, 2)),
         layout=rng.choice(("contiguous", "heads first")),
     )  # fmt: skip
@@ -112,7 +120,7 @@ def test_random_calls(number, engine):
 
 @pytest.mark.parametrize(
     ("arch", "dtype"),
-    [("75", F16), ("86", BF16), ("89", F16), ("90a", BF16), ("100a", F16), ("120a", BF16)],
+    [("75", F16), ("86", BF16), ("89", F32), ("90a", BF16), ("100a", F16), ("120a", F32)],
 )
 def test_every_architecture(arch, dtype):
     """Other instructions on sm_75: no asynchronous copies, products of 8 keys at a time."""
@@ -201,9 +209,10 @@ def planned(**changes):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"dtype": "F32"}, "float16, or bfloat16"),
         ({"dtype": "F64"}, "float16, or bfloat16"),
-        ({"arch": 75}, "bfloat16 from sm_80 on"),
+        ({"arch": 75}, "bfloat16 or float32 from sm_80 on"),
+        ({"arch": 75, "dtype": "F32"}, "bfloat16 or float32 from sm_80 on"),
+        ({"head_dim": 68, "dtype": "F32"}, "at most 64"),
         ({"head_dim": 136}, "at most 128"),
         ({"value_dim": 256}, "at most 128"),
         ({"head_dim": 36}, "multiples of 16 bytes"),
@@ -440,3 +449,45 @@ def test_rows_that_lie_far_apart(engine):
     close(out, true[0], given.dtype)
     for name, gradient in gradients.items():
         close(gradient, true[2][name], given.dtype, name, backward=True)
+
+
+# ------------------------------------------------------------------------------------------------
+# floats
+
+
+@pytest.mark.parametrize("dim", [32, 64])
+def test_floats_are_as_exact_as_torch(dim):
+    """Root mean square error: forward at most twice, backward three times that of plain torch,
+    with tensor cores that truncate where they add."""
+    given = case("exact", (150,), 101, "", dtype=F32, dim=dim, rpb=True)
+    tensors, (d_out, d_lse) = inputs(given), cotangents(given)
+    true_out, true_lse, true = truth(given, tensors, d_out, d_lse)
+    plain = {n: x.detach().clone().requires_grad_() for n, x in tensors.items() if x is not None}
+    torch_out, torch_lse = na1d(
+        plain["query"], plain["key"], plain["value"], given.kernel_size, rpb=plain["rpb"],
+        scale=given.factor, return_lse=True, backend="torch",
+    )  # fmt: skip
+    grads = torch.autograd.grad([torch_out, torch_lse], list(plain.values()), [d_out, d_lse])
+    engine = Interpreter()
+    engine.launcher = PtxLauncher("80", checks=Checks(truncated_sums=True))
+    with plan.use_family("mma"):
+        out, lse, gradients = run(given, engine, tensors, d_out, d_lse)
+    assert error(out, true_out) <= 2 * error(torch_out, true_out)
+    assert error(lse, true_lse) <= 2 * error(torch_lse, true_lse)
+    for name, by_torch in zip(plain, grads, strict=True):
+        assert error(gradients[name], true[name]) <= 3 * error(by_torch, true[name]), name
+
+
+def test_one_term_where_torch_allows_tf32():
+    given = case("tf32", (50,), 9, "", dtype=F32)
+    tensors, cotangent = inputs(given), cotangents(given)
+    true_out, _, true = truth(given, tensors, *cotangent)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with plan.use_family("mma"):
+            out, _, gradients = run(given, Interpreter(), tensors, *cotangent)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for actual, wanted in [(out, true_out), *((gradients[n], true[n]) for n in gradients)]:
+        assert 2e-5 < (actual.double() - wanted).abs().max() / wanted.abs().max() < 3e-3

@@ -71,15 +71,15 @@ MISTAKES = {
         QUERIES, "minus_delta[side] = -delta[side];", "minus_delta[side] = delta[side];"),
     "delta not told": (QUERIES, "if (lane % 4 == 0) p.delta", "if (lane % 4 == 4) p.delta"),
     "no gradient of log-sum-exp": (QUERIES, "if (p.d_lse) delta", "if (false) delta"),
-    "keys: delta of the neighbour": (KEYS, "(TOKENS + h * 8 + e) * 4", "(TOKENS + h * 8) * 4"),
+    "keys: delta of the neighbour": (KEYS, "(DELTAS + h * 8 + e) * 4", "(DELTAS + h * 8) * 4"),
     "keys: the first head's queries": (
         KEYS, "queries.base += p.query.head * (long long)sizeof(scalar_t);", ""),
-    "keys: the first head's numbers": (KEYS, "lse += tokens;", ""),
+    "keys: the first head's numbers": (KEYS, "all.next_head(g);", ""),
     "keys: values in place of keys": (
         KEYS, "add_weighted(d_key, ds, across + from);",
         "add_weighted(d_key, weights, across + from);"),
-    "keys: numbers that are not there": (KEYS, "token_number(g, item, token), real);",
-                                         "token_number(g, item, token), true);"),
+    "keys: numbers that are not there": (
+        KEYS, "(lane < 8 ? lse : delta) + bytes, real);", "(lane < 8 ? lse : delta) + bytes, true);"),
 }  # fmt: skip
 
 PLAIN = case(

@@ -140,7 +140,7 @@ def _shared(p: Problem, side: str) -> int:
     """Bytes of two turns of rows, and with queries their log-sum-exp and delta."""
     dim, *parts = _parts(p)
     row = dim * sum(parts) * ITEM_SIZE[p.dtype]
-    return 2 * TURN * (row + (8 if side == KEYS else 0))
+    return 2 * (TURN * row + (TURN * 8 + 128 if side == KEYS else 0))
 
 
 def _recipe(kernel: str, p: Problem, side: str, scale: float) -> Recipe:

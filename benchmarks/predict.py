@@ -1,9 +1,10 @@
-"""What the small-window kernels should take on a GPU: arithmetic on counts, nothing measured.
+"""What the tensor-core kernels should take on a GPU: arithmetic on counts, nothing measured.
 
 In: the PTX interpreter's counts of one image and one head, scaled to a batch, and what a GPU can do
 per second. Out: a record of kind "prediction" with a table: for each kernel and layer of NAT-Tiny
-and DiNAT-Tiny the time of every unit, and a range for the whole. `python -m benchmarks.predict`
-writes both to `benchmarks/results`; a measurement is to be held against them.
+and DiNAT-Tiny, a line and a video the time of every unit, and a range for the whole.
+`python -m benchmarks.predict` writes both to `benchmarks/results`; a measurement is to be held
+against them. Lines and videos also have what the portable kernels would take.
 
 The lower end of the range takes all units to work at once, the upper end adds the busiest unit on
 the chip to the time of main memory, as where one block of threads has a multiprocessor to itself.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from pathlib import Path
 from unittest import mock
 
@@ -42,15 +44,17 @@ GPUS = (
     Gpu("H100", 3.0e12, 5.5e12, 1.755e9, 132, 2048, 0.62),
     Gpu("H200", 4.3e12, 5.5e12, 1.755e9, 132, 2048, 0.62),
 )
-LAYERS = (  # (side, heads, dilation) of NAT-Tiny's levels and DiNAT-Tiny's dilated layers
-    (56, 2, 1), (28, 4, 1), (14, 8, 1), (7, 16, 1), (56, 2, 8), (28, 4, 4), (14, 8, 2),
+LAYERS = (  # (shape, window, heads, dilation): of NAT-Tiny, of DiNAT-Tiny, a line, a video
+    ((56, 56), 7, 2, 1), ((28, 28), 7, 4, 1), ((14, 14), 7, 8, 1), ((7, 7), 7, 16, 1),
+    ((56, 56), 7, 2, 8), ((28, 28), 7, 4, 4), ((14, 14), 7, 8, 2),
+    ((4096,), 63, 4, 1), ((8, 28, 28), (3, 7, 7), 4, 1),
 )  # fmt: skip
 # Read or written at least once.
 TENSORS = {"fwd": 4, "bwd": 8, "bwd_dq": 6, "bwd_dkv": 6, "bwd_dense": 8}
 
 
-def count(side: int, dilation: int, dtype: torch.dtype) -> dict[str, dict[str, float]]:
-    """Counts of one image of two heads, per image and head."""
+def count(shape, window, dilation: int, dtype: torch.dtype) -> dict[str, dict[str, float]]:
+    """Counts of one image, per image and head, by kernel."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
     from kernel_cases import Case, cotangents, inputs
     from ptxsim import Checks
@@ -59,26 +63,29 @@ def count(side: int, dilation: int, dtype: torch.dtype) -> dict[str, dict[str, f
 
     from natcupy.cuda import heuristics, plan
 
-    dense = side == 7 * dilation
+    small, dense = len(shape) == 2, shape == (7 * dilation,) * 2
     heads = 4 if dense else 1
-    case = Case("", (side, side), 7, "", dilation=dilation, heads=heads, kv_heads=heads,
-                head_dim=32, value_dim=32, rpb=True, dtype=dtype)  # fmt: skip
+    case = Case("", shape, window, "", dilation=dilation, heads=heads, kv_heads=heads,
+                head_dim=32, value_dim=32, rpb=small, dtype=dtype)  # fmt: skip
     launcher = PtxLauncher("90a", checks=Checks(races=False, uninitialised=False, traffic=True))
     # Backward in one launch, and where that is done also in two.
     families = ("small",) if dense or dtype == torch.float32 else ("small", "apart")
     # One image on a sliver of a chip is cut as many images are on a whole one.
     chip = {90: replace(heuristics.architecture(90), multiprocessors=1e-3)}
     with mock.patch.dict(heuristics.ARCHITECTURES, chip):
-        for family in families:
+        for family in families if small else ("mma", "portable"):
             with plan.use_family(family):
                 run(case, launcher, inputs(case), *cotangents(case))
     return {
-        made.recipe.spec.entry.removeprefix("na2d_small_"): {
-            name: value / heads for name, value in _of(made.counters).items()
-        }
+        made.recipe.spec.entry: {name: value / heads for name, value in _of(made.counters).items()}
         for made in launcher.records
-        if "small" in made.recipe.spec.entry
+        if made.recipe.spec.entry != "reduce_partials"
     }
+
+
+def tensors_of(kernel: str) -> int:
+    """Tensors that a kernel has to move."""
+    return TENSORS[kernel.removeprefix("na2d_small_").removeprefix("na_").removeprefix("mma_")]
 
 
 def _of(counters) -> dict[str, float]:
@@ -117,18 +124,18 @@ def predict(counts: dict[str, float], moved: float, gpu: Gpu) -> dict[str, float
 def rows(batch: int, layers=LAYERS):
     """One row per layer, dtype, kernel and GPU."""
     for dtype in (torch.bfloat16, torch.float32):
-        for side, heads, dilation in layers:
-            for kernel, one in count(side, dilation, dtype).items():
+        for shape, window, heads, dilation in layers:
+            for kernel, one in count(shape, window, dilation, dtype).items():
                 whole = {name: value * batch * heads for name, value in one.items()}
-                tensor = batch * side * side * heads * 32 * dtype.itemsize
+                tensor = batch * prod(shape) * heads * 32 * dtype.itemsize
                 for gpu in GPUS:
                     yield {
-                        "layer": f"{side}x{side} d{dilation}",
+                        "layer": f"{'x'.join(map(str, shape))} d{dilation}",
                         "dtype": str(dtype).removeprefix("torch."),
-                        "kernel": f"na2d_small_{kernel}",
+                        "kernel": kernel,
                         "gpu": gpu.name,
                         "counts": whole,
-                        "us": predict(whole, TENSORS[kernel] * tensor, gpu),
+                        "us": predict(whole, tensors_of(kernel) * tensor, gpu),
                     }
 
 
@@ -138,7 +145,7 @@ UNITS = ("memory", "cache", "products", "exponentials", "shared", "issue")
 def table(made) -> str:
     """The record as a page."""
     lines = [
-        f"# Predicted, not measured: small-window kernels, batch {made['batch']}, {made['date']}",
+        f"# Predicted, not measured: batch {made['batch']}, {made['date']}",
         "",
         "Microseconds, by `python -m benchmarks.predict`: how long each unit of a GPU is busy by",
         "the interpreter's counts, and the range between all units at work at once and main memory",

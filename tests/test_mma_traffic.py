@@ -25,7 +25,8 @@ pytestmark = pytest.mark.skipif(
 TRAFFIC = (
     case("line", (500,), 63, "two buffers of 64 keys"),
     case("volume", (4, 14, 15), (3, 7, 5), "short lines", dim=64),
-    case("strided", (40, 41), (9, 11), "far windows of keys", dim=64, dilation=(1, 2), stride=(3, 1)),
+    case("strided", (40, 41), (9, 11), "far windows of keys", dim=64, dilation=(1, 2),
+         stride=(3, 1)),
     case("two parts", (200,), 41, "longer rows", dim=128, heads=2, kv_heads=1),
     case("float", (200,), 41, "rows of 128 bytes", dtype=F32),
     case("float 64", (6, 7, 8), (3, 3, 5), "rows of 256 bytes", dim=64, dtype=F32),

@@ -27,6 +27,7 @@ BLOCK = 8  # columns that are seen or skipped together
 TURN = 64  # tokens staged at a time
 SIZES = (128, 64)  # tokens of a tile
 LARGEST_GRID = 2**31 - 1
+BLOCKS = 1024  # of all heads, where each adds up the bias gradient of several tiles
 OWN_SHARED = 4096  # bytes that the kernels declare themselves, at most
 LEAST_WORK = 2048  # bytes of all keys and values that a query sees, from which on they pay
 
@@ -143,9 +144,31 @@ def _shared(p: Problem, side: str) -> int:
     return 2 * (TURN * row + (TURN * 8 + 128 if side == KEYS else 0))
 
 
-def _recipe(kernel: str, p: Problem, side: str, scale: float) -> Recipe:
+def _bias_sums(p: Problem) -> int:
+    """Bytes of the sums of dS per bias of all warps: diagonals, a block of pairs, a table."""
+    return _warps(p) * (128 * 8 + FRAGMENT * BLOCK * 4 + -(-p.biases // 2) * 8)
+
+
+def _warps(p: Problem) -> int:
+    return prod(tile(p)) // FRAGMENT
+
+
+def sums_biases(p: Problem) -> bool:
+    """Whether the query side can add up the gradient of the bias: its tables fit shared memory."""
+    most = _shared(p, QUERIES) + _bias_sums(p) + OWN_SHARED
+    return most <= heuristics.block_limit(p.arch)
+
+
+def _recipe(
+    kernel: str,
+    p: Problem,
+    side: str,
+    scale: float,
+    blocks: int | None = None,  # per head; one for each tile
+    extra_shared: int = 0,
+    **more: int,
+) -> Recipe:
     dim, qk_parts, v_parts = _parts(p)
-    warps = prod(tile(p)) // FRAGMENT
     constants = {
         "SCALAR": p.dtype,
         "RANK": p.rank,
@@ -155,8 +178,9 @@ def _recipe(kernel: str, p: Problem, side: str, scale: float) -> Recipe:
         "HEAD_DIM": dim,
         "QK_PARTS": qk_parts,
         "V_PARTS": v_parts,
-        "WARPS": warps,
+        "WARPS": _warps(p),
         "RPB": int(p.rpb),
+        **more,
     }
     values = {
         **geometry(p, tile(p), (1,) * p.rank),
@@ -167,12 +191,14 @@ def _recipe(kernel: str, p: Problem, side: str, scale: float) -> Recipe:
         "value_dim": p.value_dim,
         "extras": p.extras,
         "zero": 0,
+        "items": _items(p),
         "scale": scale,
         **views(p),
     }
     heads = p.kv_heads if side == KEYS else p.heads
-    blocks, threads = heads * _items(p), (32 * warps, 1, 1)
-    return recipe(kernel, tuple(constants.items()), blocks, threads, _shared(p, side), values)
+    threads, shared = (32 * _warps(p), 1, 1), _shared(p, side) + extra_shared
+    blocks = heads * (_items(p) if blocks is None else blocks)
+    return recipe(kernel, tuple(constants.items()), blocks, threads, shared, values)
 
 
 def forward(p: Problem) -> Plan:
@@ -180,9 +206,16 @@ def forward(p: Problem) -> Plan:
     return Plan((_recipe("na_mma_fwd", p, FORWARD, p.scale * log2(e)),))
 
 
-def query_side(p: Problem) -> Plan:
-    """The launch that computes delta and d_query."""
-    return Plan((_recipe("na_mma_bwd_dq", p, QUERIES, p.scale),))
+def query_side(p: Problem, rpb: bool, most: int) -> tuple[Recipe, int]:
+    """The launch that computes delta and d_query, and its blocks per head.
+
+    With `rpb`, the gradient of the bias as well, in a table per block of which there are at most
+    `most`.
+    """
+    blocks = max(1, min(_items(p), -(-BLOCKS // p.heads), most)) if rpb else _items(p)
+    extra = _bias_sums(p) if rpb else 0
+    made = _recipe("na_mma_bwd_dq", p, QUERIES, p.scale, blocks, extra, RPB_GRAD=int(rpb))
+    return made, blocks
 
 
 def key_side(p: Problem) -> Plan:

@@ -114,12 +114,12 @@ PARAMS = {
     "na_mma_bwd_dq": (
         ("geometry", "Geometry", 1),
         *((name, "int", 1) for name in ("heads", "queries_per_kv", "head_dim", "value_dim")),
-        *((name, "int", 1) for name in ("extras", "zero")),
+        *((name, "int", 1) for name in ("extras", "zero", "items")),
         ("scale", "float", 1),
         *((name, "View", 1) for name in ("query", "key", "value")),
         *((name, "View", 1) for name in ("extra_key", "extra_value")),
         *((name, "View", 1) for name in ("out", "d_out", "d_query")),
-        *((name, "pointer", 1) for name in ("rpb", "lse", "d_lse", "delta")),
+        *((name, "pointer", 1) for name in ("rpb", "lse", "d_lse", "delta", "partial")),
     ),
     "na_mma_bwd_dkv": (
         ("geometry", "Geometry", 1),

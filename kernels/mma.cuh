@@ -131,7 +131,44 @@ __device__ __forceinline__ void stage(
     }
 }
 
+// Keys and values that a tile of queries sees, turn by turn, and after them the additional ones.
+struct KeyTurns {
+    Walk walk;
+    Source keys, values;
+    int window, all;  // turns
+
+    template <class Params>
+    __device__ __forceinline__ KeyTurns(const Params& p, const Item& item, int kv_head)
+        : keys(rows_of(p.key, p.geometry, item, kv_head), item.halo.begin, p.head_dim),
+          values(rows_of(p.value, p.geometry, item, kv_head), item.halo.begin, p.value_dim) {
+        walk.begin(item.halo.extent);
+        window = walk.turns();
+        all = window + (p.extras + TOKENS - 1) / TOKENS;
+    }
+    // Stages the turn after `now`, if there is one.
+    template <class Params>
+    __device__ __forceinline__ void stage_next(
+        const Params& p, const Item& item, int kv_head, int now, unsigned to) {
+        if (now + 1 == all) return;
+        if (now + 1 == window) {
+            const Box line = line_box(0, p.extras);
+            walk.begin(line.extent);
+            keys = Source(line_of(p.extra_key, item.batch, kv_head), line.begin, p.head_dim);
+            values = Source(line_of(p.extra_value, item.batch, kv_head), line.begin, p.value_dim);
+        } else {
+            walk.advance();
+        }
+        stage(walk, keys, values, to);
+    }
+};
+
 // ---- what tokens see -------------------------------------------------------------------------
+
+// The number of a token among those of all heads, [batch, heads, *spatial].
+__device__ __forceinline__ long long number_of(
+    const Geometry& g, const Item& item, int heads, int head, const int (&position)[RANK]) {
+    return (item.batch * heads + head) * tokens_per_image(g) + token_number(g, item, position);
+}
 
 struct alignas(8) Span { int begin; unsigned extent; };
 struct alignas(RANK == 3 ? 16 : 8) Spans { Span axis[RANK == 3 ? 2 : 1]; };  // along all axes but the last
@@ -167,6 +204,12 @@ struct Sight {
 #pragma unroll
         for (int a = 0; a < RANK; ++a)
             position[a] = owned->position[side * 8 + threadIdx.x % 32 / 4][a];
+    }
+    __device__ __forceinline__ long long number(
+        const Geometry& g, const Item& item, int heads, int head, int side) const {
+        int position[RANK];
+        find(side, position);
+        return number_of(g, item, heads, head, position);
     }
 
     // Of lane n and n + 16: what token n sees; one that is not there sees nothing.
@@ -269,7 +312,9 @@ struct Biases {
     const float* table;  // of the head
     int base[2];         // of the lane's tokens with its own columns of the halo's first block
 
-    __device__ __forceinline__ Biases(const Geometry& g, const Box& halo, const Sight& sight) {
+    __device__ __forceinline__ Biases(
+        const Geometry& g, const Box& halo, const Sight& sight, const float* rpb, int head) {
+        of_head(g, rpb, head);
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
             int n = 0, position[RANK];
@@ -282,6 +327,9 @@ struct Biases {
             }
             base[side] = n + STEP * (int)(threadIdx.x % 4) * 2;
         }
+    }
+    __device__ __forceinline__ void of_head(const Geometry& g, const float* rpb, int head) {
+        table = RPB ? rpb + (long long)head * biases_per_head(g) : nullptr;
     }
     // From the halo's first block to the one at `at`.
     static __device__ __forceinline__ int offset(const Geometry& g, const int (&at)[RANK]) {
@@ -299,12 +347,6 @@ struct Biases {
 
 // ---- rows that a lane owns -------------------------------------------------------------------
 
-// The number of a token among those of all heads, [batch, heads, *spatial].
-__device__ __forceinline__ long long number_of(
-    const Geometry& g, const Item& item, int heads, int head, const int (&position)[RANK]) {
-    return (item.batch * heads + head) * tokens_per_image(g) + token_number(g, item, position);
-}
-
 // This lane's chunks of a part of a row of `dim` numbers; zeros past its end, or where there is none.
 __device__ __forceinline__ void read_part(
     const scalar_t* row, int part, int dim, bool there, Chunk (&x)[PIECES]) {
@@ -321,6 +363,14 @@ __device__ __forceinline__ scalar_t* own_row(const Rows& rows, const Sight& sigh
     int position[RANK];
     sight.find(side, position);
     return rows.at(position);
+}
+
+// Number n of the chunks that a lane holds of one of its rows.
+__device__ __forceinline__ Chunk chunk_of(const Left& rows, int n, int side) {
+    Chunk chunk;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) chunk.word[i] = rows.a[n][i / 2][i % 2 * 2 + side];
+    return chunk;
 }
 
 template <int PARTS>
@@ -412,6 +462,17 @@ __device__ __forceinline__ void add_products(
         for (int h = 0; h < 2; ++h)
 #pragma unroll
             for (int e = 0; e < 4; ++e) s[h][e] += sum[h][e] + rest[h][e];
+}
+
+// Weights of the lane's two rows and a pair of blocks.
+__device__ __forceinline__ Weights<2> weights_of(const float (&x)[2][4]) {
+    Weights<2> weights;
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int side = 0; side < 2; ++side)
+            weights.set(h, side, x[h][2 * side], x[h][2 * side + 1]);
+    return weights;
 }
 
 // out += weights times 16 staged rows.

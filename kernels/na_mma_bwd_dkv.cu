@@ -83,6 +83,50 @@ struct Numbers {
     }
 };
 
+// Weights of the own keys and the pair of blocks `pair` of a turn of queries, of which the first row
+// is at `queries` and the first of the lane's numbers at `numbers`, in `t`, their dS in `d`; zero for
+// what is not seen.
+__device__ __forceinline__ void differentiate(
+    const Params& p, const Sight& sight, const Turn& turn, int pair, Left (&key)[QK_PARTS],
+    Left (&value)[V_PARTS], const Biases<false>& biases, int offset, unsigned queries,
+    unsigned numbers, float (&t)[2][4], float (&d)[2][4]) {
+    const float scale = p.scale * (float)LOG2_E;
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            t[h][e] = t[h][2 + e] = 0;
+            d[h][e] = d[h][2 + e] = -read_float(numbers + (DELTAS + h * 8 + e) * 4);
+        }
+    add_products(t, key, queries, p.zero);
+    add_products(d, value, queries + QK_PARTS * PART_BYTES, p.zero);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        float minus_lse[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+            minus_lse[e] = read_float(numbers + (h * 8 + e) * 4) * -(float)LOG2_E;
+        if (!RPB && !turn.masks(pair)) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                t[h][e] = exp_2(fmaf(t[h][e], scale, minus_lse[e % 2]));
+                d[h][e] *= t[h][e];
+            }
+            continue;
+        }
+        const Mask mask(sight, turn, 2 * pair + h);
+        const int there = RPB ? __shfl_sync(0xFFFFFFFFu, offset, 2 * pair + h) : 0;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const bool sees = mask.sees(e / 2, e % 2);
+            float x = fmaf(t[h][e], scale, minus_lse[e % 2]);
+            if (RPB) x += biases.at(there, e / 2, e % 2, sees);
+            t[h][e] = sees ? exp_2(x) : 0;
+            d[h][e] = sees ? t[h][e] * d[h][e] : 0;
+        }
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
 na_mma_bwd_dkv(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) unsigned char shared[];
@@ -93,44 +137,39 @@ na_mma_bwd_dkv(const __grid_constant__ Params p) {
     const int kv_head = blockIdx.x % p.kv_heads;
     if (!begin_item<true>(g, blockIdx.x / p.kv_heads, item)) return;
 
-    Sight sight;
-    sight.begin<true>(g, item, owned + threadIdx.x / 32);
-    Biases<false> biases(g, item.halo, sight);
-
     // Queries of one head after the other.
     int head = kv_head * p.queries_per_kv;
+    Sight sight;
+    sight.begin<true>(g, item, owned + threadIdx.x / 32);
+    Biases<false> biases(g, item.halo, sight, p.rpb, head);
     Walk walk;
     walk.begin(item.halo.extent);
     const int head_turns = walk.turns(), turns = head_turns * p.queries_per_kv;
-    Numbers all(p, item, head);
     Source queries(rows_of(p.query, g, item, head), item.halo.begin, p.head_dim);
     Source d_outs(rows_of(p.d_out, g, item, head), item.halo.begin, p.value_dim);
+    Numbers all(p, item, head);
     const unsigned staged = shared_address(shared);
-    const auto fetch = [&](unsigned to) {
-        stage(walk, queries, d_outs, to);
-        all.stage(walk, to + NUMBERS);
-    };
-    fetch(staged);
+    stage(walk, queries, d_outs, staged);
+    all.stage(walk, staged + NUMBERS);
 
     Left key[QK_PARTS], value[V_PARTS];
     read_own(rows_of(p.key, g, item, kv_head), sight, p.head_dim, p.zero, key);
     read_own(rows_of(p.value, g, item, kv_head), sight, p.value_dim, p.zero, value);
-    const float scale = p.scale * (float)LOG2_E;
     float d_key[QK_PARTS][D / 8][4], d_value[V_PARTS][D / 8][4];
     clear(d_key);
     clear(d_value);
-    const unsigned rows = row_offset(0, lane);
     const Across across(0, lane, 8 * ROW);
 
     int left = head_turns;  // turns before the next head's
 #pragma unroll 1
-    for (int n = 0; n < turns; ++n) {
-        if (RPB) biases.table = p.rpb + (long long)head * biases_per_head(g);
+    for (int now = 0; now < turns; ++now) {
+        if (RPB) biases.of_head(g, p.rpb, head);
         copies_done();
         __syncthreads();  // these have come, and the buffer of those before is free
         const Turn turn(sight, walk.at);
         const int offset = RPB ? biases.offset(g, walk.at) : 0;
-        if (n + 1 < turns) {
+        if (now + 1 < turns) {
+            const unsigned next = staged + (now + 1) % 2 * STAGED;
             if (--left == 0) {
                 left = head_turns;
                 ++head;
@@ -141,60 +180,19 @@ na_mma_bwd_dkv(const __grid_constant__ Params p) {
             } else {
                 walk.advance();
             }
-            fetch(staged + (n + 1) % 2 * STAGED);
+            stage(walk, queries, d_outs, next);
+            all.stage(walk, next + NUMBERS);
         }
-
 #pragma unroll 1
         for (int i = 0; i < TURNS / 2; ++i) {
             if (turn.skips(i)) continue;
-            const unsigned from = staged + n % 2 * STAGED + 2 * i * 8 * ROW;
-            const unsigned numbers = staged + n % 2 * STAGED + NUMBERS +
-                                     (2 * i * 8 + lane % 4 * 2) * 4;
+            const unsigned buffer = staged + now % 2 * STAGED, from = buffer + 2 * i * 8 * ROW;
             float t[2][4], d[2][4];
-#pragma unroll
-            for (int h = 0; h < 2; ++h)
-#pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    t[h][e] = t[h][2 + e] = 0;
-                    d[h][e] = d[h][2 + e] = -read_float(numbers + (DELTAS + h * 8 + e) * 4);
-                }
-            add_products(t, key, from + rows, p.zero);
-            add_products(d, value, from + rows + QK_PARTS * PART_BYTES, p.zero);
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                float minus_lse[2];
-#pragma unroll
-                for (int e = 0; e < 2; ++e)
-                    minus_lse[e] = read_float(numbers + (h * 8 + e) * 4) * -(float)LOG2_E;
-                if (RPB || turn.masks(i)) {
-                    const Mask mask(sight, turn, 2 * i + h);
-                    const int there = RPB ? __shfl_sync(0xFFFFFFFFu, offset, 2 * i + h) : 0;
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) {
-                        const bool sees = mask.sees(e / 2, e % 2);
-                        float x = fmaf(t[h][e], scale, minus_lse[e % 2]);
-                        if (RPB) x += biases.at(there, e / 2, e % 2, sees);
-                        t[h][e] = sees ? exp_2(x) : 0;
-                        d[h][e] = sees ? t[h][e] * d[h][e] : 0;
-                    }
-                } else {
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) {
-                        t[h][e] = exp_2(fmaf(t[h][e], scale, minus_lse[e % 2]));
-                        d[h][e] *= t[h][e];
-                    }
-                }
-            }
-            Weights<2> weights, ds;
-#pragma unroll
-            for (int h = 0; h < 2; ++h)
-#pragma unroll
-                for (int side = 0; side < 2; ++side) {
-                    weights.set(h, side, t[h][2 * side], t[h][2 * side + 1]);
-                    ds.set(h, side, d[h][2 * side], d[h][2 * side + 1]);
-                }
-            add_weighted(d_value, weights, across + (from + QK_PARTS * PART_BYTES));
-            add_weighted(d_key, ds, across + from);
+            differentiate(p, sight, turn, i, key, value, biases, offset,
+                          from + row_offset(0, lane),
+                          buffer + NUMBERS + (2 * i * 8 + lane % 4 * 2) * 4, t, d);
+            add_weighted(d_value, weights_of(t), across + (from + QK_PARTS * PART_BYTES));
+            add_weighted(d_key, weights_of(d), across + from);
         }
     }
     const float scales[2] = {p.scale, p.scale}, ones[2] = {1, 1};

@@ -100,7 +100,6 @@ struct BiasSums {
     // dS of a block whose bias is `offset` from the first one's; zero where pairs are not seen.
     __device__ __forceinline__ void add(const float (&ds)[4], int offset) const {
         const int lane = threadIdx.x % 32;
-        __syncwarp();
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
             float* to = pairs + (side * 8 + lane / 4) * 8 + lane % 4 * 2;
@@ -118,8 +117,93 @@ struct BiasSums {
             // Of pairs that do not see each other the number may be another's, or none at all.
             if (sum != 0) table[diagonal.bias + offset] += sum;
         }
+        __syncwarp();
     }
 };
+
+// What a lane knows of its two queries: rows, minus delta, minus log-sum-exp in base two.
+struct Queries {
+    Left query[QK_PARTS], d_out[V_PARTS];
+    float minus_delta[2], minus_lse[2];
+
+    __device__ __forceinline__ void read(
+        const Params& p, const Item& item, const Sight& sight, int head) {
+        const Geometry& g = p.geometry;
+        read_own(rows_of(p.query, g, item, head), sight, p.head_dim, p.zero, query);
+        read_own(rows_of(p.d_out, g, item, head), sight, p.value_dim, p.zero, d_out);
+        const Rows outs = rows_of(p.out, g, item, head);
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+            float delta = sum_of_quad(dot(own_row(outs, sight, side), p.value_dim, side,
+                                          sight.there(side)));
+            minus_lse[side] = 0;
+            if (sight.there(side)) {
+                const long long number = sight.number(g, item, p.heads, head, side);
+                if (p.d_lse) delta -= p.d_lse[number];
+                if (threadIdx.x % 4 == 0) p.delta[number] = delta;
+                minus_lse[side] = p.lse[number] * -(float)LOG2_E;
+            }
+            minus_delta[side] = -delta;
+        }
+    }
+    // This lane's part of the product of a row with the gradient of one query's output.
+    __device__ __forceinline__ float dot(
+        const scalar_t* row, int dim, int side, bool there) const {
+        float sum = 0;
+#pragma unroll
+        for (int part = 0; part < V_PARTS; ++part) {
+            Chunk chunks[PIECES];
+            read_part(row, part, dim, there, chunks);
+#pragma unroll
+            for (int n = 0; n < PIECES; ++n) {
+                float x[CHUNK], y[CHUNK];
+                widen(chunks[n], x);
+                widen(chunk_of(d_out[part], n, side), y);
+#pragma unroll
+                for (int i = 0; i < CHUNK; ++i) sum += x[i] * y[i];
+            }
+        }
+        return sum;
+    }
+};
+
+// dS of the own queries and the pair of blocks `pair` of a turn, of which the first row of keys is at
+// `keys`, in `d`; zero for what is not seen.
+__device__ __forceinline__ void differentiate(
+    const Params& p, const Sight& sight, const Turn& turn, int pair, Queries& own,
+    const Biases<true>& biases, int offset, bool in_window, unsigned keys, float (&d)[2][4]) {
+    const float scale = p.scale * (float)LOG2_E;
+    float t[2][4];
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            t[h][e] = 0;
+            d[h][e] = own.minus_delta[e / 2];
+        }
+    add_products(t, own.query, keys, p.zero);
+    add_products(d, own.d_out, keys + QK_PARTS * PART_BYTES, p.zero);
+    if (!RPB && !turn.masks(pair)) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                d[h][e] *= exp_2(fmaf(t[h][e], scale, own.minus_lse[e / 2]));
+        return;
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const Mask mask(sight, turn, 2 * pair + h);
+        const int there = RPB ? __shfl_sync(0xFFFFFFFFu, offset, 2 * pair + h) : 0;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const bool sees = mask.sees(e / 2, e % 2);
+            float x = fmaf(t[h][e], scale, own.minus_lse[e / 2]);
+            if (RPB) x += biases.at(there, e / 2, e % 2, sees && in_window);
+            d[h][e] = sees ? exp_2(x) * d[h][e] : 0;
+        }
+    }
+}
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
 na_mma_bwd_dq(const __grid_constant__ Params p) {
@@ -129,139 +213,42 @@ na_mma_bwd_dq(const __grid_constant__ Params p) {
     const Geometry& g = p.geometry;
     const int lane = threadIdx.x % 32;
     const int head = blockIdx.x % p.heads, kv_head = head / p.queries_per_kv;
-    const float* bias = RPB ? p.rpb + (long long)head * biases_per_head(g) : nullptr;
     const unsigned staged = shared_address(shared);
+    const Across across(0, lane, 8 * ROW);
     BiasSums sums;
     if (RPB_GRAD) sums.begin(shared + 2 * STAGED, biases_per_head(g));
 
 #pragma unroll 1
     for (unsigned n = blockIdx.x / p.heads; n < (unsigned)p.items; n += gridDim.x / p.heads) {
         if (!begin_item<false>(g, n, item)) continue;
-
         Sight sight;
         sight.begin<false>(g, item, owned + threadIdx.x / 32);
-        Biases<true> biases(g, item.halo, sight);
-        biases.table = bias;
+        const Biases<true> biases(g, item.halo, sight, p.rpb, head);
         if (RPB_GRAD) sums.find(g, item.halo, sight);
-
-        // Keys and values of the window, later the additional ones.
-        Walk walk;
-        walk.begin(item.halo.extent);
-        const int window_turns = walk.turns();
-        const int turns = window_turns + (p.extras + TOKENS - 1) / TOKENS;
-        Source keys(rows_of(p.key, g, item, kv_head), item.halo.begin, p.head_dim);
-        Source values(rows_of(p.value, g, item, kv_head), item.halo.begin, p.value_dim);
-        stage(walk, keys, values, staged);
-
-        // The queries and the gradients of their outputs; delta and log-sum-exp.
-        Left query[QK_PARTS], d_out[V_PARTS];
-        read_own(rows_of(p.query, g, item, head), sight, p.head_dim, p.zero, query);
-        float minus_delta[2], minus_lse[2];
-        {
-            const Rows outs = rows_of(p.out, g, item, head), d_outs = rows_of(p.d_out, g, item, head);
-            float delta[2] = {0, 0};
-#pragma unroll
-            for (int part = 0; part < V_PARTS; ++part) {
-                Chunk d[2][PIECES];
-#pragma unroll
-                for (int side = 0; side < 2; ++side) {
-                    Chunk o[PIECES];
-                    const bool there = sight.there(side);
-                    read_part(own_row(d_outs, sight, side), part, p.value_dim, there, d[side]);
-                    read_part(own_row(outs, sight, side), part, p.value_dim, there, o);
-#pragma unroll
-                    for (int n = 0; n < PIECES; ++n) {
-                        float x[CHUNK], y[CHUNK];
-                        widen(d[side][n], x);
-                        widen(o[n], y);
-#pragma unroll
-                        for (int i = 0; i < CHUNK; ++i) delta[side] += x[i] * y[i];
-                    }
-                }
-                d_out[part].set(d[0], d[1], p.zero);
-            }
-#pragma unroll
-            for (int side = 0; side < 2; ++side) {
-                delta[side] = sum_of_quad(delta[side]);
-                minus_lse[side] = 0;
-                if (sight.there(side)) {
-                    int position[RANK];
-                    sight.find(side, position);
-                    const long long number = number_of(g, item, p.heads, head, position);
-                    if (p.d_lse) delta[side] -= p.d_lse[number];
-                    if (lane % 4 == 0) p.delta[number] = delta[side];
-                    minus_lse[side] = p.lse[number] * -(float)LOG2_E;
-                }
-                minus_delta[side] = -delta[side];
-            }
-        }
-        const float scale = p.scale * (float)LOG2_E;
+        KeyTurns turns(p, item, kv_head);
+        stage(turns.walk, turns.keys, turns.values, staged);
+        Queries own;
+        own.read(p, item, sight, head);
         float d_query[QK_PARTS][D / 8][4];
         clear(d_query);
-        const unsigned rows = row_offset(0, lane);
-        const Across across(0, lane, 8 * ROW);
 
 #pragma unroll 1
-        for (int now = 0; now < turns; ++now) {
+        for (int now = 0; now < turns.all; ++now) {
             copies_done();
             __syncthreads();  // these have come, and the buffer of those before is free
-            if (now == window_turns) sight.set_line(p.extras);
-            const Turn turn(sight, walk.at);
-            const int offset = RPB ? biases.offset(g, walk.at) : 0;
-            if (now + 1 < turns) {
-                if (now + 1 == window_turns) {
-                    const Box line = line_box(0, p.extras);
-                    walk.begin(line.extent);
-                    keys = Source(line_of(p.extra_key, item.batch, kv_head), line.begin, p.head_dim);
-                    values =
-                        Source(line_of(p.extra_value, item.batch, kv_head), line.begin, p.value_dim);
-                } else {
-                    walk.advance();
-                }
-                stage(walk, keys, values, staged + (now + 1) % 2 * STAGED);
-            }
-            const bool in_window = now < window_turns;
+            if (now == turns.window) sight.set_line(p.extras);
+            const Turn turn(sight, turns.walk.at);
+            const int offset = RPB ? biases.offset(g, turns.walk.at) : 0;
+            turns.stage_next(p, item, kv_head, now, staged + (now + 1) % 2 * STAGED);
+            const bool in_window = now < turns.window;
 #pragma unroll 1
             for (int i = 0; i < TURNS / 2; ++i) {
                 if (turn.skips(i)) continue;
                 const unsigned from = staged + now % 2 * STAGED + 2 * i * 8 * ROW;
-                float t[2][4], d[2][4];
-#pragma unroll
-                for (int h = 0; h < 2; ++h)
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) {
-                        t[h][e] = 0;
-                        d[h][e] = minus_delta[e / 2];
-                    }
-                add_products(t, query, from + rows, p.zero);
-                add_products(d, d_out, from + rows + QK_PARTS * PART_BYTES, p.zero);
-                if (RPB || turn.masks(i)) {
-#pragma unroll
-                    for (int h = 0; h < 2; ++h) {
-                        const Mask mask(sight, turn, 2 * i + h);
-                        const int there = RPB ? __shfl_sync(0xFFFFFFFFu, offset, 2 * i + h) : 0;
-#pragma unroll
-                        for (int e = 0; e < 4; ++e) {
-                            const bool sees = mask.sees(e / 2, e % 2);
-                            float x = fmaf(t[h][e], scale, minus_lse[e / 2]);
-                            if (RPB) x += biases.at(there, e / 2, e % 2, sees && in_window);
-                            d[h][e] = sees ? exp_2(x) * d[h][e] : 0;
-                        }
-                    }
-                } else {
-#pragma unroll
-                    for (int h = 0; h < 2; ++h)
-#pragma unroll
-                        for (int e = 0; e < 4; ++e)
-                            d[h][e] *= exp_2(fmaf(t[h][e], scale, minus_lse[e / 2]));
-                }
-                Weights<2> ds;
-#pragma unroll
-                for (int h = 0; h < 2; ++h)
-#pragma unroll
-                    for (int side = 0; side < 2; ++side)
-                        ds.set(h, side, d[h][2 * side], d[h][2 * side + 1]);
-                add_weighted(d_query, ds, across + from);
+                float d[2][4];
+                differentiate(p, sight, turn, i, own, biases, offset, in_window,
+                              from + row_offset(0, lane), d);
+                add_weighted(d_query, weights_of(d), across + from);
                 if (RPB_GRAD && in_window)
 #pragma unroll
                     for (int h = 0; h < 2; ++h)

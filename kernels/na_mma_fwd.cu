@@ -45,6 +45,17 @@ enum {
 // the sum after rounding: over it, a key that alone weighs anything gives its value exactly.
 struct Sums {
     float out[V_PARTS][D / 8][4], reference[2], total[2], whole[4];
+
+    __device__ __forceinline__ void clear() {
+        ::clear(out);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) whole[e] = 0;
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+            reference[side] = LOWEST;
+            total[side] = 0;
+        }
+    }
 };
 
 // One query again, by the whole warp: a lane has every 32nd number of a row.
@@ -104,6 +115,110 @@ __device__ __forceinline__ void attend_alone(
     if (lane == 0) p.lse[number] = (peak + log_2(total)) * (float)LN_2;
 }
 
+// Scores of the own queries with the keys of a turn, staged from `at` on: minus infinity for what is
+// not seen. `offset` is of a lane's block, see `Biases`. Returns the largest of each query in `high`.
+__device__ __forceinline__ void score(
+    const Params& p, const Sight& sight, const Turn& turn, Left (&query)[QK_PARTS],
+    const Biases<true>& biases, int offset, bool in_window, unsigned at, float (&t)[TURNS / 2][2][4],
+    float (&high)[2]) {
+    high[0] = high[1] = LOWEST;
+#pragma unroll
+    for (int i = 0; i < TURNS / 2; ++i) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) t[i][h][e] = turn.skips(i) ? minus_infinity() : 0;
+        if (turn.skips(i)) continue;
+        add_products(t[i], query, at + 2 * i * 8 * ROW, p.zero);
+        if (RPB || turn.masks(i))
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const Mask mask(sight, turn, 2 * i + h);
+                const int there = RPB ? __shfl_sync(0xFFFFFFFFu, offset, 2 * i + h) : 0;
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    const bool sees = mask.sees(e / 2, e % 2);
+                    float x = t[i][h][e];
+                    if (RPB)
+                        x = x * fabsf(p.scale) +
+                            biases.at(there, e / 2, e % 2, sees && in_window);
+                    t[i][h][e] = sees ? x : minus_infinity();
+                }
+            }
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) high[e / 2] = fmaxf(high[e / 2], t[i][h][e]);
+    }
+}
+
+// A new reference, where the largest scores have outgrown the old one.
+__device__ __forceinline__ void refer(Sums& sums, const float (&high)[2], float scale) {
+    bool grown = false;
+    float most[2];
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+        most[side] = max_of_quad(high[side]) * scale;
+        grown |= most[side] > sums.reference[side] + SLACK;
+    }
+    if (!__any_sync(0xFFFFFFFFu, grown)) return;
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+        const float next = fmaxf(sums.reference[side], most[side]);
+        const float factor = exp_2(sums.reference[side] - next);
+        sums.reference[side] = next;
+        sums.total[side] *= factor;
+#pragma unroll
+        for (int e = 0; e < 2; ++e) sums.whole[2 * side + e] *= factor;
+#pragma unroll
+        for (int part = 0; part < V_PARTS; ++part)
+#pragma unroll
+            for (int j = 0; j < D / 8; ++j)
+#pragma unroll
+                for (int e = 0; e < 2; ++e) sums.out[part][j][2 * side + e] *= factor;
+    }
+}
+
+// Weights of a turn's scores, and their values, staged from `from` on.
+__device__ __forceinline__ void weigh(
+    Sums& sums, const Turn& turn, const float (&t)[TURNS / 2][2][4], float scale,
+    const Across& from) {
+#pragma unroll
+    for (int i = 0; i < TURNS / 2; ++i) {
+        if (turn.skips(i)) continue;
+        Weights<2> weights;
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+#pragma unroll
+            for (int side = 0; side < 2; ++side) {
+                const float low = -sums.reference[side];
+                const float a = exp_2(fmaf(t[i][h][2 * side], scale, low));
+                const float b = exp_2(fmaf(t[i][h][2 * side + 1], scale, low));
+                sums.total[side] += a + b;
+                weights.set(h, side, a, b);
+            }
+        add_weighted(sums.out, weights, from + 2 * i * 8 * ROW);
+        add_up(scalar_t(), sums.whole, weights, 2);
+    }
+}
+
+// Adds up whole rows' totals; whether a NaN or infinity came to any query of the warp.
+__device__ __forceinline__ bool spoilt(Sums& sums, const Sight& sight) {
+    float sum = 0;
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+        sums.total[side] = sum_of_quad(sums.total[side]);
+        if (!sight.there(side)) continue;
+#pragma unroll
+        for (int part = 0; part < V_PARTS; ++part)
+#pragma unroll
+            for (int j = 0; j < D / 8; ++j)
+#pragma unroll
+                for (int e = 0; e < 2; ++e) sum += sums.out[part][j][2 * side + e];
+    }
+    return __any_sync(0xFFFFFFFFu, !(fabsf(sum) < -minus_infinity()));
+}
+
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
 na_mma_fwd(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) unsigned char shared[];
@@ -116,18 +231,10 @@ na_mma_fwd(const __grid_constant__ Params p) {
 
     Sight sight;
     sight.begin<false>(g, item, owned + threadIdx.x / 32);
-    Biases<true> biases(g, item.halo, sight);
-    if (RPB) biases.table = p.rpb + (long long)head * biases_per_head(g);
-
-    // Keys and values of the window, later the additional ones.
-    Walk walk;
-    walk.begin(item.halo.extent);
-    const int window_turns = walk.turns();
-    const int turns = window_turns + (p.extras + TOKENS - 1) / TOKENS;
-    Source keys(rows_of(p.key, g, item, kv_head), item.halo.begin, p.head_dim);
-    Source values(rows_of(p.value, g, item, kv_head), item.halo.begin, p.value_dim);
+    const Biases<true> biases(g, item.halo, sight, p.rpb, head);
     const unsigned staged = shared_address(shared);
-    stage(walk, keys, values, staged);
+    KeyTurns turns(p, item, kv_head);
+    stage(turns.walk, turns.keys, turns.values, staged);
 
     // Scores are made positive multiples of products, so that the largest of both is the same.
     Left query[QK_PARTS];
@@ -135,141 +242,36 @@ na_mma_fwd(const __grid_constant__ Params p) {
              p.zero ^ (p.scale >= 0 ? 0 : FLOATS ? 0x80000000u : 0x80008000u), query);
     const float scale = RPB ? 1.0f : fabsf(p.scale);
     Sums sums;
-    clear(sums.out);
-#pragma unroll
-    for (int e = 0; e < 4; ++e) sums.whole[e] = 0;
-#pragma unroll
-    for (int side = 0; side < 2; ++side) {
-        sums.reference[side] = LOWEST;
-        sums.total[side] = 0;
-    }
-    const unsigned rows = row_offset(0, lane);
+    sums.clear();
     const Across across(0, lane, 8 * ROW);
 
 #pragma unroll 1
-    for (int n = 0; n < turns; ++n) {
+    for (int now = 0; now < turns.all; ++now) {
         copies_done();
         __syncthreads();  // these have come, and the buffer of those before is free
-        if (n == window_turns) sight.set_line(p.extras);
-        const Turn turn(sight, walk.at);
-        const int offset = RPB ? biases.offset(g, walk.at) : 0;
-        if (n + 1 < turns) {
-            if (n + 1 == window_turns) {
-                const Box line = line_box(0, p.extras);
-                walk.begin(line.extent);
-                keys = Source(line_of(p.extra_key, item.batch, kv_head), line.begin, p.head_dim);
-                values =
-                    Source(line_of(p.extra_value, item.batch, kv_head), line.begin, p.value_dim);
-            } else {
-                walk.advance();
-            }
-            stage(walk, keys, values, staged + (n + 1) % 2 * STAGED);
-        }
-        const bool in_window = n < window_turns;
+        if (now == turns.window) sight.set_line(p.extras);
+        const Turn turn(sight, turns.walk.at);
+        const int offset = RPB ? biases.offset(g, turns.walk.at) : 0;
+        turns.stage_next(p, item, kv_head, now, staged + (now + 1) % 2 * STAGED);
         if (turn.any == 0) continue;
-        const unsigned from = staged + n % 2 * STAGED;
-
-        // Scores of the turn; minus infinity for what is not seen.
-        float t[TURNS / 2][2][4], high[2] = {LOWEST, LOWEST};
-#pragma unroll
-        for (int i = 0; i < TURNS / 2; ++i) {
-#pragma unroll
-            for (int h = 0; h < 2; ++h)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) t[i][h][e] = turn.skips(i) ? minus_infinity() : 0;
-            if (turn.skips(i)) continue;
-            add_products(t[i], query, from + rows + 2 * i * 8 * ROW, p.zero);
-            if (RPB || turn.masks(i)) {
-#pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    const Mask mask(sight, turn, 2 * i + h);
-                    const int there = RPB ? __shfl_sync(0xFFFFFFFFu, offset, 2 * i + h) : 0;
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) {
-                        const bool sees = mask.sees(e / 2, e % 2);
-                        float x = t[i][h][e];
-                        if (RPB)
-                            x = x * fabsf(p.scale) +
-                                biases.at(there, e / 2, e % 2, sees && in_window);
-                        t[i][h][e] = sees ? x : minus_infinity();
-                    }
-                }
-            }
-#pragma unroll
-            for (int h = 0; h < 2; ++h)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) high[e / 2] = fmaxf(high[e / 2], t[i][h][e]);
-        }
-
-        // A new reference where scores have outgrown the old one.
-        bool grown = false;
-#pragma unroll
-        for (int side = 0; side < 2; ++side) {
-            high[side] = max_of_quad(high[side]) * scale;
-            grown |= high[side] > sums.reference[side] + SLACK;
-        }
-        if (__any_sync(0xFFFFFFFFu, grown)) {
-#pragma unroll
-            for (int side = 0; side < 2; ++side) {
-                const float next = fmaxf(sums.reference[side], high[side]);
-                const float factor = exp_2(sums.reference[side] - next);
-                sums.reference[side] = next;
-                sums.total[side] *= factor;
-#pragma unroll
-                for (int e = 0; e < 2; ++e) sums.whole[2 * side + e] *= factor;
-#pragma unroll
-                for (int part = 0; part < V_PARTS; ++part)
-#pragma unroll
-                    for (int j = 0; j < D / 8; ++j)
-#pragma unroll
-                        for (int e = 0; e < 2; ++e) sums.out[part][j][2 * side + e] *= factor;
-            }
-        }
-
-        // Weights, and their values.
-#pragma unroll
-        for (int i = 0; i < TURNS / 2; ++i) {
-            if (turn.skips(i)) continue;
-            Weights<2> weights;
-#pragma unroll
-            for (int h = 0; h < 2; ++h)
-#pragma unroll
-                for (int side = 0; side < 2; ++side) {
-                    const float low = -sums.reference[side];
-                    const float a = exp_2(fmaf(t[i][h][2 * side], scale, low));
-                    const float b = exp_2(fmaf(t[i][h][2 * side + 1], scale, low));
-                    sums.total[side] += a + b;
-                    weights.set(h, side, a, b);
-                }
-            add_weighted(sums.out, weights,
-                         across + (from + QK_PARTS * PART_BYTES + 2 * i * 8 * ROW));
-            add_up(scalar_t(), sums.whole, weights, 2);
-        }
+        const unsigned from = staged + now % 2 * STAGED;
+        float t[TURNS / 2][2][4], high[2];
+        score(p, sight, turn, query, biases, offset, now < turns.window,
+              from + row_offset(0, lane), t, high);
+        refer(sums, high, scale);
+        weigh(sums, turn, t, scale, across + (from + QK_PARTS * PART_BYTES));
     }
 
-    float factor[2], sum = 0;
-#pragma unroll
-    for (int side = 0; side < 2; ++side) {
-        sums.total[side] = sum_of_quad(sums.total[side]);
-        factor[side] = inverse(FLOATS ? sums.total[side] : sums.whole[2 * side]);
-        if (!sight.there(side)) continue;
-#pragma unroll
-        for (int part = 0; part < V_PARTS; ++part)
-#pragma unroll
-            for (int j = 0; j < D / 8; ++j)
-#pragma unroll
-                for (int e = 0; e < 2; ++e) sum += sums.out[part][j][2 * side + e];
-    }
-    if (!__any_sync(0xFFFFFFFFu, !(fabsf(sum) < -minus_infinity()))) {
-        write_own(rows_of(p.out, g, item, head), sight, p.value_dim, sums.out, factor);
+    if (!spoilt(sums, sight)) {
+        float factor[2];
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
-            int position[RANK];
-            sight.find(side, position);
+            factor[side] = inverse(FLOATS ? sums.total[side] : sums.whole[2 * side]);
             if (sight.there(side) && lane % 4 == 0)
-                p.lse[number_of(g, item, p.heads, head, position)] =
+                p.lse[sight.number(g, item, p.heads, head, side)] =
                     (sums.reference[side] + log_2(sums.total[side])) * (float)LN_2;
         }
+        write_own(rows_of(p.out, g, item, head), sight, p.value_dim, sums.out, factor);
         return;
     }
 #pragma unroll 1
@@ -278,7 +280,6 @@ na_mma_fwd(const __grid_constant__ Params p) {
 #pragma unroll
         for (int a = 0; a < RANK; ++a) position[a] = sight.owned->position[token][a];
         if (sight.full >> token & 1)
-            attend_alone(p, item, head, position,
-                         number_of(g, item, p.heads, head, position));
+            attend_alone(p, item, head, position, number_of(g, item, p.heads, head, position));
     }
 }

@@ -17,6 +17,7 @@ from pathlib import Path
 import nvrtc_alone
 import pytest
 import test_kernels_compile as portable
+import test_mma_compile as mma
 import test_small_compile as small
 
 from natcupy.cuda import jit
@@ -36,7 +37,7 @@ TABLE = Path(__file__).with_name("cuda12_resources.json")
 def everything():
     """(spec, every architecture it is for)."""
     pairs = {spec: portable.ARCHS for spec in (*portable.zoo_specs(), *portable.case_specs())}
-    for spec, arch in small.jobs():
+    for spec, arch in (*small.jobs(), *mma.jobs()):
         pairs[spec] = (*pairs.get(spec, ()), arch)
     return pairs
 

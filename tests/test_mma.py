@@ -178,7 +178,7 @@ def test_an_image_alone_has_the_bits_it_has_in_a_batch(engine):
 
 
 def test_a_bias_at_rest(engine):
-    """Its gradient is for the portable kernel; without it the query side has tensor cores."""
+    """Nobody asks for its gradient."""
     given = named("bias")
     tensors, (d_out, d_lse) = inputs(given, engine.device), cotangents(given, engine.device)
     true = truth(given, tensors, d_out, d_lse)[2]
@@ -187,11 +187,18 @@ def test_a_bias_at_rest(engine):
     with engine.active():
         out, lse = ops.attention(*wanted, given.hood, given.factor, tensors["rpb"], None, None)
         made = torch.autograd.grad([out, lse], wanted, [d_out, d_lse])
-    if engine.device == "cpu":
-        ran = [r.recipe.spec.entry for r in engine.launcher.records]
-        assert ran == ["na_mma_fwd", "na_mma_bwd_dq", "na_mma_bwd_dkv"]
     for name, gradient in zip(("query", "key", "value"), made, strict=True):
         close(gradient, true[name], given.dtype, name, backward=True)
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("name", ["bias", "volume", "causal stride", "everything"])
+def test_blocks_that_take_several_tiles(name, blocks, engine, monkeypatch):
+    """Few tables of bias sums: a block walks many tiles and images."""
+    monkeypatch.setattr(mma, "BLOCKS", blocks)
+    plan.forget()
+    check(Case(**{**named(name).__dict__, "batch": 3}), engine)
+    plan.forget()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -249,13 +256,33 @@ def test_what_runs_where():
     assert mma.pays(planned(kernel_size=(3,), extras=64))
 
 
-def test_the_gradient_of_a_bias_is_the_portable_kernel_s():
-    p = planned(rpb=True)
-    made = plan.backward(p, True, True, False)
-    entries = [r.spec.entry for r in made.recipes]
-    assert entries == ["na_bwd_dq", "reduce_partials", "na_mma_bwd_dkv"]
-    entries = [r.spec.entry for r in plan.backward(p, True, False, False).recipes]
-    assert entries == ["na_mma_bwd_dq", "na_mma_bwd_dkv"]
+def test_where_the_gradient_of_a_bias_is_summed():
+    """With the query's, unless its tables are too large for shared memory."""
+    for given, first in (({}, "na_mma_bwd_dq"), ({"kernel_size": (4001,)}, "na_bwd_dq")):
+        p = planned(rpb=True, **given)
+        entries = [r.spec.entry for r in plan.backward(p, True, True, False).recipes]
+        assert entries == [first, "reduce_partials", "na_mma_bwd_dkv"]
+        entries = [r.spec.entry for r in plan.backward(p, True, False, False).recipes]
+        assert entries == ["na_mma_bwd_dq", "na_mma_bwd_dkv"]
+
+
+def test_the_largest_bias_tables_run(engine):
+    """At the limit of an architecture's shared memory, one number more goes to the portable one."""
+    p = planned(arch=80, rpb=True, shape=(700,), dtype="F16")
+    sizes = [k for k in range(2, 700) if mma.sums_biases(replace_window(p, k))]
+    assert sizes == list(range(2, 700))  # lines do not reach it on sm_80
+    large = [k for k in range(2, 99) if not mma.sums_biases(replace_window(p, k, k))]
+    k = large[0] - 1
+    given = case("limit", (k + 3, k + 2), k, "", dtype=F16, rpb=True)
+    check(given, engine)
+
+
+def replace_window(p, *kernel):
+    rank = len(kernel)
+    return planned(
+        shape=(700,) * rank, kernel_size=kernel, stride=(1,) * rank, dilation=(1,) * rank,
+        causal=(False,) * rank, arch=p.arch, rpb=True, dtype=p.dtype,
+    )  # fmt: skip
 
 
 def random_problem(rng):
@@ -285,10 +312,10 @@ def test_every_launch_is_legal():
         if mma.why_not(p):
             continue
         ran += 1
-        made = (mma.forward(p), mma.query_side(p), mma.key_side(p))
-        for side, recipe in zip(
-            (FORWARD, QUERIES, KEYS), (m.recipes[0] for m in made), strict=True
-        ):
+        queries, blocks = mma.query_side(p, False, 1)
+        assert blocks == mma._items(p)
+        launches = {FORWARD: mma.forward(p).recipes[0], QUERIES: queries}
+        for side, recipe in (launches | {KEYS: mma.key_side(p).recipes[0]}).items():
             constants, values = dict(recipe.spec.constants), unpacked(recipe)
             tile = [values[f"geometry.tile.{a}"] for a in range(p.rank)]
             tiles = [values[f"geometry.tiles.{a}"] for a in range(p.rank)]

@@ -33,8 +33,9 @@ def specs(rank, dim, dtype, rpb, arch="90a"):
     p = problem(shape, kernel, (1,) * rank, (1,) * rank, (False,) * rank, head_dim=dim,
                 value_dim=dim, dtype=dtype, rpb=rpb, arch=int(arch.rstrip("a")))  # fmt: skip
     with plan.use_family("mma"):
-        plans = (plan.forward(p), plan.backward(p, True, False, False))
-    return [recipe.spec for made in plans for recipe in made.recipes]
+        plans = (plan.forward(p), plan.backward(p, True, rpb, False))
+    found = [recipe.spec for made in plans for recipe in made.recipes]
+    return [spec for spec in found if spec.entry.startswith("na_mma")]
 
 
 def jobs():

@@ -19,16 +19,17 @@ pytestmark = pytest.mark.skipif(
 
 FORWARD, QUERIES, KEYS = "na_mma_fwd.cu", "na_mma_bwd_dq.cu", "na_mma_bwd_dkv.cu"
 WAIT = "        copies_done();\n        __syncthreads();"
+DEEP = WAIT.replace("        ", "            ")
 MISTAKES = {
     # how a turn comes
     "forward: no wait for copies": (FORWARD, WAIT, "        __syncthreads();"),
     "forward: no barrier": (FORWARD, WAIT, "        copies_done();"),
-    "queries: no wait for copies": (QUERIES, WAIT, "        __syncthreads();"),
-    "queries: no barrier": (QUERIES, WAIT, "        copies_done();"),
+    "queries: no wait for copies": (QUERIES, DEEP, "            __syncthreads();"),
+    "queries: no barrier": (QUERIES, DEEP, "            copies_done();"),
     "keys: no wait for copies": (KEYS, WAIT, "        __syncthreads();"),
     "keys: no barrier": (KEYS, WAIT, "        copies_done();"),
     "one buffer for all turns": (
-        FORWARD, "staged + (n + 1) % 2 * STAGED", "staged + n % 2 * STAGED"),
+        FORWARD, "staged + (now + 1) % 2 * STAGED", "staged + now % 2 * STAGED"),
     "rows past the halo are read": (
         "mma.cuh", "real &= token < walk.extent[a];", "real &= token < walk.extent[a] + 1;"),
     "dim: numbers past the row are read": (
@@ -57,10 +58,10 @@ MISTAKES = {
     "tokens that are not there": ("mma.cuh", "own_token<INVERSE>(g, item, slot, position, seen);",
                                   "(own_token<INVERSE>(g, item, slot, position, seen), true);"),
     # numbers
-    "extras: no mask": (FORWARD, "if (n == window_turns) sight.set_line(p.extras);", ""),
+    "extras: no mask": (FORWARD, "if (now == turns.window) sight.set_line(p.extras);", ""),
     "extras: a bias": (FORWARD, "sees && in_window)", "sees)"),
     "extras: of the window": (
-        QUERIES, "if (n + 1 == window_turns) {", "if (n + 1 == window_turns + 1) {"),
+        "mma.cuh", "if (now + 1 == window) {", "if (now == window) {"),
     "sums keep their size": (FORWARD, "sums.total[side] *= factor;", ""),
     "outputs keep their size": (FORWARD, "sums.out[part][j][2 * side + e] *= factor;", ";"),
     "lse without its reference": (
@@ -68,18 +69,33 @@ MISTAKES = {
     "bias of the neighbour": ("mma.cuh", "offset + STEP * e]", "offset]"),
     "bias the other way": ("mma.cuh", "enum { STEP = FORWARDS ? 1 : -1 };", "enum { STEP = 1 };"),
     "delta added": (
-        QUERIES, "minus_delta[side] = -delta[side];", "minus_delta[side] = delta[side];"),
-    "delta not told": (QUERIES, "if (lane % 4 == 0) p.delta", "if (lane % 4 == 4) p.delta"),
+        QUERIES, "minus_delta[side] = -delta;", "minus_delta[side] = delta;"),
+    "delta not told": (
+        QUERIES, "if (threadIdx.x % 4 == 0) p.delta", "if (threadIdx.x % 4 == 4) p.delta"),
     "no gradient of log-sum-exp": (QUERIES, "if (p.d_lse) delta", "if (false) delta"),
     "keys: delta of the neighbour": (KEYS, "(DELTAS + h * 8 + e) * 4", "(DELTAS + h * 8) * 4"),
     "keys: the first head's queries": (
         KEYS, "queries.base += p.query.head * (long long)sizeof(scalar_t);", ""),
     "keys: the first head's numbers": (KEYS, "all.next_head(g);", ""),
-    "keys: values in place of keys": (
-        KEYS, "add_weighted(d_key, ds, across + from);",
-        "add_weighted(d_key, weights, across + from);"),
+    "keys: weights in place of dS": (
+        KEYS, "add_weighted(d_key, weights_of(d)", "add_weighted(d_key, weights_of(t)"),
     "keys: numbers that are not there": (
-        KEYS, "(lane < 8 ? lse : delta) + bytes, real);", "(lane < 8 ? lse : delta) + bytes, true);"),
+        KEYS, "lse : delta) + bytes, real);", "lse : delta) + bytes, true);"),
+    # the gradient of the bias
+    "bias: rows in place of diagonals": (
+        QUERIES, "pairs[diagonal.from + 9 * i]", "pairs[diagonal.from + 8 * i]"),
+    "bias: a pair too few": (QUERIES, "i < diagonal.pairs", "i + 1 < diagonal.pairs"),
+    "bias: a diagonal too few": (
+        QUERIES, "count = 16 / width * of_a_line;", "count = 16 / width * of_a_line - 8;"),
+    "bias: of other queries": (
+        QUERIES, "rpb_index(halo.begin[a], sight.owned->position[query][a], k);",
+        "rpb_index(halo.begin[a], sight.owned->position[0][a], k);"),
+    "bias: what is not seen": (QUERIES, "if (sum != 0) table", "table"),
+    "bias: a warp left out": (QUERIES, "int w = 0; w < WARPS; ++w", "int w = 1; w < WARPS; ++w"),
+    "bias: tables that are not cleared": (
+        QUERIES, "for (int n = threadIdx.x % 32; n < biases; n += 32) table[n] = 0;", ""),
+    "extras: among the biases": (
+        QUERIES, "if (RPB_GRAD && in_window)", "if (RPB_GRAD)"),
 }  # fmt: skip
 
 PLAIN = case(
@@ -101,7 +117,7 @@ def engine(tmp_path):
 
 
 def check_all(given, engine):
-    """With the gradient of the bias, whose query side is portable, and without a bias."""
+    """With a bias and its gradient, and without."""
     check(given, engine)
     check(replace(given, rpb=False), engine)
 
@@ -121,8 +137,7 @@ def test_planted_mistakes_are_found(mistake, engine, tmp_path):
 
 
 def test_a_nan_that_is_let_pass_is_found(engine, tmp_path):
-    spoil(tmp_path, FORWARD, "if (!__any_sync(0xFFFFFFFFu, !(fabsf(sum) < -minus_infinity())))",
-          "if (true)")  # fmt: skip
+    spoil(tmp_path, FORWARD, "if (!spoilt(sums, sight)) {", "if (true) {")
     with pytest.raises(AssertionError):
         test_mma.test_nan_reaches_its_windows_and_nothing_else("value", 0, engine)
 

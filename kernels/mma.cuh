@@ -108,6 +108,7 @@ struct Source {
                 bytes += token * step[a];
                 real &= token < walk.extent[a];
             }
+            if (!real) bytes = 0;  // an address as good as any, but whole
             const unsigned target = to + (block * 8 + row) * ROW + place(chunk, row) * 16;
 #pragma unroll
             for (int part = 0; part < PARTS; ++part)
@@ -212,20 +213,22 @@ struct Sight {
         return number_of(g, item, heads, head, position);
     }
 
-    // Of lane n and n + 16: what token n sees; one that is not there sees nothing.
+    // Of lanes n and n + 16: what token n sees; one that is not there sees nothing.
     __device__ __forceinline__ void set(const Interval (&seen)[RANK], bool there) {
         const int lane = threadIdx.x % 32;
+        Span spans[RANK];
+#pragma unroll
+        for (int a = 0; a < RANK; ++a)
+            spans[a] = {seen[a].begin,
+                        there ? (unsigned)most(0, seen[a].end - seen[a].begin) : 0u};
         __syncwarp();
 #pragma unroll
         for (int a = 0; a < LAST; ++a)
-            if (lane < 16)
-                owned->spans[lane].axis[a] = {seen[a].begin,
-                                       there ? (unsigned)(seen[a].end - seen[a].begin) : 0u};
-        const Interval one = seen[LAST];
-        any_begin = there ? one.begin : 0x7FFFFFFF;
-        any_end = there ? one.end : 0;
-        all_begin = there ? one.begin : 0;
-        all_end = there ? one.end : 0x7FFFFFFF;
+            if (lane < 16) owned->spans[lane].axis[a] = spans[a];
+        any_begin = there ? seen[LAST].begin : 0x7FFFFFFF;
+        any_end = there ? seen[LAST].end : 0;
+        all_begin = there ? seen[LAST].begin : 0;
+        all_end = there ? seen[LAST].end : 0x7FFFFFFF;
 #pragma unroll
         for (int step = 1; step < 16; step *= 2) {
             any_begin = least(any_begin, __shfl_xor_sync(0xFFFFFFFFu, any_begin, step));
@@ -237,8 +240,8 @@ struct Sight {
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
             const int token = side * 8 + lane / 4;
-            last[side].begin = __shfl_sync(0xFFFFFFFFu, one.begin, token);
-            last[side].extent = __shfl_sync(0xFFFFFFFFu, there ? one.end - one.begin : 0, token);
+            last[side].begin = __shfl_sync(0xFFFFFFFFu, spans[LAST].begin, token);
+            last[side].extent = __shfl_sync(0xFFFFFFFFu, spans[LAST].extent, token);
         }
         __syncwarp();
     }

@@ -37,7 +37,7 @@ enum {
     NUMBERS = (QK_PARTS + V_PARTS) * PART_BYTES,  // where these begin, in bytes
     DELTAS = TOKENS + 8,                          // and delta among them
     STAGED = NUMBERS + 2 * TOKENS * 4 + 128,      // bytes
-    MIN_BLOCKS = (QK_PARTS + V_PARTS) * ROW <= 128 ? 16 / WARPS : 8 / WARPS
+    MIN_BLOCKS = ((QK_PARTS + V_PARTS) * ROW <= 128 ? 16 : 8) / WARPS  // 128 or 255 registers
 };
 
 // Log-sum-exp and delta of a head from the first token of a halo on.

@@ -46,7 +46,8 @@ static_assert(RPB || !RPB_GRAD, "only a given bias has a gradient");
 
 enum {
     STAGED = (QK_PARTS + V_PARTS) * PART_BYTES,  // bytes, twice
-    MIN_BLOCKS = (QK_PARTS + V_PARTS) * ROW <= 256 ? 16 / WARPS : 8 / WARPS
+    // For 128 or 255 registers.
+    MIN_BLOCKS = ((QK_PARTS + V_PARTS) * ROW <= 256 && !(FLOATS && RPB_GRAD) ? 16 : 8) / WARPS
 };
 
 // A diagonal of 16 queries by 8 keys: of pairs with one bias.

@@ -36,7 +36,7 @@ struct Params {
 
 enum {
     STAGED = (QK_PARTS + V_PARTS) * PART_BYTES,  // bytes, twice
-    MIN_BLOCKS = (QK_PARTS + V_PARTS) * ROW <= 256 ? 16 / WARPS : 8 / WARPS
+    MIN_BLOCKS = ((QK_PARTS + V_PARTS) * ROW <= 256 ? 16 : 8) / WARPS  // 128 or 255 registers
 };
 #define SLACK 8.0f
 #define LOWEST -3e38f  // finite: a reference that no score has set yet
@@ -79,10 +79,10 @@ __device__ __forceinline__ void attend_alone(
         box.extent[a] = seen.end - seen.begin;
         keys *= box.extent[a];
     }
-    float q[EACH], sum[EACH] = {}, peak = -3e38f, total = 0;
+    float q[EACH], sum[EACH] = {}, peak = LOWEST, total = 0;
     read(rows_of(p.query, g, item, head), query, p.head_dim, q);
 #pragma unroll 1
-    for (int n = 0; n < keys + p.extras; ++n) {
+    for (int n = 0; n < keys + p.extras && total == total; ++n) {  // until all is NaN
         const bool extra = n >= keys;
         int at[RANK];
         position_in(box, n, at);
@@ -121,7 +121,7 @@ __device__ __forceinline__ void score(
     const Params& p, const Sight& sight, const Turn& turn, Left (&query)[QK_PARTS],
     const Biases<true>& biases, int offset, bool in_window, unsigned at, float (&t)[TURNS / 2][2][4],
     float (&high)[2]) {
-    high[0] = high[1] = LOWEST;
+    high[0] = high[1] = minus_infinity();
 #pragma unroll
     for (int i = 0; i < TURNS / 2; ++i) {
 #pragma unroll
@@ -240,7 +240,8 @@ na_mma_fwd(const __grid_constant__ Params p) {
     Left query[QK_PARTS];
     read_own(rows_of(p.query, g, item, head), sight, p.head_dim,
              p.zero ^ (p.scale >= 0 ? 0 : FLOATS ? 0x80000000u : 0x80008000u), query);
-    const float scale = RPB ? 1.0f : fabsf(p.scale);
+    // Minus infinity times it must not be NaN.
+    const float scale = RPB ? 1.0f : fmaxf(fabsf(p.scale), 1e-37f);
     Sums sums;
     sums.clear();
     const Across across(0, lane, 8 * ROW);

@@ -100,7 +100,10 @@ def test_models_do_not_spill(measured):
 
 def test_no_spill_in_the_table():
     table = json.loads(TABLE.read_text())["kernels"]
-    assert not {name: row for name, row in table.items() if small.spills(name, row)}
+    ours = {name: row for name, row in table.items() if not name.startswith("na_mma")}
+    assert not {name: row for name, row in ours.items() if small.spills(name, row)}
+    rest = {name: row for name, row in table.items() if name not in ours}
+    assert not {name: row for name, row in rest.items() if max(row[1:]) > mma.ASIDE}
 
 
 def test_resources_are_those_of_the_table(measured):

@@ -224,6 +224,7 @@ def planned(**changes):
         ({"value_dim": 256}, "at most 128"),
         ({"head_dim": 36}, "multiples of 16 bytes"),
         ({"alignment": 8}, "multiples of 16 bytes"),
+        ({"scale": -2e38}, "a scale within float32"),
         ({"head_dim": 128, "value_dim": 128, "dtype": "F16", "arch": 75}, "shared memory"),
         ({"batch": 2**20, "heads": 2**14, "kv_heads": 2**14}, "2**31 - 1 blocks"),
         ({"shape": (2**22,), "kernel_size": (2**21,), "heads": 64, "kv_heads": 64}, "2**32 bytes"),
@@ -358,11 +359,12 @@ def test_the_reach_of_a_halo_is_a_bound():
                         if length < rule[0]:
                             continue
                         extent = sees(last, length, *rule)[1] - sees(begin, length, *rule)[0]
-                        most[a] = max(most[a], extent * p.hood.dilation[a])
+                        most[a] = max(most[a], (extent - 1) * p.hood.dilation[a])
         for name, strides in p.strides:
-            if not name.startswith("extra"):
-                reach = sum(m * s for m, s in zip(most, strides[1:-1], strict=True)) * 2
-                assert reach <= mma._reach(p), (name, p)
+            if name in ("query", "key", "value", "d_out"):
+                last = sum(m * s for m, s in zip(most, strides[1:-1], strict=True))
+                dim = p.head_dim if name in ("query", "key") else p.value_dim
+                assert (last + dim) * 2 <= mma._reach(p), (name, p)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -383,6 +385,34 @@ def test_scores_that_climb(dtype, engine):
     close(out, true_out, dtype)
     close(lse / 300, true_lse / 300, lse.dtype)
     assert all(x.isfinite().all() for x in gradients.values())
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-44, -1e-30])
+def test_a_scale_of_nothing_is_no_detour(scale):
+    """Queries are not computed again one by one, as where a NaN came to them."""
+    counts = []
+    for given in (case("plain", (33,), 9, ""), case("nothing", (33,), 9, "", scale=scale)):
+        engine, tensors = Interpreter(), inputs(given)
+        with plan.use_family("mma"), engine.active(), torch.no_grad():
+            ops.attention(*list(tensors.values())[:3], given.hood, given.factor, None, None, None)
+        counts.append(engine.launcher.records[0].counters.total)
+    assert counts[1] < 1.1 * counts[0]
+
+
+def test_rows_that_begin_anywhere_where_there_is_one(engine):
+    """The stride of an axis of one token is never walked, whatever it is."""
+    given = case("one", (40,), 9, "", extras=1, dtype=F16)
+    tensors = inputs(given, engine.device)
+    for name in ("additional_keys", "additional_values"):
+        wide = torch.zeros(1, 4, 1, 33, dtype=F16, device=engine.device)
+        wide[:, :1, :, :32] = tensors[name].detach()
+        tensors[name] = wide[:, :1, :, :32].requires_grad_()
+    d_out, d_lse = cotangents(given, engine.device)
+    out, _, gradients = run(given, engine, tensors, d_out, d_lse)
+    true_out, _, true = truth(given, tensors, d_out, d_lse)
+    close(out, true_out, F16)
+    for name, gradient in gradients.items():
+        close(gradient, true[name], F16, name, backward=True)
 
 
 @pytest.mark.parametrize("sign", [1, -1])

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from test_plan import problem
 
-from natcupy.cuda import jit, mma, plan
+from natcupy.cuda import jit, launch, mma, plan
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("cupy") is None, reason="NVRTC comes with CuPy, which is not installed"
@@ -28,23 +28,28 @@ MAPS = {1: ((4096,), (63,)), 2: ((64, 64), (21, 21)), 3: ((8, 28, 28), (3, 7, 7)
 TABLE = Path(__file__).with_name("mma_resources.json")
 
 
-def specs(rank, dim, dtype, rpb, arch="90a"):
-    shape, kernel = MAPS[rank]
-    p = problem(shape, kernel, (1,) * rank, (1,) * rank, (False,) * rank, head_dim=dim,
-                value_dim=dim, dtype=dtype, rpb=rpb, arch=int(arch.rstrip("a")))  # fmt: skip
+def recipes(rank, dim, dtype, rpb, arch="90a", value_dim=None, tf32=False, shape=None):
+    usual, kernel = MAPS[rank]
+    p = problem(shape or usual, kernel, (1,) * rank, (1,) * rank, (False,) * rank, head_dim=dim,
+                value_dim=value_dim or dim, dtype=dtype, rpb=rpb, tf32=tf32,
+                arch=int(arch.rstrip("a")))  # fmt: skip
     with plan.use_family("mma"):
         plans = (plan.forward(p), plan.backward(p, True, rpb, False))
-    found = [recipe.spec for made in plans for recipe in made.recipes]
-    return [spec for spec in found if spec.entry.startswith("na_mma")]
+    found = [recipe for made in plans for recipe in made.recipes]
+    return [recipe for recipe in found if recipe.spec.entry.startswith("na_mma")]
+
+
+def specs(*call, **more):
+    return [recipe.spec for recipe in recipes(*call, **more)]
 
 
 def jobs():
     """Every kind of row and rank on sm_90a; halves of 64 numbers on all, some on sm_75."""
     found = {}
 
-    def add(archs, *call):
+    def add(archs, *call, **more):
         for arch in archs:
-            found.update(dict.fromkeys((spec, arch) for spec in specs(*call, arch=arch)))
+            found.update(dict.fromkeys((spec, arch) for spec in specs(*call, arch=arch, **more)))
 
     for rank in MAPS:
         add(ARCHS, rank, 64, "BF16", False)
@@ -53,7 +58,12 @@ def jobs():
             add(("90a",), rank, dim, "BF16", rpb)
         for dim in (32, 64):
             add(("90a", "80"), rank, dim, "F32", False)
+        add(("90a",), rank, 32, "F32", True)
     add(("90a",), 1, 64, "F16", True)
+    add(("90a",), 1, 64, "BF16", False, shape=(64,))
+    for dims in ((64, 128), (128, 64)):
+        add(("90a",), 3, dims[0], "BF16", False, value_dim=dims[1])
+    add(("80", "90a"), 1, 64, "F32", False, tf32=True)
     return tuple(found)
 
 
@@ -91,15 +101,18 @@ def test_no_warning(measured):
     assert not {name: warnings for name, _, warnings in measured if warnings}
 
 
-def test_blocks_keep_to_the_launch_bounds():
+@pytest.mark.parametrize("dims", [(32, 32), (64, 64), (64, 128), (128, 64), (128, 128)])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_blocks_keep_to_their_bounds(rank, dims):
     """The threads of a tile are those that the kernel is compiled for, its own shared memory no
-    more than the plan leaves it."""
-    for spec in specs(3, 64, "BF16", False):
-        text = jit.compile_spec(spec, "90a", ptx=True).image.decode()
-        warps = dict(spec.constants)["WARPS"]
+    more than the plan and the launcher leave it."""
+    for recipe in recipes(rank, dims[0], "BF16", False, value_dim=dims[1]):
+        text = jit.compile_spec(recipe.spec, "90a", ptx=True).image.decode()
+        warps = dict(recipe.spec.constants)["WARPS"]
         assert int(re.search(r"\.maxntid (\d+)", text)[1]) == 32 * warps
-        own = re.findall(r"\.shared .*?\[(\d+)\];", text)
-        assert 0 < sum(map(int, own)) <= mma.OWN_SHARED
+        own = sum(map(int, re.findall(r"\.shared .*?\[(\d+)\];", text)))
+        assert 0 < own <= mma.OWN_SHARED - 128
+        assert own + 128 + launch.WITHOUT_ASKING <= 48 * 1024
 
 
 def test_tiles_have_whole_warps():

@@ -90,7 +90,7 @@ def test_traffic(given):
 
 # PTX instructions of a warp for a block of 8 columns that it sees, all else included.
 INSTRUCTIONS = (
-    (case("line", (1024,), 63, ""), {"fwd": 144, "bwd_dq": 162, "bwd_dkv": 183}),
+    (case("line", (1024,), 63, ""), {"fwd": 145, "bwd_dq": 165, "bwd_dkv": 183}),
     (case("volume", (8, 28, 28), (3, 7, 7), ""), {"fwd": 142, "bwd_dq": 156, "bwd_dkv": 208}),
 )
 

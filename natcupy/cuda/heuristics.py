@@ -5,7 +5,8 @@ In: an architecture, a class of shapes, and tiles that would be legal. Out: the 
 holds the traffic and the occupancy that made it the cheapest, which a test counts again, and
 `Measured` names a record in `benchmarks/results`, as `python -m benchmarks.tiles` makes them. Tiles
 never decide whether a result is right, and for outputs and gradients but that of the bias not even
-its bits: all tiles sum in the same order.
+its bits: all tiles of these two families sum in the same order. (Those of `mma`, which do not, are
+not chosen here: a call has one.)
 
 Pure arithmetic over plain numbers, so that every architecture can be tried without a GPU.
 """

@@ -27,6 +27,8 @@ BLOCK = 8  # columns that are seen or skipped together
 TURN = 64  # tokens staged at a time
 SIZES = (128, 64)  # tokens of a tile
 LARGEST_GRID = 2**31 - 1
+LARGEST_SCALE = 1e38  # in base two; a float of the kernels
+COPIED = ("query", "key", "value", "d_out", "extra_key", "extra_value")
 BLOCKS = 1024  # of all heads, where each adds up the bias gradient of several tiles
 OWN_SHARED = 4096  # bytes that the kernels declare themselves, at most
 LEAST_WORK = 2048  # bytes of all keys and values that a query sees, from which on they pay
@@ -44,6 +46,7 @@ def why_not(p: Problem) -> str:
         or (p.dtype in ("BF16", "F32") and p.arch >= 80),
         f"head_dim and value_dim of at most {most}": max(p.head_dim, p.value_dim) <= most,
         "rows at multiples of 16 bytes": access(p) == 16,
+        "a scale within float32": abs(p.scale) <= LARGEST_SCALE,
     }
     missing = [rule for rule, held in reasons.items() if not held]
     if not missing:
@@ -67,17 +70,18 @@ def pays(p: Problem) -> bool:
 
 
 def _reach(p: Problem) -> int:
-    """Bytes from one corner to the other of the largest box of tokens that a tile sees."""
+    """Bytes from one corner to the other of the largest box of tokens that is staged for a tile."""
     hood, size = p.hood, ITEM_SIZE[p.dtype]
     axes = zip(p.groups, tile(p), hood.kernel_size, hood.stride, hood.dilation, strict=True)
-    extents = [min(n, t + 2 * (k + s)) * d for n, t, k, s, d in axes]
+    extents = [(min(n, t + 2 * (k + s)) - 1) * d for n, t, k, s, d in axes]
     reach = [
-        strides[1] * p.extras
+        strides[1] * (p.extras - 1)
         if name.startswith("extra")
         else sum(n * step for n, step in zip(extents, strides[1:-1], strict=True))
         for name, strides in p.strides
+        if name in COPIED
     ]
-    return max(reach, default=0) * size
+    return (max(reach, default=0) + max(p.head_dim, p.value_dim)) * size
 
 
 # ------------------------------------------------------------------------------------------------

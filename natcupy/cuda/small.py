@@ -8,7 +8,7 @@ stretches the window over the map); of some the registers that they are to make 
 also the terms of a product: three, as exact as float32 arithmetic, or one where torch's own setting
 allows TF32.
 
-Lines of one axis are for the portable kernels. A fragment is two rows by 8 columns: of a line it
+Lines of one axis are for the kernels of `mma`. A fragment is two rows by 8 columns: of a line it
 would be half empty; as one row by 16 columns, neighbours' windows would span a block of 8 more, the
 two halves would share no bias, and none of the kernels' walks over pairs of rows would fit.
 """

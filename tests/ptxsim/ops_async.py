@@ -68,7 +68,9 @@ def _start(inst: Instruction, scope: Scope) -> Op:
 def _partial(
     m: Machine, inst: Instruction, at: int, address: np.ndarray, size: int, given: np.ndarray
 ) -> np.ndarray:
-    """Read `given` bytes of each record; the rest is zero. Nothing is touched where it is 0."""
+    """Read `given` bytes of each record; the rest is zero. Nothing is touched where it is 0, but an
+    address has to be whole there, too."""
+    access.aligned(m, inst, address, size, "global")
     whole = given >= size
     if whole.all():
         return access_global.read_global(m, inst, at, address, size)

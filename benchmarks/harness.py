@@ -111,9 +111,9 @@ def reason(failure: BaseException) -> str:
     return f"{type(failure).__name__}: {text}" if text else type(failure).__name__
 
 
-def parser(what: str) -> argparse.ArgumentParser:
+def parser(what: str, told: str) -> argparse.ArgumentParser:
     """The arguments that both commands share."""
-    made = argparse.ArgumentParser(prog=f"python -m benchmarks.{what}", description=__doc__)
+    made = argparse.ArgumentParser(prog=f"python -m benchmarks.{what}", description=told)
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     made.add_argument("--dtype", choices=DTYPES, help="bfloat16 on a GPU, float32 on a CPU")
     made.add_argument("--batch", type=int, nargs="+", default=[1, 8], metavar="N")

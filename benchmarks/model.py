@@ -36,7 +36,7 @@ LAYERS = (NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttentio
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Run the command; the path of its record."""
-    parser = harness.parser("model")
+    parser = harness.parser("model", __doc__)
     parser.add_argument(
         "--compiled", action="store_true",
         help="also the model and Swin-Tiny under torch.compile and, on a GPU, the model's graph",

@@ -24,7 +24,7 @@ PASSES = {False: "forward", True: "forward + backward"}
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Run the command; the path of its record."""
-    arguments = harness.parser("op").parse_args(argv)
+    arguments = harness.parser("op", __doc__).parse_args(argv)
     device, dtype = harness.settings(arguments)
     cases = [c.at(n) for c in pick(OP_CASES, arguments.case) for n in arguments.batch]
     ways = pick_ways(arguments.way)

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import sys
 
-from peft import LoraConfig, get_peft_model
-
 import natcupy
 from natcupy.data import find
 from natcupy.train import Result, TrainConfig, finetune
+
+try:
+    from peft import LoraConfig, get_peft_model
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"{error}; this example needs peft: pip install peft") from None
 
 
 def finetune_lora(data: str, output: str, model: str = "nat-digits", **numbers) -> Result:

@@ -175,7 +175,7 @@ def test_the_gpu_asked_for_is_the_one_that_is_timed(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     current = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    parse = harness.parser("op").parse_args
+    parse = harness.parser("op", "").parse_args
     for name in ("cuda:1", "cuda"):
         assert harness.settings(parse(["--device", name])) == (torch.device(name), torch.bfloat16)
     assert current == [torch.device("cuda:1")]

@@ -31,7 +31,9 @@ LARGEST_SCALE = 1e38  # in base two; a float of the kernels
 COPIED = ("query", "key", "value", "d_out", "extra_key", "extra_value")
 BLOCKS = 1024  # of all heads, where each adds up the bias gradient of several tiles
 OWN_SHARED = 4096  # bytes that the kernels declare themselves, at most
-LEAST_WORK = 2048  # bytes of all keys and values that a query sees, from which on they pay
+# Numbers of all keys and values that a query sees, from which on they pay: below, the interpreter
+# counts fewer instructions of the portable kernels, in tiles for many images.
+LEAST_WORK = {"F16": 512, "BF16": 512, "F32": 1024}
 
 # Instructions of a warp, counted: for a block of columns that it sees, for a block that it stages,
 # for a turn, and for a tile beside these.
@@ -66,7 +68,7 @@ def _limits(p: Problem) -> dict[str, bool]:
 def pays(p: Problem) -> bool:
     """Whether the kernels are expected to beat the portable ones on `p`, which they can run."""
     keys = prod(p.hood.kernel_size) + p.extras
-    return keys * (p.head_dim + p.value_dim) * ITEM_SIZE[p.dtype] >= LEAST_WORK
+    return keys * (p.head_dim + p.value_dim) >= LEAST_WORK[p.dtype]
 
 
 def _reach(p: Problem) -> int:

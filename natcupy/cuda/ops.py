@@ -78,7 +78,10 @@ def _device_reasons(device: torch.device) -> list[str]:
     if launcher is not None and launcher.device_type == device.type:
         return []
     if device.type != "cuda":
-        return [f"it needs CUDA tensors, got tensors on {device}: move them with .to('cuda')"]
+        remedy = "move them with .to('cuda')"
+        if not torch.cuda.is_available():
+            remedy = "and torch finds no CUDA GPU here"
+        return [f"it needs CUDA tensors, got tensors on {device}: {remedy}"]
     reason = _machine_reason(device.type, device.index)
     return [reason] if reason else []
 

@@ -158,6 +158,8 @@ class Cuda:
 class Driver:
     """A `CuPyRuntime` on the interpreter."""
 
+    unasked = 48 * 1024  # bytes of shared memory, what a kernel declares among them
+
     def __init__(self, capability, cuda, seed, raises):
         self._capability, self.cuda, self._raises = capability, cuda, raises
         self.interpreter = PtxLauncher(seed=seed)
@@ -193,9 +195,7 @@ class Driver:
         self.shared[id(function)] = size
 
     def launch(self, function, recipe, stream):
-        # Unasked, 48 KiB of what is declared and what is given together.
-        unasked = 48 * 1024 - function.dynamic_offset
-        allowed = self.shared.get(id(function), unasked)
+        allowed = self.shared.get(id(function), self.unasked - function.dynamic_offset)
         assert recipe.shared <= allowed, f"{recipe} was allowed {allowed} bytes"
         if self.lost:
             raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access")

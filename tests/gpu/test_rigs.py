@@ -80,6 +80,7 @@ def test_memory_ends_and_comes_back(rig):
 @simulated
 def test_shared_memory_must_be_asked_for(rig, monkeypatch):
     monkeypatch.setattr(launch, "WITHOUT_ASKING", 1)
+    monkeypatch.setattr(rig.gpu.driver, "unasked", 1)
     case = feature("plain", 1, F32, "small")
     check(case, rig)  # the launcher asks
     monkeypatch.setattr(rig.gpu.driver, "allow_shared", lambda function, size: None)

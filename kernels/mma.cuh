@@ -2,7 +2,8 @@
 // what its tokens see.
 //
 // The prelude gives, beside what tile.cuh and products.cuh ask for,
-//   WARPS     of a block, 4 or 8; each owns 16 consecutive tokens of the tile, two in each lane quad
+//   WARPS     of a block, 4 or 8; each owns 16 tokens of the tile, two in each lane quad: a box of
+//             `stage` tokens per axis. Tiles and these boxes are powers of two per axis
 //   QK_PARTS  parts of HEAD_DIM numbers of a row of queries and keys: longer rows are multiplied part
 //   V_PARTS   by part; the same of values. Numbers past a row's own dim are staged as zeros
 //
@@ -175,6 +176,25 @@ struct alignas(8) Span { int begin; unsigned extent; };
 struct alignas(RANK == 3 ? 16 : 8) Spans { Span axis[RANK == 3 ? 2 : 1]; };  // along all axes but the last
 struct Owned { Spans spans[16]; int position[16][RANK]; };  // of a warp's tokens, in shared memory
 
+// Token `slot` of a tile, box after box, and what it sees; false where there is none.
+template <bool INVERSE>
+__device__ __forceinline__ bool token_of(
+    const Geometry& g, const Item& item, int slot, int (&position)[RANK], Interval (&seen)[RANK]) {
+    int inside = slot % 16, box = slot / 16;
+    bool there = true;
+#pragma unroll
+    for (int a = LAST; a >= 0; --a) {
+        const int bits = 31 - __clz(g.stage[a]), boxes = 31 - __clz(g.tile[a]) - bits;
+        const int offset = (box & (1 << boxes) - 1) << bits | (inside & (1 << bits) - 1);
+        inside >>= bits;
+        box >>= boxes;
+        there &= offset < item.tile.extent[a];
+        position[a] = item.tile.begin[a] + offset;
+        seen[a] = sight<INVERSE>(g, a, item.length[a], position[a]);
+    }
+    return there;
+}
+
 // A warp's tokens, and what they see relative to the halo.
 struct Sight {
     Owned* owned;
@@ -187,7 +207,7 @@ struct Sight {
         const int lane = threadIdx.x % 32, slot = threadIdx.x / 32 * 16 + lane % 16;
         int position[RANK];
         Interval seen[RANK];
-        const bool there = own_token<INVERSE>(g, item, slot, position, seen);
+        const bool there = token_of<INVERSE>(g, item, slot, position, seen);
         owned = of_warp;
 #pragma unroll
         for (int a = 0; a < RANK; ++a) {

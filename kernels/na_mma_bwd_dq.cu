@@ -80,7 +80,7 @@ struct BiasSums {
     }
     // The diagonals of the warp's queries, which lie on lines of `width` each.
     __device__ __forceinline__ void find(const Geometry& g, const Box& halo, const Sight& sight) {
-        const int width = least(16, g.tile[LAST]), of_a_line = width + 7;
+        const int width = g.stage[LAST], of_a_line = width + 7;
         count = 16 / width * of_a_line;
         __syncwarp();
         for (int n = threadIdx.x % 32; n < count; n += 32) {

@@ -6,6 +6,7 @@ alignment, unwritten memory and races; with one, the same table runs on it.
 
 import importlib.util
 import random
+from math import prod
 
 import oracle
 import pytest
@@ -322,10 +323,10 @@ def test_every_launch_is_legal():
             tiles = [values[f"geometry.tiles.{a}"] for a in range(p.rank)]
             tokens = 16 * constants["WARPS"]
             assert recipe.block == (2 * tokens, 1, 1) and tokens in (64, 128)
-            assert tile == [1 << n.bit_length() - 1 for n in tile]
-            assert tokens == tile[0] * (tile[1] if p.rank > 1 else 1) * (
-                tile[2] if p.rank > 2 else 1
-            )
+            part = [values[f"geometry.stage.{a}"] for a in range(p.rank)]
+            assert prod(part) == 16 and all(f <= t for t, f in zip(tile, part, strict=True))
+            assert tile + part == [1 << n.bit_length() - 1 for n in tile + part]
+            assert tokens == prod(tile)
             items = p.batch
             for a, n in enumerate(p.groups):
                 assert (tiles[a] - 1) * tile[a] < n <= tiles[a] * tile[a]

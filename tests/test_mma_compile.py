@@ -117,7 +117,8 @@ def test_blocks_keep_to_their_bounds(rank, dims):
 
 def test_tiles_have_whole_warps():
     for shape, kernel in MAPS.values():
-        assert prod(mma._tile(shape, kernel, (1,) * len(shape))) in mma.SIZES
+        tile, fragment = mma._tile(shape, kernel, (1,) * len(shape))
+        assert prod(tile) in mma.SIZES and prod(fragment) == mma.FRAGMENT
 
 
 # Bytes of a thread that the kernels may put aside, for twice the warps.

@@ -55,8 +55,8 @@ MISTAKES = {
     "skipped too early": ("mma.cuh", "column + 8 > sight.any_begin", "column > sight.any_begin"),
     "skipped too late": ("mma.cuh", "column < sight.any_end &&", "column + 8 < sight.any_end &&"),
     "the spans of another token": ("mma.cuh", "tokens <<= first;", "tokens <<= first ^ 4;"),
-    "tokens that are not there": ("mma.cuh", "own_token<INVERSE>(g, item, slot, position, seen);",
-                                  "(own_token<INVERSE>(g, item, slot, position, seen), true);"),
+    "tokens that are not there": ("mma.cuh", "token_of<INVERSE>(g, item, slot, position, seen);",
+                                  "(token_of<INVERSE>(g, item, slot, position, seen), true);"),
     # numbers
     "extras: no mask": (FORWARD, "if (now == turns.window) sight.set_line(p.extras);", ""),
     "extras: a bias": (FORWARD, "sees && in_window)", "sees)"),
@@ -85,8 +85,8 @@ MISTAKES = {
     "bias: rows in place of diagonals": (
         QUERIES, "pairs[diagonal.from + 9 * i]", "pairs[diagonal.from + 8 * i]"),
     "bias: a pair too few": (QUERIES, "i < diagonal.pairs", "i + 1 < diagonal.pairs"),
-    "bias: a diagonal too few": (
-        QUERIES, "count = 16 / width * of_a_line;", "count = 16 / width * of_a_line - 8;"),
+    "bias: half of the lines": (
+        QUERIES, "count = 16 / width * of_a_line;", "count = 8 / width * of_a_line;"),
     "bias: of other queries": (
         QUERIES, "rpb_index(halo.begin[a], sight.owned->position[query][a], k);",
         "rpb_index(halo.begin[a], sight.owned->position[0][a], k);"),

@@ -92,37 +92,44 @@ def _reach(p: Problem) -> int:
 
 def tile(p: Problem) -> tuple[int, ...]:
     """Tokens per axis that a block owns."""
-    return _tile(p.groups, p.hood.kernel_size, p.hood.stride)
+    return _tile(p.groups, p.hood.kernel_size, p.hood.stride)[0]
+
+
+def fragment(p: Problem) -> tuple[int, ...]:
+    """Tokens per axis of a tile that a warp owns."""
+    return _tile(p.groups, p.hood.kernel_size, p.hood.stride)[1]
 
 
 @lru_cache(maxsize=4096)
-def _tile(groups, kernel_size, stride) -> tuple[int, ...]:
-    """The cheapest of all tiles of whole fragments whose extents are powers of two."""
+def _tile(groups, kernel_size, stride) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The cheapest tile and fragment whose extents are powers of two."""
     size = next((s for s in reversed(SIZES) if s >= prod(groups)), SIZES[0])
-    powers = [1 << n for n in range(size.bit_length())]
-    shapes = (shape for shape in product(powers, repeat=len(groups)) if prod(shape) == size)
-    return min(shapes, key=lambda shape: _cost(groups, kernel_size, stride, shape))
+    pairs = product(_boxes(size, len(groups)), _boxes(FRAGMENT, len(groups)))
+    legal = (pair for pair in pairs if all(f <= t for t, f in zip(*pair, strict=True)))
+    return min(legal, key=lambda pair: _cost(groups, kernel_size, stride, *pair))
 
 
-def _cost(groups, kernel_size, stride, shape) -> float:
+def _boxes(tokens: int, rank: int) -> list[tuple[int, ...]]:
+    """Boxes of so many tokens whose extents are powers of two."""
+    powers = [1 << n for n in range(tokens.bit_length())]
+    return [box for box in product(powers, repeat=rank) if prod(box) == tokens]
+
+
+def _cost(groups, kernel_size, stride, shape, part) -> float:
     """Instructions of all tiles of a group."""
     halo = halo_of(groups, kernel_size, stride, shape)
     staged = prod(halo[:-1]) * -(-halo[-1] // BLOCK)
     warps = prod(shape) // FRAGMENT
-    seen = warps * _seen(groups, kernel_size, stride, shape)
+    seen = warps * _seen(groups, kernel_size, stride, shape, part)
     turns = -(-staged * BLOCK // TURN)
     one = SEEN * seen + STAGED * staged + warps * (TURNED * turns + AROUND)
     return one * prod(-(-n // t) for n, t in zip(groups, shape, strict=True))
 
 
-def _seen(groups, kernel_size, stride, shape) -> float:
+def _seen(groups, kernel_size, stride, shape, part) -> float:
     """Blocks of 8 columns that one of the 16 tokens of a warp sees, on average."""
-    left, fragment = FRAGMENT, []
-    for t in reversed(shape):
-        fragment.append(min(left, t))
-        left //= fragment[-1]
-    extents = halo_of(groups, kernel_size, stride, tuple(reversed(fragment)))
-    starts = range(0, shape[-1], fragment[0])
+    extents = halo_of(groups, kernel_size, stride, part)
+    starts = range(0, shape[-1], part[-1])
     touched = [-(-(at % BLOCK + extents[-1]) // BLOCK) for at in starts]
     return prod(extents[:-1]) * sum(touched) / len(touched)
 
@@ -189,7 +196,7 @@ def _recipe(
         **more,
     }
     values = {
-        **geometry(p, tile(p), (1,) * p.rank),
+        **geometry(p, tile(p), fragment(p)),
         "heads": p.heads,
         "kv_heads": p.kv_heads,
         "queries_per_kv": p.heads // p.kv_heads,

@@ -7,8 +7,8 @@
 // With RPB_GRAD a block takes several tiles, and each of its warps adds up dS per bias in a table of
 // its own, a block of 8 columns at a time. Queries that follow each other on a line share a bias
 // along the diagonals of their dS: lanes own diagonals, which are of different biases, so they add in
-// a fixed order and without atomics. The block's tables are added in order at the end, the blocks' by
-// reduce_partials.
+// a fixed order and without atomics. Tables are in shared memory, where a block adds up those of its
+// warps in order at the end, or FAR, those of all warps in global memory; reduce_partials adds these.
 
 #include "common.cuh"
 #include "neighborhood.cuh"
@@ -39,7 +39,7 @@ struct Params {
     float* lse;    // [batch, heads, *spatial]
     float* d_lse;  // like lse, or null
     float* delta;  // like lse
-    float* partial;  // [blocks per head, heads, 2 * kernel_size - 1 per axis]
+    float* partial;  // [blocks per head (FAR: their warps), heads, 2 * kernel_size - 1 per axis]
 };
 
 static_assert(RPB || !RPB_GRAD, "only a given bias has a gradient");
@@ -56,7 +56,7 @@ struct alignas(8) Diagonal {
     int bias;                    // of the first pair, where the block is the halo's first
 };
 
-// A warp's sums of dS per bias, in shared memory.
+// A warp's sums of dS per bias.
 struct BiasSums {
     enum { MOST = 128, PAIRS = 16 * 8 };  // diagonals: of 16 lines with one query each
     float* pairs;                         // [query][key] of a block
@@ -64,19 +64,34 @@ struct BiasSums {
     float* table;
     int count;  // diagonals in all
 
-    // Where those of warp `warp` are: diagonals, pairs, table.
-    static __device__ __forceinline__ unsigned char* room(unsigned char* all, int warp, int biases) {
-        return all + warp * (MOST * 8 + PAIRS * 4 + (biases + 1) / 2 * 8);
+    // Diagonals, pairs and table of warp `warp`, all in shared memory if the tables are.
+    static __device__ __forceinline__ Diagonal* diagonals_of(
+        unsigned char* all, int warp, int biases) {
+        const int numbers = FAR ? 0 : (biases + 1) / 2 * 2;
+        return (Diagonal*)(all + warp * (MOST * 8 + PAIRS * 4 + numbers * 4));
     }
-    static __device__ __forceinline__ float* table_of(unsigned char* all, int warp, int biases) {
-        return (float*)(room(all, warp, biases) + MOST * 8) + PAIRS;
+    static __device__ __forceinline__ float* table_of(
+        const Params& p, unsigned char* all, int warp, int biases) {
+        if (!FAR) return (float*)(diagonals_of(all, warp, biases) + MOST) + PAIRS;
+        const long long slice = blockIdx.x / p.heads * WARPS + warp;
+        return p.partial + (slice * p.heads + blockIdx.x % p.heads) * biases;
     }
-    __device__ __forceinline__ void begin(unsigned char* all, int biases) {
-        const int warp = threadIdx.x / 32;
-        diagonals = (Diagonal*)room(all, warp, biases);
+    __device__ __forceinline__ void begin(const Params& p, unsigned char* all) {
+        const int warp = threadIdx.x / 32, biases = biases_per_head(p.geometry);
+        diagonals = diagonals_of(all, warp, biases);
         pairs = (float*)(diagonals + MOST);
-        table = table_of(all, warp, biases);
+        table = table_of(p, all, warp, biases);
         for (int n = threadIdx.x % 32; n < biases; n += 32) table[n] = 0;
+    }
+    // Of all warps, in order, to the block's own table.
+    static __device__ __forceinline__ void finish(const Params& p, unsigned char* all) {
+        const int biases = biases_per_head(p.geometry);
+        __syncthreads();
+        for (int n = threadIdx.x; n < biases; n += 32 * WARPS) {
+            float sum = 0;
+            for (int w = 0; w < WARPS; ++w) sum += table_of(p, all, w, biases)[n];
+            p.partial[(long long)blockIdx.x * biases + n] = sum;
+        }
     }
     // The diagonals of the warp's queries, which lie on lines of `width` each.
     __device__ __forceinline__ void find(const Geometry& g, const Box& halo, const Sight& sight) {
@@ -217,7 +232,7 @@ na_mma_bwd_dq(const __grid_constant__ Params p) {
     const unsigned staged = shared_address(shared);
     const Across across(0, lane, 8 * ROW);
     BiasSums sums;
-    if (RPB_GRAD) sums.begin(shared + 2 * STAGED, biases_per_head(g));
+    if (RPB_GRAD) sums.begin(p, shared + 2 * STAGED);
 
 #pragma unroll 1
     for (unsigned n = blockIdx.x / p.heads; n < (unsigned)p.items; n += gridDim.x / p.heads) {
@@ -261,13 +276,5 @@ na_mma_bwd_dq(const __grid_constant__ Params p) {
         if (!RPB_GRAD) return;
     }
 
-    if (RPB_GRAD) {  // the warps, in order
-        const int biases = biases_per_head(g);
-        __syncthreads();
-        for (int n = threadIdx.x; n < biases; n += 32 * WARPS) {
-            float sum = 0;
-            for (int w = 0; w < WARPS; ++w) sum += sums.table_of(shared + 2 * STAGED, w, biases)[n];
-            p.partial[(long long)blockIdx.x * biases + n] = sum;
-        }
-    }
+    if (RPB_GRAD && !FAR) sums.finish(p, shared + 2 * STAGED);
 }

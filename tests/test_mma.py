@@ -259,32 +259,43 @@ def test_what_runs_where():
 
 
 def test_where_the_gradient_of_a_bias_is_summed():
-    """With the query's, unless its tables are too large for shared memory."""
-    for given, first in (({}, "na_mma_bwd_dq"), ({"kernel_size": (4001,)}, "na_bwd_dq")):
-        p = planned(rpb=True, **given)
-        entries = [r.spec.entry for r in plan.backward(p, True, True, False).recipes]
-        assert entries == [first, "reduce_partials", "na_mma_bwd_dkv"]
+    """With the query's, in shared memory unless its tables are too large."""
+    for kernel_size, far in ((63, 0), (4001, 1)):
+        p = planned(rpb=True, kernel_size=(kernel_size,))
+        made = plan.backward(p, True, True, False)
+        entries = [r.spec.entry for r in made.recipes]
+        assert entries == ["na_mma_bwd_dq", "reduce_partials", "na_mma_bwd_dkv"]
+        assert ("FAR", far) in made.recipes[0].spec.constants
+        tables = dict((name, count) for name, count, _ in made.scratch)["partial"]
+        assert tables * 4 <= max(plan.SCRATCH, 8 * p.heads * p.biases * 4)
         entries = [r.spec.entry for r in plan.backward(p, True, False, False).recipes]
         assert entries == ["na_mma_bwd_dq", "na_mma_bwd_dkv"]
 
 
-def test_the_largest_bias_tables_run(engine):
-    """At the limit of an architecture's shared memory, one number more goes to the portable one."""
-    p = planned(arch=80, rpb=True, shape=(700,), dtype="F16")
-    sizes = [k for k in range(2, 700) if mma.sums_biases(replace_window(p, k))]
-    assert sizes == list(range(2, 700))  # lines do not reach it on sm_80
-    large = [k for k in range(2, 99) if not mma.sums_biases(replace_window(p, k, k))]
-    k = large[0] - 1
-    given = case("limit", (k + 3, k + 2), k, "", dtype=F16, rpb=True)
-    check(given, engine)
+def test_the_largest_near_and_the_smallest_far_tables(engine):
+    """At the limit of an architecture's shared memory, and one number more."""
+
+    def p(k):
+        return planned(
+            shape=(90, 90), kernel_size=(k, k), stride=(1, 1), dilation=(1, 1),
+            causal=(False, False), arch=80, rpb=True, dtype="F16",
+        )  # fmt: skip
+
+    first = next(k for k in range(2, 90) if mma.is_far(p(k)))
+    assert all(mma.is_far(p(k)) == (k >= first) for k in range(2, 90))
+    for k in (first - 1, first):
+        check(case(f"window {k}", (k + 3, k + 2), k, "", dtype=F16, rpb=True), engine)
 
 
-def replace_window(p, *kernel):
-    rank = len(kernel)
-    return planned(
-        shape=(700,) * rank, kernel_size=kernel, stride=(1,) * rank, dilation=(1,) * rank,
-        causal=(False,) * rank, arch=p.arch, rpb=True, dtype=p.dtype,
-    )  # fmt: skip
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("name", ["bias", "volume", "causal stride", "everything"])
+def test_far_tables(name, blocks, engine, monkeypatch):
+    """Of calls that need none: the same sums, by warps in global memory."""
+    monkeypatch.setattr(mma, "is_far", lambda p: True)
+    monkeypatch.setattr(mma, "BLOCKS", blocks)
+    plan.forget()
+    check(Case(**{**named(name).__dict__, "batch": 2}), engine)
+    plan.forget()
 
 
 def random_problem(rng):

@@ -28,9 +28,9 @@ MAPS = {1: ((4096,), (63,)), 2: ((64, 64), (21, 21)), 3: ((8, 28, 28), (3, 7, 7)
 TABLE = Path(__file__).with_name("mma_resources.json")
 
 
-def recipes(rank, dim, dtype, rpb, arch="90a", value_dim=None, tf32=False, shape=None):
-    usual, kernel = MAPS[rank]
-    p = problem(shape or usual, kernel, (1,) * rank, (1,) * rank, (False,) * rank, head_dim=dim,
+def recipes(rank, dim, dtype, rpb, arch="90a", value_dim=None, tf32=False, shape=None, kernel=None):
+    shape, kernel = shape or MAPS[rank][0], kernel or MAPS[rank][1]
+    p = problem(shape, kernel, (1,) * rank, (1,) * rank, (False,) * rank, head_dim=dim,
                 value_dim=value_dim or dim, dtype=dtype, rpb=rpb, tf32=tf32,
                 arch=int(arch.rstrip("a")))  # fmt: skip
     with plan.use_family("mma"):
@@ -64,6 +64,8 @@ def jobs():
     for dims in ((64, 128), (128, 64)):
         add(("90a",), 3, dims[0], "BF16", False, value_dim=dims[1])
     add(("80", "90a"), 1, 64, "F32", False, tf32=True)
+    for dim in (32, 64):  # tables of biases in global memory
+        add(("80", "90a"), 2, dim, "BF16", True, kernel=(63, 63))
     return tuple(found)
 
 

@@ -11,7 +11,7 @@ from ptxsim.errors import PtxCheckError
 from test_kernels import Interpreter, check
 from test_mma import case
 
-from natcupy.cuda import plan
+from natcupy.cuda import mma, plan
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("cupy") is None, reason="NVRTC comes with CuPy, which is not installed"
@@ -92,6 +92,10 @@ MISTAKES = {
         "rpb_index(halo.begin[a], sight.owned->position[0][a], k);"),
     "bias: what is not seen": (QUERIES, "if (sum != 0) table", "table"),
     "bias: a warp left out": (QUERIES, "int w = 0; w < WARPS; ++w", "int w = 1; w < WARPS; ++w"),
+    "far: another warp's table": (
+        QUERIES, "blockIdx.x / p.heads * WARPS + warp;", "blockIdx.x / p.heads * WARPS;"),
+    "far: another head's table": (
+        QUERIES, "(slice * p.heads + blockIdx.x % p.heads)", "(slice * p.heads)"),
     "bias: tables that are not cleared": (
         QUERIES, "for (int n = threadIdx.x % 32; n < biases; n += 32) table[n] = 0;", ""),
     "extras: among the biases": (
@@ -114,6 +118,7 @@ def engine(tmp_path):
     engine.launcher = Spoilt(tmp_path)
     with plan.use_family("mma"):
         yield engine
+    plan.forget()
 
 
 def check_all(given, engine):
@@ -130,7 +135,10 @@ def given_for(mistake):
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_planted_mistakes_are_found(mistake, engine, tmp_path):
+def test_planted_mistakes_are_found(mistake, engine, tmp_path, monkeypatch):
+    if mistake.startswith("far"):
+        monkeypatch.setattr(mma, "is_far", lambda p: True)
+        plan.forget()
     spoil(tmp_path, *MISTAKES[mistake])
     with pytest.raises((PtxCheckError, AssertionError)):
         check_all(given_for(mistake), engine)

@@ -57,7 +57,8 @@ def why_not(p: Problem) -> str:
 
 
 def _limits(p: Problem) -> dict[str, bool]:
-    most = max(_shared(p, side) for side in SIDES) + OWN_SHARED
+    sums = _bias_sums(p, True) if p.rpb else 0
+    most = max(_shared(p, side) for side in SIDES) + sums + OWN_SHARED
     return {
         "tiles that fit shared memory": most <= heuristics.block_limit(p.arch),
         "at most 2**31 - 1 blocks": max(p.heads, p.kv_heads) * _items(p) <= LARGEST_GRID,
@@ -157,19 +158,20 @@ def _shared(p: Problem, side: str) -> int:
     return 2 * (TURN * row + (TURN * 8 + 128 if side == KEYS else 0))
 
 
-def _bias_sums(p: Problem) -> int:
-    """Bytes of the sums of dS per bias of all warps: diagonals, a block of pairs, a table."""
-    return _warps(p) * (128 * 8 + FRAGMENT * BLOCK * 4 + -(-p.biases // 2) * 8)
+def _bias_sums(p: Problem, far: bool) -> int:
+    """Bytes of a block's sums of dS per bias: diagonals, pairs of a block, tables unless `far`."""
+    table = 0 if far else -(-p.biases // 2) * 8
+    return _warps(p) * (128 * 8 + FRAGMENT * BLOCK * 4 + table)
+
+
+def is_far(p: Problem) -> bool:
+    """Whether the tables of the bias gradient are in global memory: shared memory has no room."""
+    most = _shared(p, QUERIES) + _bias_sums(p, False) + OWN_SHARED
+    return most > heuristics.block_limit(p.arch)
 
 
 def _warps(p: Problem) -> int:
     return prod(tile(p)) // FRAGMENT
-
-
-def sums_biases(p: Problem) -> bool:
-    """Whether the query side can add up the gradient of the bias: its tables fit shared memory."""
-    most = _shared(p, QUERIES) + _bias_sums(p) + OWN_SHARED
-    return most <= heuristics.block_limit(p.arch)
 
 
 def _recipe(
@@ -220,15 +222,20 @@ def forward(p: Problem) -> Plan:
 
 
 def query_side(p: Problem, rpb: bool, most: int) -> tuple[Recipe, int]:
-    """The launch that computes delta and d_query, and its blocks per head.
+    """The launch that computes delta and d_query, and how many tables it writes per head.
 
-    With `rpb`, the gradient of the bias as well, in a table per block of which there are at most
-    `most`.
+    With `rpb`, the gradient of the bias as well, in a table per block, or per warp of each where
+    these are far, of which there are at most `most`, or as few as possible.
     """
-    blocks = max(1, min(_items(p), -(-BLOCKS // p.heads), most)) if rpb else _items(p)
-    extra = _bias_sums(p) if rpb else 0
-    made = _recipe("na_mma_bwd_dq", p, QUERIES, p.scale, blocks, extra, RPB_GRAD=int(rpb))
-    return made, blocks
+    if not rpb:
+        none = {"RPB_GRAD": 0, "FAR": 0}
+        return _recipe("na_mma_bwd_dq", p, QUERIES, p.scale, **none), _items(p)
+    far = is_far(p)
+    tables = _warps(p) if far else 1
+    blocks = max(1, min(_items(p), -(-BLOCKS // p.heads), most // tables))
+    sums = {"RPB_GRAD": 1, "FAR": int(far)}
+    made = _recipe("na_mma_bwd_dq", p, QUERIES, p.scale, blocks, _bias_sums(p, far), **sums)
+    return made, blocks * tables
 
 
 def key_side(p: Problem) -> Plan:

@@ -327,9 +327,6 @@ def _forward(p: Problem, tile: tuple[int, ...], rpb: bool) -> Plan:
 
 
 def _mma_query_side(p: Problem, tile: tuple[int, ...], rpb: bool) -> Plan:
-    """Portable where the tables of the bias gradient are too large for shared memory."""
-    if rpb and not mma.sums_biases(p):
-        return _query_side(p, _portable_tiles(p, p.heads)[0], True)
     return _with_bias_sums(p, rpb, *mma.query_side(p, rpb, _most_tables(p)))
 
 

@@ -72,6 +72,7 @@ struct Numbers {
                 bytes += at[a] * step[a];
                 real &= at[a] < walk.extent[a];
             }
+            if (!real) bytes = 0;
             if (lane < 16)
                 copy_float(to + (lane / 8 * DELTAS + block * 8 + row) * 4,
                            (lane < 8 ? lse : delta) + bytes, real);

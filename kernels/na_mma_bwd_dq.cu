@@ -119,8 +119,7 @@ struct BiasSums {
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
             float* to = pairs + (side * 8 + lane / 4) * 8 + lane % 4 * 2;
-            to[0] = ds[2 * side];
-            to[1] = ds[2 * side + 1];
+            *(float2*)to = {ds[2 * side], ds[2 * side + 1]};
         }
         __syncwarp();
 #pragma unroll 1
@@ -268,7 +267,8 @@ na_mma_bwd_dq(const __grid_constant__ Params p) {
                 if (RPB_GRAD && in_window)
 #pragma unroll
                     for (int h = 0; h < 2; ++h)
-                        sums.add(d[h], __shfl_sync(0xFFFFFFFFu, offset, 2 * i + h));
+                        if (turn.any >> (2 * i + h) & 1)
+                            sums.add(d[h], __shfl_sync(0xFFFFFFFFu, offset, 2 * i + h));
             }
         }
         const float factor[2] = {p.scale, p.scale};

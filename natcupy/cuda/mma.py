@@ -12,14 +12,14 @@ blocks of keys, which begin with the tile, so results would not be the same bits
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import product
-from math import e, log2, prod
+from math import ceil, e, lcm, log2, prod
 
 from natcupy.cuda import heuristics
 from natcupy.cuda.heuristics import FORWARD, KEYS, QUERIES, SIDES
 from natcupy.cuda.recipes import Plan, Problem, Recipe, access, geometry, recipe, views
-from natcupy.cuda.tiling import ITEM_SIZE, halo_of
+from natcupy.cuda.tiling import ITEM_SIZE
 
 LARGEST_ROW = 256  # bytes of head_dim or value_dim; beyond, the sums of a row fill the registers
 FRAGMENT = 16  # tokens that a warp owns
@@ -110,6 +110,7 @@ def _tile(groups, kernel_size, stride) -> tuple[tuple[int, ...], tuple[int, ...]
     return min(legal, key=lambda pair: _cost(groups, kernel_size, stride, *pair))
 
 
+@cache
 def _boxes(tokens: int, rank: int) -> list[tuple[int, ...]]:
     """Boxes of so many tokens whose extents are powers of two."""
     powers = [1 << n for n in range(tokens.bit_length())]
@@ -118,21 +119,29 @@ def _boxes(tokens: int, rank: int) -> list[tuple[int, ...]]:
 
 def _cost(groups, kernel_size, stride, shape, part) -> float:
     """Instructions of all tiles of a group."""
-    halo = halo_of(groups, kernel_size, stride, shape)
-    staged = prod(halo[:-1]) * -(-halo[-1] // BLOCK)
+    axes = list(zip(groups, kernel_size, stride, shape, strict=True))
+    *lines, columns = (_span(*axis) for axis in axes)
+    staged = prod(lines) * ceil(columns / BLOCK)
     warps = prod(shape) // FRAGMENT
     seen = warps * _seen(groups, kernel_size, stride, shape, part)
-    turns = -(-staged * BLOCK // TURN)
+    turns = ceil(staged * BLOCK / TURN)
     one = SEEN * seen + STAGED * staged + warps * (TURNED * turns + AROUND)
-    return one * prod(-(-n // t) for n, t in zip(groups, shape, strict=True))
+    return one * prod(-(-n // t) for n, _, _, t in axes)
+
+
+def _span(length: int, kernel_size: int, stride: int, tile: int) -> float:
+    """Keys of an axis that a tile sees, on average over the tiles."""
+    starts = range(0, min(length, lcm(tile, stride)), tile)
+    moves = sum((min(at + tile, length) - 1) // stride - at // stride for at in starts)
+    return min(length, kernel_size + moves * stride / len(starts))
 
 
 def _seen(groups, kernel_size, stride, shape, part) -> float:
     """Blocks of 8 columns that one of the 16 tokens of a warp sees, on average."""
-    extents = halo_of(groups, kernel_size, stride, part)
-    starts = range(0, shape[-1], part[-1])
-    touched = [-(-(at % BLOCK + extents[-1]) // BLOCK) for at in starts]
-    return prod(extents[:-1]) * sum(touched) / len(touched)
+    *lines, columns = (_span(*axis) for axis in zip(groups, kernel_size, stride, part, strict=True))
+    starts = [at // stride[-1] * stride[-1] for at in range(0, shape[-1], part[-1])]
+    touched = [ceil((at % BLOCK + columns) / BLOCK) for at in starts]
+    return prod(lines) * sum(touched) / len(touched)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -225,7 +234,8 @@ def query_side(p: Problem, rpb: bool, most: int) -> tuple[Recipe, int]:
     """The launch that computes delta and d_query, and how many tables it writes per head.
 
     With `rpb`, the gradient of the bias as well, in a table per block, or per warp of each where
-    these are far, of which there are at most `most`, or as few as possible.
+    these are far, of which there are at most `most`, or as few as possible. How many there are, and
+    where they lie, decides the order of its sums: its bits differ by architecture and heads.
     """
     if not rpb:
         none = {"RPB_GRAD": 0, "FAR": 0}

@@ -79,8 +79,6 @@ MISTAKES = {
     "keys: the first head's numbers": (KEYS, "all.next_head(g);", ""),
     "keys: weights in place of dS": (
         KEYS, "add_weighted(d_key, weights_of(d)", "add_weighted(d_key, weights_of(t)"),
-    "keys: numbers that are not there": (
-        KEYS, "lse : delta) + bytes, real);", "lse : delta) + bytes, true);"),
     # the gradient of the bias
     "bias: rows in place of diagonals": (
         QUERIES, "pairs[diagonal.from + 9 * i]", "pairs[diagonal.from + 8 * i]"),

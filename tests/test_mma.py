@@ -291,8 +291,7 @@ def test_the_largest_near_and_the_smallest_far_tables():
             check(given, Interpreter("86"))
 
 
-@pytest.mark.parametrize("blocks", [1, 3])
-@pytest.mark.parametrize("name", ["bias", "volume", "causal stride"])
+@pytest.mark.parametrize(("name", "blocks"), [("bias", 3), ("volume", 1), ("causal stride", 3)])
 def test_far_tables(name, blocks, engine, monkeypatch):
     """Of calls that need none: the same sums, by warps in global memory."""
     monkeypatch.setattr(mma, "is_far", lambda p: True)

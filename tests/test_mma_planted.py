@@ -101,7 +101,7 @@ MISTAKES = {
 }  # fmt: skip
 
 PLAIN = case(
-    "planted", (3, 7, 21), (2, 5, 6), "", dtype=F16, heads=4, kv_heads=2, batch=2, rpb=True
+    "planted", (3, 7, 21), (2, 5, 6), "", dtype=F16, heads=2, kv_heads=1, batch=1, rpb=True
 )
 EXTRAS = case("planted, extras", (30,), 5, "", dtype=F16, extras=3, rpb=True)
 DIM = case("planted, dim", (30,), 9, "", dtype=F16, dim=40)

@@ -11,6 +11,7 @@
 #include "products.cuh"
 #include "tile.cuh"
 #include "mma.cuh"
+#include "mma_rows.cuh"
 
 struct Params {
     Geometry geometry;
@@ -35,8 +36,8 @@ struct Params {
 // Twice: rows, and behind them log-sum-exp and delta of each, which lie in different banks.
 enum {
     NUMBERS = (QK_PARTS + V_PARTS) * PART_BYTES,  // where these begin, in bytes
-    DELTAS = TOKENS + 8,                          // and delta among them
-    STAGED = NUMBERS + 2 * TOKENS * 4 + 128,      // bytes
+    DELTAS = TURN_TOKENS + 8,                     // and delta among them
+    STAGED = NUMBERS + 2 * TURN_TOKENS * 4 + 128,  // bytes
     MIN_BLOCKS = ((QK_PARTS + V_PARTS) * ROW <= 128 ? 16 : 8) / WARPS  // 128 or 255 registers
 };
 
@@ -61,7 +62,7 @@ struct Numbers {
     __device__ __forceinline__ void stage(const Walk& walk, unsigned to) const {
         const int lane = threadIdx.x % 32, row = lane % 8;
 #pragma unroll
-        for (int n = 0; n < TURNS; n += WARPS) {
+        for (int n = 0; n < TURN_BLOCKS; n += WARPS) {
             const int block = n + threadIdx.x / 32;
             int at[RANK];
             walk.find(block, at);
@@ -185,7 +186,7 @@ na_mma_bwd_dkv(const __grid_constant__ Params p) {
             all.stage(walk, next + NUMBERS);
         }
 #pragma unroll 1
-        for (int i = 0; i < TURNS / 2; ++i) {
+        for (int i = 0; i < TURN_BLOCKS / 2; ++i) {
             if (turn.skips(i)) continue;
             const unsigned buffer = staged + now % 2 * STAGED, from = buffer + 2 * i * 8 * ROW;
             float t[2][4], d[2][4];

@@ -16,6 +16,7 @@
 #include "products.cuh"
 #include "tile.cuh"
 #include "mma.cuh"
+#include "mma_rows.cuh"
 
 struct Params {
     Geometry geometry;
@@ -257,7 +258,7 @@ na_mma_bwd_dq(const __grid_constant__ Params p) {
             turns.stage_next(p, item, kv_head, now, staged + (now + 1) % 2 * STAGED);
             const bool in_window = now < turns.window;
 #pragma unroll 1
-            for (int i = 0; i < TURNS / 2; ++i) {
+            for (int i = 0; i < TURN_BLOCKS / 2; ++i) {
                 if (turn.skips(i)) continue;
                 const unsigned from = staged + now % 2 * STAGED + 2 * i * 8 * ROW;
                 float d[2][4];

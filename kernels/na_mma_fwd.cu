@@ -14,6 +14,7 @@
 #include "products.cuh"
 #include "tile.cuh"
 #include "mma.cuh"
+#include "mma_rows.cuh"
 
 struct Params {
     Geometry geometry;
@@ -119,11 +120,11 @@ __device__ __forceinline__ void attend_alone(
 // not seen. `offset` is of a lane's block, see `Biases`. Returns the largest of each query in `high`.
 __device__ __forceinline__ void score(
     const Params& p, const Sight& sight, const Turn& turn, Left (&query)[QK_PARTS],
-    const Biases<true>& biases, int offset, bool in_window, unsigned at, float (&t)[TURNS / 2][2][4],
-    float (&high)[2]) {
+    const Biases<true>& biases, int offset, bool in_window, unsigned at,
+    float (&t)[TURN_BLOCKS / 2][2][4], float (&high)[2]) {
     high[0] = high[1] = minus_infinity();
 #pragma unroll
-    for (int i = 0; i < TURNS / 2; ++i) {
+    for (int i = 0; i < TURN_BLOCKS / 2; ++i) {
 #pragma unroll
         for (int h = 0; h < 2; ++h)
 #pragma unroll
@@ -181,10 +182,10 @@ __device__ __forceinline__ void refer(Sums& sums, const float (&high)[2], float 
 
 // Weights of a turn's scores, and their values, staged from `from` on.
 __device__ __forceinline__ void weigh(
-    Sums& sums, const Turn& turn, const float (&t)[TURNS / 2][2][4], float scale,
+    Sums& sums, const Turn& turn, const float (&t)[TURN_BLOCKS / 2][2][4], float scale,
     const Across& from) {
 #pragma unroll
-    for (int i = 0; i < TURNS / 2; ++i) {
+    for (int i = 0; i < TURN_BLOCKS / 2; ++i) {
         if (turn.skips(i)) continue;
         Weights<2> weights;
 #pragma unroll
@@ -256,7 +257,7 @@ na_mma_fwd(const __grid_constant__ Params p) {
         turns.stage_next(p, item, kv_head, now, staged + (now + 1) % 2 * STAGED);
         if (turn.any == 0) continue;
         const unsigned from = staged + now % 2 * STAGED;
-        float t[TURNS / 2][2][4], high[2];
+        float t[TURN_BLOCKS / 2][2][4], high[2];
         score(p, sight, turn, query, biases, offset, now < turns.window,
               from + row_offset(0, lane), t, high);
         refer(sums, high, scale);

@@ -35,14 +35,15 @@ MISTAKES = {
     "dim: numbers past the row are read": (
         "mma.cuh", "real && part * D + chunk * CHUNK < dim", "real"),
     "dim: numbers past the row are written": (
-        "mma.cuh", "j * 8 + stored(c) < numbers", "numbers > 0"),
+        "mma_rows.cuh", "j * 8 + stored(c) < numbers", "numbers > 0"),
     "float: numbers past the row are written": (
-        "mma.cuh", "if ((4 * n + c) * CHUNK < numbers)", "if (numbers > 0)"),
-    "dim: numbers past an own row are read": ("mma.cuh", "if (there && at < dim)", "if (there)"),
+        "mma_rows.cuh", "if ((4 * n + c) * CHUNK < numbers)", "if (numbers > 0)"),
+    "dim: numbers past an own row are read": (
+        "mma_rows.cuh", "if (there && at < dim)", "if (there)"),
     "the walk loses a carry": ("mma.cuh", "at[a] += step[a] + carry;", "at[a] += step[a];"),
     "the walk ends a line late": ("mma.cuh", "carry = at[a] >= length;", "carry = at[a] > length;"),
     "a turn too few": (
-        "mma.cuh", "(blocks + TURNS - 1) / TURNS", "(blocks - 1) / TURNS"),
+        "mma.cuh", "(blocks + TURN_BLOCKS - 1) / TURN_BLOCKS", "(blocks - 1) / TURN_BLOCKS"),
     "the swizzle of another row": (
         "mma.cuh", "place(chunk, row) * 16", "place(chunk, row + 2) * 16"),
     # what is seen

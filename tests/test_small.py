@@ -401,21 +401,20 @@ def error(actual, true):
     return (actual.detach().double() - true).square().mean().sqrt().item()
 
 
-@pytest.mark.parametrize("dim", [32, 64])
-def test_floats_are_as_exact_as_torch(dim):
-    """Root mean square error: forward at most twice, backward three times that of plain torch."""
-    given = case("exact", (8, 9), 7 if dim == 32 else (3, 7), "", dtype=F32, dim=dim)
+def as_exact_as_torch(given, family, attend):
+    """Root mean square error: forward at most twice, backward three times that of plain torch,
+    with tensor cores that truncate where they add."""
     tensors, (d_out, d_lse) = inputs(given), cotangents(given)
     true_out, true_lse, true = truth(given, tensors, d_out, d_lse)
     plain = {n: x.detach().clone().requires_grad_() for n, x in tensors.items() if x is not None}
-    torch_out, torch_lse = na2d(
+    torch_out, torch_lse = attend(
         plain["query"], plain["key"], plain["value"], given.kernel_size, rpb=plain["rpb"],
         scale=given.factor, return_lse=True, backend="torch",
     )  # fmt: skip
     grads = torch.autograd.grad([torch_out, torch_lse], list(plain.values()), [d_out, d_lse])
     engine = Interpreter()
     engine.launcher = PtxLauncher("80", checks=Checks(truncated_sums=True))
-    with plan.use_family("small"):
+    with plan.use_family(family):
         out, lse, gradients = run(given, engine, tensors, d_out, d_lse)
     assert error(out, true_out) <= 2 * error(torch_out, true_out)
     assert error(lse, true_lse) <= 2 * error(torch_lse, true_lse)
@@ -423,17 +422,26 @@ def test_floats_are_as_exact_as_torch(dim):
         assert error(gradients[name], true[name]) <= 3 * error(by_torch, true[name]), name
 
 
-def test_one_term_where_torch_allows_tf32():
-    given = case("tf32", (6, 9), 3, "", dtype=F32)
+def keeps_11_bits(given, family):
+    """Where torch allows TF32 a product has one term: less exact than floats, and not by much."""
     tensors, cotangent = inputs(given), cotangents(given)
     true_out, _, true = truth(given, tensors, *cotangent)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        with plan.use_family("small"):
+        with plan.use_family(family):
             out, _, gradients = run(given, Interpreter(), tensors, *cotangent)
     finally:
         torch.set_float32_matmul_precision(before)
-    pairs = [(out, true_out), *((gradients[n], true[n]) for n in gradients)]
-    for actual, wanted in pairs:
+    for actual, wanted in [(out, true_out), *((gradients[n], true[n]) for n in gradients)]:
         assert 2e-5 < (actual.double() - wanted).abs().max() / wanted.abs().max() < 3e-3
+
+
+@pytest.mark.parametrize("dim", [32, 64])
+def test_floats_are_as_exact_as_torch(dim):
+    given = case("exact", (8, 9), 7 if dim == 32 else (3, 7), "", dtype=F32, dim=dim)
+    as_exact_as_torch(given, "small", na2d)
+
+
+def test_one_term_where_torch_allows_tf32():
+    keeps_11_bits(case("tf32", (6, 9), 3, "", dtype=F32), "small")

@@ -8,13 +8,12 @@ difference.
 
 import importlib.util
 import json
-import os
 import re
-from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
 import pytest
+from compiled import check_table, measure_all, write_table
 from test_plan import problem
 
 from natcupy.cuda import jit, plan, small, small_tiles
@@ -77,20 +76,6 @@ def sample():
     return [*product(own, ARCHS), *in_turn[::2]]
 
 
-def measure(job):
-    spec, arch = job
-    compiled = jit.compile_spec(spec, arch)
-    usage = jit.resource_usage(compiled.log)[spec.entry]
-    row = [usage.registers, usage.stack, usage.spill_stores, usage.spill_loads]
-    return f"{spec} sm_{arch}", row, compiled.warnings
-
-
-def measure_all(chosen):
-    jit.toolkit()  # loaded once, before the threads
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(measure, chosen))
-
-
 @pytest.fixture(scope="module")
 def measured():
     return measure_all(sample())
@@ -132,23 +117,8 @@ def spills(name, row):
 
 
 def test_resources_are_those_of_the_table(measured):
-    """Exact for the compiler that made the table; another may allot registers otherwise."""
-    table = json.loads(TABLE.read_text())
-    assert set(table["kernels"]) == {f"{spec} sm_{arch}" for spec, arch in jobs()}
-    version = ".".join(map(str, jit.toolkit().version))
-    if version != table["nvrtc"]:
-        pytest.skip(f"the table was made by NVRTC {table['nvrtc']}, this is {version}")
-    changed = {
-        n: (table["kernels"][n], row) for n, row, _ in measured if table["kernels"][n] != row
-    }
-    assert not changed, f"run python tests/{Path(__file__).name} and commit {TABLE.name}"
+    check_table(TABLE, jobs(), measured, Path(__file__).name)
 
 
 if __name__ == "__main__":
-    rows = {name: row for name, row, _ in measure_all(jobs())}
-    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(rows[name])}" for name in sorted(rows))
-    version = ".".join(map(str, jit.toolkit().version))
-    columns = '["registers", "stack", "spill stores", "spill loads"]'
-    TABLE.write_text(
-        f'{{"nvrtc": "{version}", "columns": {columns}, "kernels": {{\n{lines}\n}}}}\n'
-    )
+    write_table(TABLE, jobs())

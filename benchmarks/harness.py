@@ -126,6 +126,11 @@ def parser(what: str, told: str) -> argparse.ArgumentParser:
         action="store_true",
         help="on a CPU, the thread's own time in place of the wall's; needs --threads 1",
     )
+    made.add_argument(
+        "--full-caches",
+        action="store_true",
+        help="on a CPU, each call right after one of its own instead of with empty caches",
+    )
     made.add_argument("--append", action="store_true", help="add to the record already there")
     made.add_argument("--seconds", type=float, default=0.3, help="for each row (default 0.3)")
     made.add_argument("--out", type=Path, help="the JSON file; by default in benchmarks/results")
@@ -145,6 +150,10 @@ def settings(arguments: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
         if arguments.threads != 1:
             raise ValueError("--cpu-time is the time of one thread; use it with --threads 1.")
         timing.use_cpu_time()
+    if arguments.full_caches:
+        if device.type != "cpu":
+            raise ValueError("--full-caches is for a CPU; a GPU's cache is always flushed.")
+        timing.use_full_caches()
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = f"torch finds {torch.cuda.device_count()}"
         raise ValueError(f"--device {device} needs a GPU that is there, {found}; use --device cpu.")
@@ -166,6 +175,8 @@ def start(
     A long run may so be cut into slices of whole cases; every case has all its ways in one slice.
     """
     made = record.new(kind, device)
+    if device.type == "cpu":
+        made["caches"] = timing.caches()
     path = getattr(arguments, "out", None) or record.path_of(made)
     if getattr(arguments, "append", False) and path.exists():
         return json.loads(path.read_text(encoding="utf-8"))

@@ -65,7 +65,9 @@ def environment(device: torch.device) -> dict[str, Any]:
         "versions": versions(),
     }
     if device.type == "cpu":
-        found["instructions"] = torch.backends.cpu.get_cpu_capability()  # torch's own vectors
+        # torch's vectors, and ours; ATEN_CPU_CAPABILITY may ask for less than the processor has
+        found["instructions"] = torch.backends.cpu.get_cpu_capability()
+        found["instructions_asked"] = os.environ.get("ATEN_CPU_CAPABILITY")
         found["cpu_kernels"] = _hash_of("cpu")  # of what generates, plans and launches them
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -149,11 +151,13 @@ def new(kind: str, device: torch.device) -> dict[str, Any]:
 
 
 def path_of(record: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """Where a record belongs: kind, device, threads of a CPU and date name it."""
+    """Where a record belongs: what was measured, on what, how and when name it."""
     environment = record["environment"]
     parts = [record["kind"], slug(environment["device"])]
     if environment["device_type"] == "cpu":
-        parts.append(f"{environment['threads']}-threads")
+        parts += [slug(environment["instructions"]), f"{environment['threads']}-threads"]
+    if record.get("caches") == "full":
+        parts.append("full-caches")
     return folder / f"{'-'.join([*parts, record['date']])}.json"
 
 

@@ -14,6 +14,7 @@ from benchmarks.roofline import YARDSTICK
 
 DASH = "-"
 ROUNDS = ", the median over rounds of one call each."
+FULL_CACHES = " Each call follows one of its own, so caches are as full as they get."
 BESIDE = " The peak is that of the matrix product (1024 x 1024) timed in the same rounds."
 
 
@@ -34,7 +35,10 @@ def where(record: dict[str, Any]) -> str:
     if env.get("driver"):
         parts.append(f"driver {env['driver']}")
     if env["device_type"] == "cpu":
-        parts += filter(None, (env.get("instructions"), f"{env['threads']} threads"))
+        instructions = env.get("instructions")
+        if env.get("instructions_asked"):
+            instructions += " (asked for by ATEN_CPU_CAPABILITY)"
+        parts += filter(None, (instructions, f"{env['threads']} threads"))
     parts += [f"{name} {version}" for name, version in env["versions"].items()]
     return f"{', '.join(parts)}; {record['date']}."
 
@@ -52,6 +56,7 @@ def speed(record: dict[str, Any]) -> str:
         "what torch allocates for a call, results included. Ways marked * compute something else "
         "of similar cost. Times: a way's time in times that of natcupy's backend for the device"
         + (ROUNDS if record["environment"]["device_type"] == "cpu" else ".")
+        + (FULL_CACHES if record.get("caches") == "full" else "")
         + (BESIDE if any(row["way"] == YARDSTICK for row in record["rows"]) else ""),
     ]
     for case in dict.fromkeys(row["case"] for row in record["rows"]):

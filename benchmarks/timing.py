@@ -2,8 +2,9 @@
 
 On a GPU, device time by events around each call, the L2 cache flushed before it, and apart from it
 the host's time to queue a call. A device that waits for its host counts the waiting, as in a model,
-unless a call's own time is asked for. On a CPU, wall time with the caches flushed in the same way.
-Medians throughout; what is compiled on first use falls into a warm-up, whose time is told too.
+unless a call's own time is asked for. On a CPU, wall time with the caches flushed in the same way,
+or, if asked for, right after another call of the same. Medians throughout; what is compiled on
+first use falls into a warm-up, whose time is told too.
 """
 
 from __future__ import annotations
@@ -54,6 +55,20 @@ def use_cpu_time() -> None:
     """From here on, on a CPU, the calling thread's own time: for one thread on a shared machine."""
     global _cpu_clock
     _cpu_clock = time.thread_time
+
+
+_caches = "empty"
+
+
+def use_full_caches() -> None:
+    """From here on, on a CPU, each call follows one of its own that is not timed."""
+    global _caches
+    _caches = "full"
+
+
+def caches() -> str:
+    """What a CPU's caches are when a call begins: "empty" or "full"."""
+    return _caches
 
 
 def clock() -> str:
@@ -236,9 +251,12 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def _cpu_time(run, flush: torch.Tensor, number: int) -> float:
-    """Milliseconds of one call with empty caches, on cores that nobody waits on."""
+    """Milliseconds of one call, on cores that nobody waits on; see `caches`."""
     time.sleep(REST)
-    flush.fill_(number % 100)
+    if _caches == "full":
+        run()
+    else:
+        flush.fill_(number % 100)
     before = _cpu_clock()
     run()
     return (_cpu_clock() - before) * 1e3

@@ -48,6 +48,7 @@ DEFAULT_LIMIT = 512 << 20  # bytes
 LOCK_PATIENCE = 20.0  # seconds to wait for another process that builds the same entry
 JUST_USED = 60.0  # seconds in which an entry counts as in use
 ABANDONED = 3600.0  # seconds after which a temporary file has no writer any more
+UNWATCHED = 64  # part of the limit that a process may add before it looks at the folder again
 
 _MAGIC = b"natcupy1"
 _KEY = re.compile(r"[0-9a-f]{64}")
@@ -82,13 +83,14 @@ def key_of(ingredients: Mapping[str, str]) -> str:
 class Store:
     """Binaries by key: on disk in `folder`, or in memory where that is None or of no use.
 
-    `limit` bounds the folder in bytes. One store may be used by any number of threads, one folder
-    by any number of processes.
+    `limit` bounds the folder in bytes; a process may exceed it by a 64th. One store may be used by
+    any number of threads, one folder by any number of processes.
     """
 
     def __init__(self, folder: str | os.PathLike | None, limit: int = DEFAULT_LIMIT) -> None:
         self._folder = Path(folder) if folder is not None else None
         self._limit = limit
+        self._added = limit  # bytes since the folder was looked at, which the first entry asks for
         self._opened = self._folder is None
         self._reads = self._writes = False  # decided when the folder is opened, at first use
         self._why = ""  # why binaries are not kept on disk; empty while all is well
@@ -262,7 +264,10 @@ class Store:
         else:
             self._memory.pop(key, None)
             self._told.pop(key, None)
-            self._trim(key + ".bin")
+            self._added += len(image)
+            if self._added > self._limit // UNWATCHED:
+                self._added = 0
+                self._trim(key + ".bin")
 
     def _put(self, key: str, data: bytes) -> None:
         temporary = self._path(key, f".{os.getpid()}-{secrets.token_hex(8)}.tmp")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import harness, op, start, timing
+from benchmarks import record as bench_record
 from benchmarks.roofline import Roofline
 
 SMALL = "NAT-Tiny level 4: 1x7x7"
@@ -39,6 +40,28 @@ def test_attention_beside_another_way(record):
             assert row["why_not"] is None and row["ms"] > 0 and row["timing"]["calls"] >= 5
         assert ways[direction, "natcupy cpu"]["error"] < 1e-5
         assert ways[direction, "natcupy cpu"]["ratio"] == 1
+
+
+def test_full_caches_are_those_of_a_call_before(record, monkeypatch):
+    monkeypatch.setattr(timing, "_caches", timing.caches())  # put back after the test
+    quick = ("--device", "cpu", "--threads", "1", "--batch", "1", "--seconds", "0.001")
+    quick += ("--way", "natcupy cpu", "--forward-only", "--no-plot")
+    assert record(op, *quick)["caches"] == "empty"
+    assert record(op, *quick, "--full-caches")["caches"] == "full"
+    calls = []
+    timing._cpu_time(lambda: calls.append(1), torch.empty(8, dtype=torch.int8), 0)
+    assert len(calls) == 2
+    with pytest.raises(ValueError, match="--full-caches is for a CPU"):
+        harness.settings(harness.parser("op", "").parse_args(["--device", "cuda", "--full-caches"]))
+
+
+def test_a_record_is_named_after_what_was_measured():
+    made = bench_record.new("op", torch.device("cpu"))
+    made["environment"] |= {"device": "AMD EPYC", "instructions": "AVX2", "threads": 2}
+    made["date"] = "2026-11-27"
+    assert bench_record.path_of(made).name == "op-amd-epyc-avx2-2-threads-2026-11-27.json"
+    made["caches"] = "full"
+    assert bench_record.path_of(made).name.endswith("2-threads-full-caches-2026-11-27.json")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="its processes have no PATH")

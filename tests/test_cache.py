@@ -376,6 +376,16 @@ def test_an_entry_just_used_is_never_evicted(tmp_path):
     assert left == {0, 4, 5, 6, 7}
 
 
+def test_a_full_folder_is_not_listed_for_every_entry(tmp_path, monkeypatch):
+    """Thousands of entries take long to list, for a thread that others keep from running most."""
+    store, listed = Store(tmp_path / "c", 640_000), []
+    files = store._files
+    monkeypatch.setattr(store, "_files", lambda: listed.append(1) or files())
+    for number in range(30):  # 1000 bytes each, and 10 000 may come unlisted
+        store.get_or_build({"n": str(number)}, lambda: b"x" * 1000)
+    assert len(listed) == 1 + 2
+
+
 def test_an_image_above_the_limit_stays_in_memory(tmp_path):
     store, build = Store(tmp_path / "c", 100), Builder(b"x" * 101)
     for _ in range(2):
@@ -386,13 +396,12 @@ def test_an_image_above_the_limit_stays_in_memory(tmp_path):
 
 def test_what_dead_writers_left_is_swept(tmp_path):
     folder = tmp_path / "c"
-    store = Store(folder)
-    store.get_or_build(named(1), lambda: b"1")
+    Store(folder).get_or_build(named(1), lambda: b"1")
     for name, seconds in (("a.tmp", 1e5), ("b.lock", 1e5), ("c.tmp", 5), ("d.lock", 5)):
         (folder / name).write_bytes(b"")
         then = time.time() - seconds
         os.utime(folder / name, (then, then))
-    store.get_or_build(named(2), lambda: b"2")
+    Store(folder).get_or_build(named(2), lambda: b"2")  # as the next process does
     assert {p.name for p in folder.iterdir() if p.suffix != ".bin"} == {"c.tmp", "d.lock"}
 
 

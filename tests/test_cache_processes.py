@@ -135,7 +135,7 @@ def test_kill_9_a_hundred_times_leaves_no_corrupt_entry(tmp_path):
         assert store.get_or_build({"name": name}, lambda: b"new") == b"new"
     for path in folder.iterdir():
         os.utime(path, (0, 0))
-    store.get_or_build({"name": "last"}, lambda: b"x")
+    Store(folder).get_or_build({"name": "last"}, lambda: b"x")
     assert {path.suffix for path in folder.iterdir()} == {".bin"}
 
 

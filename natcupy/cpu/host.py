@@ -15,6 +15,8 @@ import sys
 import threading
 from pathlib import Path
 
+import torch
+
 from natcupy import cache
 from natcupy.cpu.backward import Backward
 from natcupy.cpu.common import common_functions
@@ -24,6 +26,7 @@ from natcupy.cpu.spec import Common, Spec
 
 DEBUG_VARIABLE = "NATCUPY_DEBUG"
 OLDEST_LLVM = 20  # llvmlite 0.45; the one before reads another language, with typed pointers
+WIDE_FEATURES = ("avx512", "avx10")  # how LLVM's names of features for 512 bits begin
 
 _functions: dict[Spec, int] = {}
 _engines: list = []  # owners of the machine code, for the life of the process
@@ -76,13 +79,18 @@ def _machine() -> Machine | None:
 
 @functools.cache
 def _target() -> tuple[str, str, dict]:
-    """Name of the processor, its features as LLVM writes them and as a dictionary."""
+    """Name of the processor, its features as LLVM writes them and as a dictionary.
+
+    Vectors are at most as wide as torch's: ATEN_CPU_CAPABILITY=avx2 holds for both.
+    """
     from llvmlite import binding
 
     try:
         features = binding.get_host_cpu_features()
     except RuntimeError:  # not known to LLVM on this system
         return binding.get_host_cpu_name(), "", {}
+    if torch.backends.cpu.get_cpu_capability() in ("AVX2", "DEFAULT"):
+        features.update({name: False for name in features if name.startswith(WIDE_FEATURES)})
     return binding.get_host_cpu_name(), features.flatten(), dict(features)
 
 

@@ -87,11 +87,14 @@ def ask(module: Module) -> None:
         offset = b.sum(*(b.mul(i, step) for i, step in zip(at, steps, strict=True)))
         address, step = b.add(address, b.mul(offset, element)), b.mul(steps[2], element)
 
-        def lane(i):
-            first = b.op(f"inttoptr i64 {b.add(address, b.mul(i, step))} to ptr")
-            b.loop(size, lambda byte: b.prefetch(b.at(first, byte, "i8"), nearness=2), LINE)
+        lanes = [b.add(address, b.mul(i, step)) for i in range(LANES)]
+        lanes = [b.op(f"inttoptr i64 {lane} to ptr") for lane in lanes]
 
-        b.loop(LANES, lane)
+        def lines(byte):
+            for lane in lanes:
+                b.prefetch(b.at(lane, byte, "i8"), nearness=2)
+
+        b.loop(size, lines, LINE)
         return []
 
     b.fold("%number", b.add(key_rows, b.mul(sides, "%queries")), [], row, "%stride")

@@ -1,6 +1,6 @@
-"""Every kernel compiles for every architecture, without a warning, and needs what the table says.
+"""Every portable kernel compiles for every architecture without a warning, within the table.
 
-`python tests/test_kernels_compile.py [kernel ...]` measures all kernels, or those named, and writes
+`python tests/test_kernels_compile.py [kernel ...]` measures all of them, or those named, and writes
 the table: registers, stack, spill stores and spill loads (bytes) per specialization and
 architecture, as ptxas reports them. Do that after a kernel has changed, and read the difference.
 """

@@ -1,4 +1,5 @@
-"""The small-window kernels compile for every architecture they are for, without warning or spill.
+"""The small-window kernels compile for every architecture they are for, without a warning, within
+the table; what they may put aside in local memory is bounded.
 
 In CI NAT's own are compiled for every architecture, and every second of the others for one of its
 architectures, in turn; `python tests/test_small_compile.py` measures all of them and writes the

@@ -46,7 +46,7 @@ class Kernel:
         self.storage = next(x for x, name in STORAGE.items() if name == spec.common.storage)
         self.compute = compute_dtype(self.storage)
         self.thread_bytes = -(-size // ALIGNMENT) * ALIGNMENT
-        #: multiply-adds of one head, times 2
+        #: multiply-adds of the logits of one head
         self.work = shape.head_dim * prod(shape.lengths) * prod(shape.kernel_size)
         self._table = array.array("i", found.words)
         found.words.clear()  # long windows have long tables

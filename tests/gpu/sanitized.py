@@ -9,6 +9,7 @@ every run, and at the end one of JSON: how many cases, runs and failures.
 import importlib
 import json
 import sys
+from itertools import chain
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
@@ -16,8 +17,9 @@ sys.path[:0] = [str(FOLDER), str(FOLDER.parent), str(FOLDER.parent.parent)]
 
 
 def tables():
-    """The cases of every table by name: `CASES` of `kernel_cases` and of the small-window tests."""
-    rooms = ["kernel_cases", *sorted(p.stem for p in FOLDER.parent.glob("test_small*.py"))]
+    """The cases of every table by name: `CASES` of `kernel_cases` and of the families' tests."""
+    tests = chain.from_iterable(map(FOLDER.parent.glob, ("test_small*.py", "test_mma*.py")))
+    rooms = ["kernel_cases", *sorted(path.stem for path in tests)]
     for room in rooms:
         for case in getattr(importlib.import_module(room), "CASES", ()):
             yield f"{room}: {case}", case

@@ -27,8 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from natcupy import backends
 from natcupy.cuda import jit, launch, ops, run
 from natcupy.cuda.launch import CuPyLauncher
+from natcupy.cuda.nvrtc import toolkit
 
-DRIVER = (13, 0)
 MEMORY = 64 << 20  # bytes of the card
 _FACTORIES = (
     (torch, "empty"),
@@ -166,7 +166,7 @@ class Driver:
         self.shared, self.lost, self.current = {}, False, None
 
     def driver_version(self):
-        return DRIVER
+        return toolkit().version  # PTX of a newer NVRTC would need a newer driver
 
     def capability(self, device):
         return self._capability

@@ -179,7 +179,13 @@ def start(
         made["caches"] = timing.caches()
     path = getattr(arguments, "out", None) or record.path_of(made)
     if getattr(arguments, "append", False) and path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
+        there = json.loads(path.read_text(encoding="utf-8"))
+        if there.get("caches") != made.get("caches"):
+            raise ValueError(
+                f"{path} was made with {there.get('caches')} caches, this run has "
+                f"{made.get('caches')} ones; leave --append out or choose another --out."
+            )
+        return there
     made["clock"] = timing.clock()
     if device.type == "cuda":
         made["clock"] = GPU_CLOCKS.get(kind, "the GPU's time")

@@ -47,6 +47,8 @@ def test_full_caches_are_those_of_a_call_before(record, monkeypatch):
     quick = ("--device", "cpu", "--threads", "1", "--batch", "1", "--seconds", "0.001")
     quick += ("--way", "natcupy cpu", "--forward-only", "--no-plot")
     assert record(op, *quick)["caches"] == "empty"
+    with pytest.raises(ValueError, match="was made with empty caches, this run has full ones"):
+        record(op, *quick, "--full-caches", "--append")
     assert record(op, *quick, "--full-caches")["caches"] == "full"
     calls = []
     timing._cpu_time(lambda: calls.append(1), torch.empty(8, dtype=torch.int8), 0)

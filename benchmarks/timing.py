@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from natcupy.cpu import launch
+from natcupy.cpu import memory as cpu_memory
 
 WARM_UP = 3  # calls before anything is timed, fewer where they are slow
 LEAST, MOST = 3, 200  # timed calls
@@ -125,7 +125,7 @@ def _gpu_peak(run, device: torch.device) -> int:
 
 def _cpu_peak(run) -> int:
     """The most that torch's allocator held for a call at one time, from the profiler's events."""
-    launch._idle.clear()  # scratch memory kept from the calls before counts too
+    cpu_memory.forget()  # scratch memory kept from the calls before counts too
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         results = run()

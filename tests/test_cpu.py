@@ -9,7 +9,7 @@ from strategies import Problem, tensors
 from tolerances import close
 
 import natcupy
-from natcupy.cpu import host, kernels, launch
+from natcupy.cpu import host, kernels, launch, memory
 from natcupy.layouts import joined
 from natcupy.neighborhood import Neighborhood
 
@@ -51,8 +51,8 @@ def test_larger_maps_equal_the_oracle(p):
     ids=["one item", "shared key heads", "stripes", "tiles"],
 )
 def test_gradients_are_stored_in_a_half_type_only_where_nothing_is_added(monkeypatch, p, adds):
-    made, empty = [], launch._empty
-    monkeypatch.setattr(launch, "_empty", lambda *like: made.append(like) or empty(*like))
+    made, empty = [], memory.empty
+    monkeypatch.setattr(memory, "empty", lambda *like: made.append(like) or empty(*like))
     compare(p, torch.bfloat16)
     shape = tensors(p, torch.bfloat16)["key"].shape
     assert ((shape, torch.float32) in made) == adds

@@ -1,4 +1,4 @@
-"""backend="cpu" never touches memory outside of its tensors and buffers.
+"""backend="cpu" asks for little memory and touches none but that of its tensors and buffers.
 
 Every input, result and scratch buffer gets pages of its own between pages that may not be touched,
 at the end of its pages in one run and at their start in the other: one element too far ends the
@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from strategies import Problem, tensors
 from tolerances import close
 
-from natcupy.cpu import host, kernels, launch, plan
+from natcupy.cpu import host, kernels, memory, plan
 from natcupy.neighborhood import Neighborhood
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="maps pages as Linux does")
@@ -108,9 +108,9 @@ def check(p, dtype, at_end):
         guarded = Guarded(at_end)
         kernels.kernel.cache_clear()
         patch.setattr(plan, "lay_out", guarded.lay_out)
-        patch.setattr(launch, "_take_scratch", guarded.scratch)
-        patch.setattr(launch, "_idle", [])
-        patch.setattr(launch, "_empty", guarded.empty)
+        patch.setattr(memory, "take_scratch", guarded.scratch)
+        patch.setattr(memory, "_idle", [])
+        patch.setattr(memory, "empty", guarded.empty)
         patch.setattr(kernels, "SMALL", 2**62)  # scratch memory of one thread
         inputs = tensors(p, dtype, requires_grad=True)
         expected, cotangents = ask_oracle(p, inputs)
@@ -204,14 +204,14 @@ def test_a_thread_needs_at_most_a_megabyte(monkeypatch, case, backward, machine)
 def test_a_call_allocates_its_results_and_little_more(monkeypatch, shape, threads):
     """Beyond them two floats for each query and head, and a megabyte for each thread."""
     allocated = []
-    empty, take = launch._empty, launch._take_scratch
+    empty, take = memory.empty, memory.take_scratch
 
     def kept(make):
         return lambda *sizes: allocated.append(make(*sizes)) or allocated[-1]
 
-    monkeypatch.setattr(launch, "_empty", kept(empty))
-    monkeypatch.setattr(launch, "_take_scratch", kept(take))
-    monkeypatch.setattr(launch, "_idle", [])
+    monkeypatch.setattr(memory, "empty", kept(empty))
+    monkeypatch.setattr(memory, "take_scratch", kept(take))
+    monkeypatch.setattr(memory, "_idle", [])
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     heads, dim, rank = 2, 32, len(shape) - 1
     p = Problem(
@@ -228,3 +228,26 @@ def test_a_call_allocates_its_results_and_little_more(monkeypatch, shape, thread
     allocated.clear()
     torch.autograd.grad(out.sum(), leaves)
     assert sum(x.nbytes for x in allocated) <= backward + allowed
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this kernel has small pages"
+)
+@pytest.mark.parametrize(("megabytes", "asked"), [(31, False), (32, True), (33, True)])
+def test_results_that_need_many_new_pages_ask_for_huge_ones(megabytes, asked):
+    result = memory.empty((megabytes << 20,), torch.uint8)
+    result[-1] = 1
+    assert ("hg" in flags_of_page(result.data_ptr() + (16 << 20))) == asked
+
+
+def flags_of_page(address):
+    """What Linux says of the mapping an address belongs to."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if "-" in first and not first.endswith(":"):
+            start, end = (int(x, 16) for x in first.split("-"))
+            inside = start <= address < end
+        elif inside and first == "VmFlags:":
+            return rest
+    raise AssertionError("no mapping holds the address")

@@ -7,7 +7,7 @@ from strategies import Problem, tensors
 
 import natcupy
 from natcupy.arguments import neighborhood
-from natcupy.cpu import ops
+from natcupy.cpu import memory, ops
 
 P = Problem(
     (4, 5), (2, 3), (2, 1), (1, 1), (False, True), rpb=True, extra=2, head_dim=2, value_dim=3
@@ -199,7 +199,7 @@ def test_gradients_for_a_batch_of_cotangents():
 def test_torchs_default_device_is_not_ours():
     """Results lie where the inputs do; a kernel must not write to another device's addresses."""
     run, values = problem()
-    ops.launch._idle.clear()
+    memory.forget()
     ops.kernels.kernel.cache_clear()
     with torch.device("meta"):
         results = run(*values)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from natcupy import known_calls, na2d
-from natcupy.cpu import launch
+from natcupy.cpu import memory
 from tests import oracle
 from tests.tolerances import close
 
@@ -59,8 +59,8 @@ def test_results_of_known_calls_do_not_share_memory():
 @pytest.mark.parametrize("history", [False, True])
 def test_the_log_sum_exp_is_made_where_it_is_asked_for(monkeypatch, history):
     given = [x.requires_grad_(history) for x in inputs()]
-    made, empty = [], launch._empty
-    monkeypatch.setattr(launch, "_empty", lambda *like: made.append(like) or empty(*like))
+    made, empty = [], memory.empty
+    monkeypatch.setattr(memory, "empty", lambda *like: made.append(like) or empty(*like))
     for _ in range(2):
         made.clear()
         alone = attend(*given)

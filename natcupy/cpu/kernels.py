@@ -15,6 +15,7 @@ import torch
 from natcupy.cpu import host, micro, plan, sums
 from natcupy.cpu.classes import LANES, Tuning
 from natcupy.cpu.emit import REAL_BYTES, Machine
+from natcupy.cpu.memory import ALIGNMENT
 from natcupy.cpu.plan import Plan, Shape
 from natcupy.cpu.rows import MOST_SIDES
 from natcupy.cpu.spec import BUFFERS, WORDS, Common, Spec, pitch
@@ -31,7 +32,6 @@ SMALL = 1_000_000  # multiply-adds of the logits below which one thread is faste
 UNROLLED = 13  # most keys of a row whose loop is unrolled
 LONG_ROW = 8  # vectors, from which on one more adds little
 THREAD_BYTES = 1 << 20  # of scratch memory beyond which a step has one query row less
-ALIGNMENT = 64  # bytes, of each thread's scratch memory
 PLACE = {name: i for i, name in enumerate(WORDS)}
 # Two counters follow the words, each with a cache line to itself.
 COUNTERS = (len(WORDS) + 8, len(WORDS) + 16)

@@ -12,8 +12,9 @@ from math import prod
 import torch
 from torch import Tensor
 
-from natcupy.cpu import threads
-from natcupy.cpu.kernels import ALIGNMENT, COUNTERS, PLACE, Kernel, compute_dtype, kernel
+from natcupy.cpu import memory, threads
+from natcupy.cpu.kernels import COUNTERS, PLACE, Kernel, compute_dtype, kernel
+from natcupy.cpu.memory import ALIGNMENT
 from natcupy.cpu.spec import BIAS_READ, BIAS_WIDENED, TENSORS
 from natcupy.layouts import are_joined
 from natcupy.neighborhood import Neighborhood
@@ -24,11 +25,8 @@ OUT, LSE = PLACE["out"], PLACE["lse"]
 SCRATCH, THREAD_COUNT = PLACE["scratch"], PLACE["thread_count"]
 DRAWN, STARTED = COUNTERS  # tasks, and threads
 TASKS, FIRST_ITEM, ITEMS = PLACE["tasks"], PLACE["first_item"], PLACE["phase_items"]
-CPU = torch.device("cpu")
 
 Tensors = tuple[Tensor | None, ...]  # the inputs: three tensors, and three that may be None
-
-_idle: list[Tensor] = []  # scratch memory between calls
 
 
 class Forward:
@@ -84,8 +82,8 @@ class _Ready:
 
     def run(self, tensors: Tensors, want_lse: bool) -> tuple[Tensor, Tensor | None]:
         """One call."""
-        out = _empty(*self._out)
-        lse = _empty(*self._lse) if want_lse else None
+        out = memory.empty(*self._out)
+        lse = memory.empty(*self._lse) if want_lse else None
         if self._is_empty:
             return out, lse
         try:
@@ -153,24 +151,24 @@ def backward(
     one = one and are_joined(query, key, value)
     if one:
         whole = (*query.shape[:-2], 3, heads, head_dim)
-        grad_query, grad_key, grad_value = _empty(whole, wide).unbind(-3)
+        grad_query, grad_key, grad_value = memory.empty(whole, wide).unbind(-3)
     if want_query:
         if not one:
-            grad_query = _empty(query.shape, query.dtype)
+            grad_query = memory.empty(query.shape, query.dtype)
         call.rows("grad_query", grad_query)
         call.set("want_query", 1)
     if want_key_value:
         if not one:
-            grad_key, grad_value = _empty(key.shape, wide), _empty(value.shape, wide)
+            grad_key, grad_value = memory.empty(key.shape, wide), memory.empty(value.shape, wide)
         call.rows("grad_key", grad_key)
         call.rows("grad_value", grad_value)
         call.set("want_key_value", 1)
     if want_rpb:
-        rpb_shares = call.address("rpb_sums", _empty((parts, *rpb.shape), compute))
+        rpb_shares = call.address("rpb_sums", memory.empty((parts, *rpb.shape), compute))
         call.set("want_rpb", 1)
     if extra:
         for i, (name, dim) in enumerate((("key", head_dim), ("value", value_dim))):
-            shares = _empty((batch, use.plan.items, kv_heads, extra, dim), compute)
+            shares = memory.empty((batch, use.plan.items, kv_heads, extra, dim), compute)
             extra_shares[i] = call.address(f"extra_{name}_grads", shares)
     call.run(batch * kv_heads, use.workers(batch * heads, torch.get_num_threads()))
 
@@ -186,11 +184,6 @@ def backward(
             for shares, x in zip(extra_shares, (extra_keys, extra_values), strict=True)
         ]
     return grad_query, grad_key, grad_value, grad_rpb, *grad_extras
-
-
-def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Memory for a result, whatever torch's default device is."""
-    return torch.empty(shape, dtype=dtype, device=CPU)
 
 
 def _contiguous(shape: Sequence[int]) -> list[int]:
@@ -278,7 +271,7 @@ class _Call:
     def run(self, tasks: int, workers: int) -> None:
         """All phases, with `tasks` per item, on at most so many threads."""
         block, address, start = self.block, self._address, self._start
-        scratch = _take_scratch(workers * self._thread_bytes)
+        scratch = memory.take_scratch(workers * self._thread_bytes)
         block[SCRATCH] = -(-scratch.data_ptr() // ALIGNMENT) * ALIGNMENT
         for first, items in self._phases:
             count = tasks * items
@@ -287,15 +280,4 @@ class _Call:
             block[FIRST_ITEM], block[ITEMS], block[TASKS] = first, items, count
             block[THREAD_COUNT] = some
             threads.run(address, start, some)
-        _idle.append(scratch)
-
-
-def _take_scratch(size: int) -> Tensor:
-    """Idle memory of at least this size, or new memory; one ALIGNMENT more for its start."""
-    try:
-        found = _idle.pop()
-    except IndexError:
-        found = None
-    if found is None or found.numel() < size + ALIGNMENT:
-        found = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device=CPU)
-    return found
+        memory.give_back(scratch)

@@ -1,0 +1,64 @@
+"""Memory for results, new in each call, and scratch memory, which calls share.
+
+In: shapes and sizes. Out: tensors that hold anything.
+
+Linux maps new pages for each block of 32 MiB and more, and fills them with zeros one by one as they
+are written to first: for gradients of that size that takes longer than the attention. It is asked
+for its huge pages there, 512 in one, where it has them to give.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+CPU = torch.device("cpu")
+ALIGNMENT = 64  # bytes, of scratch memory
+MAPPED = 32 << 20  # bytes; glibc keeps smaller blocks for the next call
+
+_idle: list[Tensor] = []  # scratch memory between calls
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Memory for a result, whatever torch's default device is."""
+    found = torch.empty(shape, dtype=dtype, device=CPU)
+    if found.nbytes >= MAPPED:
+        _ask_for_huge_pages(found)
+    return found
+
+
+def _ask_for_huge_pages(x: Tensor) -> None:
+    """A wish: a system without such pages refuses, and nothing is lost."""
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)
+    if sys.platform != "linux" or advice is None:
+        return
+    start, end = x.data_ptr(), x.data_ptr() + x.nbytes
+    start += -start % mmap.PAGESIZE
+    if start < end:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
+
+
+def take_scratch(size: int) -> Tensor:
+    """Idle memory of at least this size, or new memory; one ALIGNMENT more for its start."""
+    try:
+        found = _idle.pop()
+    except IndexError:
+        found = None
+    if found is None or found.numel() < size + ALIGNMENT:
+        found = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device=CPU)
+    return found
+
+
+def give_back(scratch: Tensor) -> None:
+    """Keep scratch memory for another call."""
+    _idle.append(scratch)
+
+
+def forget() -> None:
+    """Free the scratch memory that no call uses."""
+    _idle.clear()

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active as _are_transforms_active
 from torch._C._functorch import is_functorch_wrapped_tensor as _is_functorch_wrapped
-from torch.autograd import forward_ad
+from torch.autograd import Function, forward_ad
 from torch.nn import Parameter
 
 OWN = (Tensor, Parameter)
@@ -21,9 +22,14 @@ def is_plain(tensors: tuple) -> bool:
     return not is_watched() and all(x is None or is_own(x) for x in tensors)
 
 
+def plain_apply(function: type[Function]):
+    """`function.apply` for plain calls: torch's Python before it asks what `is_plain` answered."""
+    return super(Function, function).apply
+
+
 def is_watched() -> bool:
     """Whether something traces, records or transforms whatever is called."""
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or _are_transforms_active():
         return True
     return torch._C._len_torch_dispatch_stack() > 0 or forward_ad._current_level >= 0
 

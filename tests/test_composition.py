@@ -100,6 +100,23 @@ def vmap(backend):
     close(actual, true, torch.float32)
 
 
+def inside_a_transform_of_other_tensors(backend):
+    """Nothing of a call is wrapped: its tensors only lie where a transformed function sees them."""
+    given, x = tensors(grad=True), torch.arange(3.0)
+
+    def outer(x):
+        return (x * attend(backend, *given).square().sum()).sum()
+
+    for _ in range(2):  # known calls too
+        found = torch.func.grad(outer)(x)
+        true = define(*given).square().sum()
+        close(found, true.expand(3), torch.float32)
+        close(torch.func.vmap(outer)(x), x * true, torch.float32)
+        actual, expected = (torch.autograd.grad(y, given) for y in (found.sum(), 3 * true))
+        for a, b in zip(actual, expected, strict=True):
+            close(a, b, torch.float32, backward=True)
+
+
 def compile_full_graph(backend):
     torch._dynamo.reset()
     compiled = torch.compile(lambda *x: attend(backend, *x), backend="aot_eager", fullgraph=True)
@@ -152,6 +169,7 @@ WAYS = {
     "double backward": double_backward,
     "jvp": jvp,
     "vmap": vmap,
+    "inside a transform of other tensors": inside_a_transform_of_other_tensors,
     "compile, full graph": compile_full_graph,
     "export": export,
     "DDP": ddp,

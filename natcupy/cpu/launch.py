@@ -164,7 +164,8 @@ def backward(
         call.rows("grad_value", grad_value)
         call.set("want_key_value", 1)
     if want_rpb:
-        rpb_shares = call.address("rpb_sums", memory.empty((parts, *rpb.shape), compute))
+        shape = rpb.shape if parts == 1 else (parts, *rpb.shape)
+        rpb_shares = call.address("rpb_sums", memory.empty(shape, compute))
         call.set("want_rpb", 1)
     if extra:
         for i, (name, dim) in enumerate((("key", head_dim), ("value", value_dim))):
@@ -174,7 +175,9 @@ def backward(
 
     if want_key_value and wide != key.dtype:
         grad_key, grad_value = grad_key.to(key.dtype), grad_value.to(key.dtype)
-    grad_rpb = _sum(rpb_shares).to(rpb.dtype) if want_rpb else None
+    grad_rpb = rpb_shares if parts == 1 or not want_rpb else _sum(rpb_shares)
+    if want_rpb and compute != rpb.dtype:
+        grad_rpb = grad_rpb.to(rpb.dtype)
     grad_extras = [None, None]
     if want_extra:
         grad_extras = [

@@ -13,7 +13,7 @@ from torch._C._functorch import is_legacy_batchedtensor
 
 from natcupy import reference
 from natcupy.cpu import kernels, launch
-from natcupy.eager import in_memory, is_plain
+from natcupy.eager import in_memory, is_plain, plain_apply
 from natcupy.neighborhood import Neighborhood
 
 _library = torch.library.Library("natcupy", "FRAGMENT")
@@ -67,7 +67,7 @@ class Plain:
         if torch.is_grad_enabled():
             for x in tensors:
                 if x is not None and x.requires_grad:
-                    return _Attention.apply(*tensors, self.forward, return_lse)
+                    return _recorded(*tensors, self.forward, return_lse)
         return self.forward(tensors, return_lse)
 
 
@@ -156,13 +156,20 @@ class _Attention(torch.autograd.Function):
         return (*_gradients(ctx, grad_out, grad_lse, ctx.hood, ctx.scale, _launched), None, None)
 
 
+_recorded = plain_apply(_Attention)
+
+
 def _launched(grad_out, grad_lse, inputs, hood, scale, wants):
-    if any(x is not None and is_legacy_batchedtensor(x) for x in (grad_out, grad_lse)):
+    if _is_batched(grad_out) or _is_batched(grad_lse):
         return _dispatched(grad_out, grad_lse, inputs, hood, scale, wants)  # is_grads_batched
     query, key, value, *others = inputs
     return launch.backward(
         grad_out, grad_lse, query, key, value, hood, scale, *others, wants, packed=True
     )
+
+
+def _is_batched(x: Tensor | None) -> bool:
+    return x is not None and is_legacy_batchedtensor(x)
 
 
 def _dispatched(grad_out, grad_lse, inputs, hood, scale, wants):

@@ -20,7 +20,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from natcupy.cuda import batching, jit, plan, run
 from natcupy.cuda.launch import current_launcher
-from natcupy.eager import is_in_memory
+from natcupy.eager import is_in_memory, plain_apply
 from natcupy.neighborhood import Neighborhood
 
 REMEDY = "use backend='torch', which runs every call on any device"
@@ -58,7 +58,7 @@ class _PlainAttention:
     def __call__(self, tensors, return_lse: bool):
         del return_lse
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-            return _PlainForward.apply(self._plans, *tensors, *self._window)
+            return _recorded(self._plans, *tensors, *self._window)
         return _plain_forward(self._plans, *tensors, *self._window)
 
 
@@ -315,6 +315,9 @@ class _PlainForward(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, *tangents):
         raise NotImplementedError(_FORWARD_MODE)
+
+
+_recorded = plain_apply(_PlainForward)
 
 
 def _gradients(ctx, needed: Sequence[bool], d_out, d_lse, known: dict | None = None) -> tuple:

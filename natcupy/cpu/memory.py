@@ -2,9 +2,9 @@
 
 In: shapes and sizes. Out: tensors that hold anything.
 
-Linux maps new pages for each block of 32 MiB and more, and fills them with zeros one by one as they
-are written to first: for gradients of that size that takes longer than the attention. It is asked
-for its huge pages there, 512 in one, where it has them to give.
+A block of 32 MiB and more is mostly new pages, which Linux fills with zeros one by one as they are
+first written to: for gradients of that size that takes longer than the attention. It is asked for
+its huge pages there, 512 in one, where it has them to give.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 CPU = torch.device("cpu")
 ALIGNMENT = 64  # bytes, of scratch memory
-MAPPED = 32 << 20  # bytes; glibc keeps smaller blocks for the next call
+MAPPED = 32 << 20  # bytes, from which on glibc maps new pages unless its heap has room
 
 _idle: list[Tensor] = []  # scratch memory between calls
 

@@ -37,6 +37,8 @@ def choose(name: str | None, query, key, value, hood, rpb, extra_keys, extra_val
         raise ValueError(f"backend must be None or one of {known}, got {name!r}.")
     backend = _load(name)
     reason = backend.unsupported_reason(*call)
+    if backend is not reference and torch.jit.is_tracing():
+        reason = "torch.jit.trace records torch's own operators alone: leave `backend` out."
     if reason is not None:
         raise RuntimeError(f"backend={name!r} cannot run this call: {reason}")
     return backend

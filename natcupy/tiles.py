@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.functional import embedding  # the fastest gather of rows, forward and backward
 
 from natcupy.neighborhood import Neighborhood, rpb_index, window
@@ -59,7 +60,9 @@ def attention(
     q = q.unflatten(-1, (groups, -1)).movedim(-2, 2) * scale  # [B, Hkv, G, T, t, D]
     logits = q @ k[:, :, None].mT
     if rpb is not None:
-        logits += _bias(tiling, rpb, kv_heads, compute)
+        bias = _bias(tiling, rpb, kv_heads, compute)
+        # where each sample has a table of its own, the logits may have none yet
+        logits = logits + bias if is_functorch_wrapped_tensor(bias) else logits.add_(bias)
     logits.masked_fill_(tiling.hidden, float("-inf"))
     if additional_keys is not None:
         extra = additional_keys.to(compute).movedim(1, 2)[:, :, None, None]

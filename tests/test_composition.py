@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from tolerances import close
+from torch.autograd import forward_ad
 
 import natcupy
 
@@ -117,6 +118,47 @@ def inside_a_transform_of_other_tensors(backend):
             close(a, b, torch.float32, backward=True)
 
 
+def backward_under_vmap(backend):
+    """A vectorized jacobian of a graph that was made outside."""
+    given = tensors(grad=True)
+    cotangents = torch.randn(3, 1, 5, 1, 4, generator=torch.Generator().manual_seed(1))
+
+    def pull_back(out, cotangents):
+        return torch.func.vmap(lambda x: torch.autograd.grad(out, given, x, retain_graph=True))(
+            cotangents
+        )
+
+    actual = pull_back(attend(backend, *given), cotangents)
+    for a, b in zip(actual, pull_back(define(*given), cotangents.double()), strict=True):
+        close(a, b, torch.float32, backward=True)
+
+
+def forward_mode_over_a_backward_pass(backend):
+    given = tensors(grad=True)
+
+    def tangents(out):
+        with forward_ad.dual_level():
+            cotangent = forward_ad.make_dual(torch.ones_like(out), out.detach())
+            found = torch.autograd.grad(out, given, cotangent)
+            return [forward_ad.unpack_dual(x).tangent for x in found]
+
+    for a, b in zip(tangents(attend(backend, *given)), tangents(define(*given)), strict=True):
+        close(a, b, torch.float32, backward=True)
+
+
+def compiled_jvp(backend):
+    torch._dynamo.reset()
+    query, key, value = tensors()
+
+    def tangent(query, key, value, run):
+        return torch.func.jvp(lambda q: run(q, key, value), (query,), (value,))[1]
+
+    compiled = torch.compile(tangent, backend="eager")
+    actual = compiled(query, key, value, lambda *x: attend(backend, *x))
+    true = tangent(*(x.double() for x in (query, key, value)), define)
+    close(actual, true, torch.float32, backward=True)
+
+
 def compile_full_graph(backend):
     torch._dynamo.reset()
     compiled = torch.compile(lambda *x: attend(backend, *x), backend="aot_eager", fullgraph=True)
@@ -170,6 +212,9 @@ WAYS = {
     "jvp": jvp,
     "vmap": vmap,
     "inside a transform of other tensors": inside_a_transform_of_other_tensors,
+    "backward pass under vmap": backward_under_vmap,
+    "forward mode over a backward pass": forward_mode_over_a_backward_pass,
+    "jvp, compiled": compiled_jvp,
     "compile, full graph": compile_full_graph,
     "export": export,
     "DDP": ddp,

@@ -13,17 +13,18 @@ P = Problem(
     (4, 5), (2, 3), (2, 1), (1, 1), (False, True), rpb=True, extra=2, head_dim=2, value_dim=3
 )
 HOOD = neighborhood(2, *P.window.values())
+SEED = torch.Generator()
 
 
-def problem(dtype=torch.float64, requires_grad=True):
+def problem(dtype=torch.float64, requires_grad=True, p=P):
     """(function of the tensors alone, the tensors)."""
-    inputs = tensors(P, dtype, requires_grad=requires_grad)
+    inputs = tensors(p, dtype, requires_grad=requires_grad)
     scale = inputs.pop("scale")
     names = list(inputs)
 
     def run(*values, backend="cpu"):
         named = dict(zip(names, values, strict=True))
-        return natcupy.na2d(**named, **P.window, scale=scale, return_lse=True, backend=backend)
+        return natcupy.na2d(**named, **p.window, scale=scale, return_lse=True, backend=backend)
 
     return run, tuple(inputs.values())
 
@@ -86,8 +87,9 @@ def test_gradient_of_one_result_alone(which):
     equal(got, want)
 
 
-def test_operators_pass_torchs_own_checks():
-    _, values = problem()
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_operators_pass_torchs_own_checks(kv_heads):
+    _, values = problem(p=P.but(kv_heads=kv_heads))
     torch.library.opcheck(torch.ops.natcupy.cpu_attention.default, arguments(values))
     bare = (*values[:3], None, None, None)
     torch.library.opcheck(torch.ops.natcupy.cpu_attention.default, arguments(bare))
@@ -227,6 +229,57 @@ def test_function_transforms(transform):
     got, expected = (transform(scalar(run, backend), values) for backend in ("cpu", "torch"))
     flat = torch.utils._pytree.tree_leaves
     equal(flat(got), flat(expected))
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_compiled_function_transforms(transform):
+    torch._dynamo.reset()
+    run, values = problem(requires_grad=False)
+    got = torch.compile(lambda *v: transform(scalar(run, "cpu"), v), backend="eager")(*values)
+    flat = torch.utils._pytree.tree_leaves
+    equal(flat(got), flat(transform(scalar(run, "torch"), values)))
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("transform", ["vmap", "grad", "jvp", "vmap of grad"])
+def test_a_graph_made_outside_a_transform(transform, create_graph):
+    """It is differentiated inside: what is wrapped are the cotangents alone."""
+    found = []
+    for backend in ("cpu", "torch"):
+        run, values = problem()
+        out, _ = run(*values, backend=backend)
+        first, second = torch.randn(2, *out.shape, generator=SEED.manual_seed(0), dtype=out.dtype)
+
+        def pull_back(cotangent, out=out, values=values):
+            return torch.autograd.grad(
+                out, values, cotangent, retain_graph=True, create_graph=create_graph
+            )
+
+        def loss(cotangent, pull_back=pull_back):
+            return sum(x.square().sum() for x in pull_back(cotangent))
+
+        both = torch.stack((first, second))
+        found.append(
+            {
+                "vmap": lambda f=pull_back, both=both: torch.vmap(f)(both),
+                "grad": lambda f=loss, x=first: torch.func.grad(f)(x),
+                "jvp": lambda f=pull_back, x=first, t=second: torch.func.jvp(f, (x,), (t,)),
+                "vmap of grad": lambda f=loss, both=both: torch.vmap(torch.func.grad(f))(both),
+            }[transform]()
+        )
+    flat = torch.utils._pytree.tree_leaves
+    equal(flat(found[0]), flat(found[1]))
+
+
+def test_a_step_is_compiled_for_growing_sizes():
+    """Its backward pass alone is: that of a call outside, of sizes that then become symbols."""
+    torch._dynamo.reset()
+    step = torch.compile(lambda out: out.square().sum().backward(), backend="eager")
+    for length in (6, 7, 8):
+        query = torch.randn(1, length, length, 2, 8, dtype=torch.float64, requires_grad=True)
+        step(natcupy.na2d(query, query, query, 3, backend="cpu"))
+        out = natcupy.na2d(query, query, query, 3, backend="torch")
+        equal([query.grad], torch.autograd.grad(out.square().sum(), query))
 
 
 def test_autocast():

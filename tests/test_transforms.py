@@ -1,5 +1,7 @@
 """torch's transforms over neighborhood attention: vmap, jvp, compile, export, checkpointing."""
 
+import functools
+
 import oracle
 import pytest
 import torch
@@ -12,21 +14,34 @@ import natcupy
 P = Problem((6, 7), (3, 3), (1, 1), (2, 1), (False, True), rpb=True, extra=2, groups=2)
 
 
-def run(query, key, value, rpb=None):
-    return natcupy.na2d(query, key, value, kernel_size=3, dilation=(2, 1), rpb=rpb)
+def run(query, key, value, rpb=None, backend=None):
+    return natcupy.na2d(query, key, value, kernel_size=3, dilation=(2, 1), rpb=rpb, backend=backend)
 
 
 def triple(*lead, dtype=torch.float64):
     return torch.randn(3, *lead, 6, 7, 2, 4, dtype=dtype)
 
 
-def test_vmap_equals_a_loop():
+@pytest.mark.parametrize("backend", [None, "torch"])
+def test_vmap_equals_a_loop(backend):
+    attend = functools.partial(run, backend=backend)
     q, k, v = triple(3, 2)
     rpb = torch.randn(3, 2, 5, 5, dtype=torch.float64)
-    out = torch.func.vmap(run)(q, k, v, rpb)
-    close(out, torch.stack([run(*x) for x in zip(q, k, v, rpb, strict=True)]), torch.float64)
-    shared = torch.func.vmap(run, in_dims=(0, None, None))(q, k[0], v[0])
-    close(shared, torch.stack([run(x, k[0], v[0]) for x in q]), torch.float64)
+    out = torch.func.vmap(attend)(q, k, v, rpb)
+    close(out, torch.stack([attend(*x) for x in zip(q, k, v, rpb, strict=True)]), torch.float64)
+    tables = torch.func.vmap(attend, in_dims=(None, None, None, 0))(q[0], k[0], v[0], rpb)
+    close(tables, torch.stack([attend(q[0], k[0], v[0], x) for x in rpb]), torch.float64)
+    shared = torch.func.vmap(attend, in_dims=(0, None, None))(q, k[0], v[0])
+    close(shared, torch.stack([attend(x, k[0], v[0]) for x in q]), torch.float64)
+
+
+def test_a_traced_function_is_torchs_own():
+    given = triple(1)
+    traced = torch.jit.trace(run, tuple(given))
+    close(traced(*given), run(*given), torch.float64)
+    for backend in ("cpu", "cuda"):
+        with pytest.raises(RuntimeError, match="torch's own operators alone: leave `backend` out"):
+            torch.jit.trace(lambda *x, name=backend: run(*x, backend=name), tuple(given))
 
 
 def test_per_sample_gradients():

@@ -10,9 +10,10 @@ its huge pages there, 512 in one, where it has them to give.
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,20 +28,31 @@ _idle: list[Tensor] = []  # scratch memory between calls
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Memory for a result, whatever torch's default device is."""
     found = torch.empty(shape, dtype=dtype, device=CPU)
-    if found.nbytes >= MAPPED:
+    if found.numel() * dtype.itemsize >= MAPPED:
         _ask_for_huge_pages(found)
     return found
 
 
 def _ask_for_huge_pages(x: Tensor) -> None:
     """A wish: a system without such pages refuses, and nothing is lost."""
-    advice = getattr(mmap, "MADV_HUGEPAGE", None)
-    if sys.platform != "linux" or advice is None:
+    madvise = _madvise()
+    if madvise is None:
         return
     start, end = x.data_ptr(), x.data_ptr() + x.nbytes
     start += -start % mmap.PAGESIZE
     if start < end:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
+        madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_HUGEPAGE)
+
+
+@functools.cache
+def _madvise() -> Callable | None:
+    """Linux's function, where this Python can call it and knows of huge pages."""
+    if sys.platform != "linux" or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return None
+    try:
+        return ctypes.CDLL(None).madvise
+    except (OSError, AttributeError):
+        return None
 
 
 def take_scratch(size: int) -> Tensor:

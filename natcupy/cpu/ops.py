@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active as _are_transforms_active
 from torch._C._functorch import is_legacy_batchedtensor
+from torch.autograd import forward_ad
 
 from natcupy import reference
 from natcupy.cpu import kernels, launch
-from natcupy.eager import in_memory, is_plain, plain_apply
+from natcupy.eager import in_memory, is_plain, is_watched, plain_apply
 from natcupy.neighborhood import Neighborhood
 
 _library = torch.library.Library("natcupy", "FRAGMENT")
@@ -76,9 +78,8 @@ def _needs_formula(tensors) -> bool:
 
     They have to see inside: custom operators have no rule for them.
     """
-    if torch.compiler.is_compiling():
-        return False
-    forward_ad = torch.autograd.forward_ad
+    if torch.compiler.is_compiling():  # which cannot tell `vmap` from the others
+        return _are_transforms_active() or forward_ad._current_level >= 0
     present = [x for x in tensors if x is not None]
     if forward_ad._current_level >= 0 and any(
         forward_ad.unpack_dual(x).tangent is not None for x in present
@@ -112,7 +113,7 @@ def _backward(grad_out, grad_lse, query, key, value, rpb, extra_keys, extra_valu
         grad_out, grad_lse, query, key, value, _hood(*window), scale, rpb, extra_keys,
         extra_values, (want_query, want_key_value, want_rpb),
     )  # fmt: skip
-    return tuple(query.new_empty(0) if x is None else x for x in found)
+    return tuple(query.new_empty(0) if x is None else x.contiguous() for x in found)
 
 
 def _forward_shapes(query, key, value, rpb, extra_keys, extra_values, *rest):
@@ -153,7 +154,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out, grad_lse):
-        return (*_gradients(ctx, grad_out, grad_lse, ctx.hood, ctx.scale, _launched), None, None)
+        run = _dispatched if is_watched() else _launched
+        return (*_gradients(ctx, grad_out, grad_lse, ctx.hood, ctx.scale, run), None, None)
 
 
 _recorded = plain_apply(_Attention)
@@ -197,8 +199,11 @@ def _gradients(ctx, grad_out, grad_lse, hood, scale, run):
     grad_out, grad_lse = in_memory(grad_out), in_memory(grad_lse)
     if grad_out is None and grad_lse is None:
         return (None,) * 6
-    if torch.is_grad_enabled() and _may_be_differentiated(inputs, grad_out, grad_lse):
-        return _differentiable_gradients(inputs, needs, grad_out, grad_lse, hood, scale)
+    grads = (grad_out, grad_lse)
+    if torch.is_grad_enabled() and _may_be_differentiated((*inputs, *grads)):
+        return _differentiable_gradients(inputs, needs, *grads, hood, scale)
+    if run is _dispatched and _needs_formula((*inputs, *grads)):
+        return _differentiable_gradients(inputs, needs, *grads, hood, scale)
     if grad_out is None:
         query, _, value, *_ = inputs
         grad_out = query.new_zeros((*query.shape[:-1], value.shape[-1]))
@@ -207,21 +212,35 @@ def _gradients(ctx, grad_out, grad_lse, hood, scale, run):
     return tuple(x if need else None for x, need in zip(found, needs, strict=True))
 
 
-def _may_be_differentiated(inputs, *grads) -> bool:
-    return any(x is not None and x.requires_grad for x in (*inputs, *grads))
+def _may_be_differentiated(tensors) -> bool:
+    return any(x is not None and x.requires_grad for x in tensors)
 
 
 def _differentiable_gradients(inputs, needs, grad_out, grad_lse, hood, scale):
-    """The same gradients by plain torch, with a history of their own."""
-    query, key, value, rpb, extra_keys, extra_values = aliases = [
-        None if x is None else x.view_as(x) for x in inputs
-    ]
-    results = reference.attention(query, key, value, hood, scale, rpb, extra_keys, extra_values)
-    pairs = [(r, g) for r, g in zip(results, (grad_out, grad_lse), strict=True) if g is not None]
-    wanted = [x for x, need in zip(aliases, needs, strict=True) if need]
-    found = iter(
-        torch.autograd.grad([r for r, _ in pairs], wanted, [g for _, g in pairs], create_graph=True)
-    )
+    """The same gradients by plain torch, with a history of their own if one is recorded.
+
+    `torch.func` has its own way to find them: inside a transform autograd does not see them all.
+    """
+    grads = [g for g in (grad_out, grad_lse) if g is not None]
+
+    def results(*needed):
+        needed = iter(needed)
+        query, key, value, *others = (
+            next(needed) if need else x for x, need in zip(inputs, needs, strict=True)
+        )
+        found = reference.attention(query, key, value, hood, scale, *others)
+        return tuple(r for r, g in zip(found, (grad_out, grad_lse), strict=True) if g is not None)
+
+    needed = [x for x, need in zip(inputs, needs, strict=True) if need]
+    if _are_transforms_active():
+        _, pull_back = torch.func.vjp(results, *needed)
+        found = iter(pull_back(tuple(grads)))
+    else:
+        recorded = torch.is_grad_enabled()
+        with torch.enable_grad():
+            aliases = [x.view_as(x) for x in needed]
+            out = results(*aliases)
+        found = iter(torch.autograd.grad(out, aliases, grads, create_graph=recorded))
     return [next(found) if need else None for need in needs]
 
 

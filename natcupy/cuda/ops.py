@@ -353,8 +353,9 @@ def _autograd(function: type[torch.autograd.Function], below):
     def kernel(*args):
         if torch._C._are_functorch_transforms_active():
             raise NotImplementedError(
-                "natcupy's ops cannot be differentiated inside torch.func transforms; call "
-                "natcupy.na1d, na2d or na3d there."
+                "natcupy's CUDA ops cannot be differentiated inside torch.func transforms; call "
+                "natcupy.na1d, na2d or na3d there, and outside torch.compile, or with "
+                "backend='torch'."
             )
         return _plain(function, below, *args)
 

@@ -1,5 +1,6 @@
 """The command `natcupy` on odd machines: full disks, closed streams, signals, odd names."""
 
+import importlib
 import json
 import os
 import signal
@@ -94,6 +95,29 @@ def test_doctor_without_a_home(monkeypatch):
     home, token = found["problems"]
     assert "~no-such-user/hub, and this user has no home folder. Set HF_HOME" in home
     assert token == "the token cannot be read: /home/someone/token: Permission denied"
+
+
+def test_doctor_tells_of_a_torchvision_of_another_build(monkeypatch, tmp_path):
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator nms does not exist')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    told = doctor._misfit()
+    assert "(operator nms does not exist): it must be of torch's own build" in told
+    (tmp_path / "torchvision.py").unlink()
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text("")
+    importlib.invalidate_caches()
+    assert doctor._misfit() is None
+
+
+def test_a_machine_without_a_gpu_has_no_problem():
+    facts = {"torch_cuda": None, "problems": ["no NVIDIA driver was found."], "devices": []}
+    assert doctor._cuda(facts)[-1] == ("missing", "no NVIDIA driver was found.")
+    facts |= {"driver_cuda": "13.0", "problems": ["it is too old."]}
+    assert doctor._cuda(facts)[-1] == ("problem", "it is too old.")
+    backends = [{"backend": b, "device": d} for b in ("cpu", "cuda") for d in ("cpu", "cuda:0")]
+    told = [(b["backend"], b["device"]) for b in doctor._worth_telling(backends)]
+    assert told == [("cpu", "cpu"), ("cpu", "cuda:0"), ("cuda", "cuda:0")]
 
 
 def test_a_picture_that_cannot_be_saved(tmp_path):

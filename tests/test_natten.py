@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+import warnings
 
 import oracle
 import pytest
@@ -222,6 +223,47 @@ def test_one_value_after_the_window_is_a_dilation_and_said_so():
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
+def test_the_generic_call_goes_by_the_axes(rank):
+    query, key, value, *_ = (t.movedim(1, -2) for t in tensors(rank))
+    want, lse = oracle.attention(query, key, value, 3, stride=2, dilation=1, scale=0.3)
+    got = natten.neighborhood_attention_generic(
+        query, key, value, 3, 2, 1, False, 0.3, backend="cutlass-fna", return_lse=True
+    )
+    close(got[0], want, torch.float64)
+    close(got[1], lse, torch.float64)
+    with pytest.raises(ValueError, match="1 to 3 spatial axes"):
+        natten.neighborhood_attention_generic(query.flatten(1), key, value, 3)
+    with pytest.raises(TypeError, match="rpb"):
+        natten.neighborhood_attention_generic(query, key, value, 3, rpb=None)
+
+
+def test_merged_attentions_are_one_over_all_keys():
+    query, key, value, *_ = (t.movedim(1, -2) for t in tensors(1))
+    parts = []
+    for some in (slice(0, 4), slice(4, 6), slice(6, 9)):
+        logits = torch.einsum("blhd,bmhd->blhm", query, key[:, some])
+        out = torch.einsum("blhm,bmhd->blhd", logits.softmax(-1), value[:, some])
+        parts.append((out, logits.logsumexp(-1)))
+    out, lse = natten.merge_attentions(*zip(*parts, strict=True))
+    logits = torch.einsum("blhd,bmhd->blhm", query, key)
+    close(out, torch.einsum("blhm,bmhd->blhd", logits.softmax(-1), value), torch.float64)
+    close(lse, logits.logsumexp(-1), torch.float64)
+    with pytest.raises(ValueError, match="2 outputs and 1 log-sum-exps"):
+        natten.merge_attentions([out, out], [lse])
+    with pytest.raises(ValueError, match="one shape"):
+        natten.merge_attentions([out, out[:, 1:]], [lse, lse])
+
+
+def test_switches_and_questions_have_answers():
+    natten.use_fused_na(False)
+    natten.use_kv_parallelism_in_fused_na(True)
+    natten.set_memory_usage_preference("unrestricted")
+    assert natten.is_fused_na_enabled() and natten.has_fna() and natten.has_half("cpu")
+    with pytest.raises(AttributeError, match="no 'attention'; it has Neigh"):
+        natten.attention  # noqa: B018
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
 def test_gradients_equal_the_oracle(rank):
     heads, scale = 2, 0.5
     query, key, value, *_ = tensors(rank, heads, dim=2)
@@ -318,6 +360,24 @@ def test_what_a_call_means_in_each_version():
         two(8, kernel_size=3)
     with pytest.raises(TypeError, match="Write its name"):
         natten.NeighborhoodAttention3D(8, 2, 3, 1)
+
+
+def test_a_layer_that_fits_several_versions_says_how_it_is_read():
+    two = natten.NeighborhoodAttention2D
+    for make in (
+        lambda: two(8, 2, 3),
+        lambda: two(8, 2, 3, 2),
+        lambda: two(dim=8, num_heads=2, kernel_size=3, dilation=2, qkv_bias=True),
+    ):
+        with pytest.warns(UserWarning, match="fits several versions and is read as 0.14's") as told:
+            assert make().rpb is not None
+        assert told[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        two(8, 2, 3, 2, bias=True)
+        two(8, 2, 3, 2, rel_pos_bias=False)
+        two(8, 2, 3, stride=2)
+        natten.NeighborhoodAttention3D(8, 2, 3, kernel_size_d=3, dilation_d=1)
 
 
 def test_layers_of_0_17_and_0_20_by_position():

@@ -24,6 +24,7 @@ from natcupy.hub import client, embedded_names
 from natcupy.hub.errors import HubError
 
 PACKAGES = ("torch", "numpy", "pillow", "safetensors", "huggingface_hub", "llvmlite")
+EXTRAS = ("accelerate", "timm", "torchvision", "transformers")  # told where they are installed
 KERNEL, SHAPE, DIM = 3, (7, 9), 16  # of the check
 ALLOWED = 1e-4  # largest difference from float64 that the check in float32 lets pass
 
@@ -48,6 +49,7 @@ def gather() -> dict[str, Any]:
     devices = _devices()
     return {
         "versions": _versions(),
+        "misfit": _misfit(),
         "devices": devices,
         "backends": [
             _backend(name, torch.device(device["name"]))
@@ -77,12 +79,27 @@ def _versions() -> dict[str, str | None]:
         "python": platform.python_version(),
         "system": platform.platform(),
     }
-    for name in PACKAGES:
+    for name in (*PACKAGES, *EXTRAS):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            versions[name] = None
+            if name in PACKAGES:
+                versions[name] = None
     return versions
+
+
+def _misfit() -> str | None:
+    """Why the torchvision that is installed cannot be imported: timm and transformers need it."""
+    try:
+        import torchvision  # noqa: F401
+    except ModuleNotFoundError:
+        return None
+    except (ImportError, RuntimeError) as error:
+        return (
+            f"torchvision cannot be imported ({one_line(error)}): it must be of torch's own build, "
+            "so install torch and torchvision again together, or remove torchvision."
+        )
+    return None
 
 
 def _devices() -> list[dict[str, str]]:
@@ -152,10 +169,13 @@ def _hub() -> dict[str, Any]:
 
 def _readable(found: dict[str, Any]) -> list[str]:
     store, hub = found["binaries"], found["hub"]
+    versions = [(k, v or "not installed") for k, v in found["versions"].items()]
+    if found["misfit"]:
+        versions.append(("problem", found["misfit"]))
     return [
-        "Versions\n" + _facts((k, v or "not installed") for k, v in found["versions"].items()),
+        "Versions\n" + _facts(versions),
         "Devices\n" + _facts((d["name"], d["what"]) for d in found["devices"]),
-        "Neighborhood attention\n" + _facts(map(_backend_line, found["backends"])),
+        "Neighborhood attention\n" + _facts(map(_backend_line, _worth_telling(found["backends"]))),
         "Chosen when nothing is asked for\n" + _facts(_chosen(found)),
         *(
             f"Self-test of {device}\n" + _facts(map(_test_line, records))
@@ -181,6 +201,11 @@ def _readable(found: dict[str, Any]) -> list[str]:
 def _facts(pairs: Any) -> str:
     lines = console.facts([(str(name), value) for name, value in pairs]).splitlines()
     return "\n".join("  " + line for line in lines)
+
+
+def _worth_telling(backends: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without those whose kernels are for another kind of device, which is no fault."""
+    return [b for b in backends if b["backend"] != "cuda" or b["device"].startswith("cuda")]
 
 
 def _backend_line(record: dict[str, Any]) -> tuple[str, str]:
@@ -230,7 +255,8 @@ def _cuda(facts: dict[str, Any]) -> list[tuple[str, object]]:
     for device in facts.get("devices", ()):
         text = device.get("problem") or f"{device['name']}, compiled for {device['target']}"
         pairs.append((f"cuda:{device['index']}", text))
-    pairs += [("problem", " ".join(str(problem).split())) for problem in facts["problems"]]
+    word = "problem" if facts.get("driver_cuda") else "missing"  # nothing is wrong without a GPU
+    pairs += [(word, " ".join(str(problem).split())) for problem in facts["problems"]]
     return pairs
 
 

@@ -20,7 +20,7 @@ FUSED_0_20 = (
     "backward_kv_tile_shape", "backward_kv_splits", "backward_use_pt_reduction",
     "run_persistent_kernel", "kernel_schedule", "torch_compile", "return_lse",
 )  # fmt: skip
-_TUNING = {"xformers_kwargs", "backend", *FUSED_0_20[6:17]}  # how to compute, never what
+TUNING = {"xformers_kwargs", "backend", *FUSED_0_20[6:17]}  # how to compute, never what
 
 _FIRST = ("dim", "num_heads", "kernel_size")
 LAYER_0_14 = (*_FIRST, "dilation", "bias", "qkv_bias", "qk_scale", "attn_drop", "proj_drop")
@@ -99,7 +99,7 @@ def fused(what: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str,
             stacklevel=3,
         )
     order = FUSED_0_20 if newer else FUSED_0_17
-    return {k: v for k, v in by_name(what, order, args, kwargs).items() if k not in _TUNING}
+    return {k: v for k, v in by_name(what, order, args, kwargs).items() if k not in TUNING}
 
 
 def layer(what: str, rank: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -148,6 +148,12 @@ def _layer_order(
         return LAYER_0_17 if _bools(args[4]) else LAYER_0_20
     if len(args) > 6 and isinstance(args[6], bool):
         return LAYER_0_17
+    warnings.warn(
+        f"{what}: this call fits several versions and is read as 0.14's: with a bias (rpb), the "
+        "value after kernel_size as the dilation. Write bias=True for just that, "
+        "rel_pos_bias=False as in 0.17 without a bias, or stride= as from 0.20 on.",
+        stacklevel=4,
+    )
     return LAYER_0_14
 
 

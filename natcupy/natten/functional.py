@@ -6,9 +6,10 @@ heads-last ones for the fused three. Out: what those operators gave, by `natcupy
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from natcupy import functional as F
@@ -290,3 +291,48 @@ def _fused(rank: int) -> Callable[..., Any]:
 
 
 na1d, na2d, na3d = _fused(1), _fused(2), _fused(3)
+
+
+def neighborhood_attention_generic(
+    query: Tensor, key: Tensor, value: Tensor, kernel_size: IntOrAxes, *args: Any, **kwargs: Any
+) -> Any:
+    """`na1d`, `na2d` or `na3d` of 0.20 and newer, by the number of axes of the query.
+
+    Raises ValueError for a query that is not `[B, *1 to 3 spatial axes, heads, D]`.
+    """
+    rank = query.dim() - 3
+    if rank not in _FUSED:
+        raise ValueError(
+            "query must be [batch, *spatial, heads, head_dim] with 1 to 3 spatial axes, got shape "
+            f"{tuple(query.shape)}."
+        )
+    what = "neighborhood_attention_generic"
+    given = arguments.by_name(what, arguments.FUSED_0_20, args, kwargs)
+    given = {name: x for name, x in given.items() if name not in arguments.TUNING}
+    return _FUSED[rank](query, key, value, kernel_size, **given)
+
+
+def merge_attentions(
+    outputs: Sequence[Tensor], lse_tensors: Sequence[Tensor], torch_compile: bool = True
+) -> tuple[Tensor, Tensor]:
+    """One attention over the keys of several, from their outputs and log-sum-exps.
+
+    Outputs `[..., heads, D]` and natural log-sum-exps `[..., heads]`, of the same queries over
+    keys that no two share; out come the same two of all keys. `torch_compile` means nothing here.
+    Raises ValueError for lists of different lengths or shapes.
+    """
+    if not outputs or len(outputs) != len(lse_tensors):
+        raise ValueError(
+            "merge_attentions takes as many log-sum-exps as outputs, at least one, got "
+            f"{len(outputs)} outputs and {len(lse_tensors)} log-sum-exps."
+        )
+    shapes = {tuple(x.shape) for x in outputs}
+    if len(shapes) > 1 or any(x.shape != outputs[0].shape[:-1] for x in lse_tensors):
+        raise ValueError(
+            "outputs must have one shape [..., heads, head_dim] and log-sum-exps that without the "
+            f"last axis, got {sorted(shapes)} and {sorted({tuple(x.shape) for x in lse_tensors})}."
+        )
+    lses = torch.stack(tuple(lse_tensors))
+    weights = lses.softmax(0).unsqueeze(-1)
+    out = (torch.stack(tuple(outputs)).to(lses.dtype) * weights).sum(0)
+    return out.to(outputs[0].dtype), lses.logsumexp(0)

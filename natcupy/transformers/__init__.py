@@ -14,6 +14,8 @@ through `natcupy.hub`: verified by hash, from shards, and from the released layo
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 try:
     import transformers
     from transformers import (
@@ -26,9 +28,16 @@ try:
     )
     from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin  # noqa: F401
 except ImportError as error:
+    remedy = "Install it with: pip install 'natcupy[transformers]'."
+    if find_spec("transformers") is not None and find_spec("torchvision") is not None:
+        remedy += (
+            " If it is of that release already, torchvision may be the reason, which must be of "
+            "torch's own build: install torch and torchvision again together, or remove "
+            "torchvision, which these models do not need. `natcupy doctor` says if it fits."
+        )
     raise ImportError(
         "natcupy.transformers registers natcupy's models in transformers >= 5.5, which cannot be "
-        f"imported ({error}). Install it with: pip install 'natcupy[transformers]'."
+        f"imported ({error}). {remedy}"
     ) from error
 
 from natcupy.transformers.configs import (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from natcupy import modules
+from natcupy import modules as ours
 from natcupy.natten import arguments
 
 
@@ -19,12 +19,13 @@ class _Legacy:
         super().__init__(**arguments.layer(type(self).__name__, self.rank, args, kwargs))
 
 
-class NeighborhoodAttention1D(_Legacy, modules.NeighborhoodAttention1D):
+class NeighborhoodAttention1D(_Legacy, ours.NeighborhoodAttention1D):
     """Neighborhood attention over `[batch, length, dim]`, with the old arguments.
 
     * 0.14, 0.15: `(dim, num_heads, kernel_size, dilation=1, bias=True, qkv_bias=True,
       qk_scale=None, attn_drop=0.0, proj_drop=0.0)`. The bias is a relative positional one, maps
-      smaller than the window are padded. A call that fits several versions is of this kind.
+      smaller than the window are padded. A call that fits several versions is of this kind, with
+      a warning.
     * 0.17: `(dim, num_heads, kernel_size, dilation=1, is_causal=False, rel_pos_bias=False,
       qkv_bias=True, qk_scale=None, attn_drop=0.0, proj_drop=0.0, use_experimental_ops=False)`.
       No bias by default, small maps raise ValueError. Known by `is_causal`, `rel_pos_bias` or
@@ -35,14 +36,14 @@ class NeighborhoodAttention1D(_Legacy, modules.NeighborhoodAttention1D):
     """
 
 
-class NeighborhoodAttention2D(_Legacy, modules.NeighborhoodAttention2D):
+class NeighborhoodAttention2D(_Legacy, ours.NeighborhoodAttention2D):
     """Neighborhood attention over `[batch, height, width, dim]`, with the old arguments.
 
     Arguments as in `NeighborhoodAttention1D`.
     """
 
 
-class NeighborhoodAttention3D(_Legacy, modules.NeighborhoodAttention3D):
+class NeighborhoodAttention3D(_Legacy, ours.NeighborhoodAttention3D):
     """Neighborhood attention over `[batch, depth, height, width, dim]`, with the old arguments.
 
     Arguments as in `NeighborhoodAttention1D`, and `kernel_size_d`, `dilation_d` of 0.15. What

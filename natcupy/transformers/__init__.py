@@ -14,7 +14,7 @@ through `natcupy.hub`: verified by hash, from shards, and from the released layo
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from importlib.metadata import distributions
 
 try:
     import transformers
@@ -29,7 +29,7 @@ try:
     from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin  # noqa: F401
 except ImportError as error:
     remedy = "Install it with: pip install 'natcupy[transformers]'."
-    if find_spec("transformers") is not None and find_spec("torchvision") is not None:
+    if {"transformers", "torchvision"} <= {d.name for d in distributions()}:
         remedy += (
             " If it is of that release already, torchvision may be the reason, which must be of "
             "torch's own build: install torch and torchvision again together, or remove "

@@ -1,7 +1,7 @@
 """natcupy in transformers itself: Auto classes, pipeline, pictures, training, and the way back."""
 
 import copy
-import importlib
+import importlib.metadata
 import json
 import sys
 import types
@@ -363,5 +363,10 @@ def test_without_transformers_one_sentence_says_so(monkeypatch, there):
     for name in [n for n in sys.modules if n.startswith("natcupy.transformers")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "transformers", there)
-    with pytest.raises(ImportError, match=r"transformers >= 5\.5.*pip install 'natcupy\[transf"):
-        importlib.import_module("natcupy.transformers")
+    for installed in ([], ["transformers", "torchvision"]):
+        found = [types.SimpleNamespace(name=name) for name in installed]
+        monkeypatch.setattr(importlib.metadata, "distributions", lambda found=found: found)
+        wanted = r"transformers >= 5\.5.*pip install 'natcupy\[transf"
+        with pytest.raises(ImportError, match=wanted) as told:
+            importlib.import_module("natcupy.transformers")
+        assert ("torchvision may be the reason" in str(told.value)) == bool(installed)

@@ -22,7 +22,7 @@ from natcupy.hub.errors import CheckpointError
 from natcupy.hub.files import read_bytes
 from natcupy.hub.likeness import FREE, differences, shape_differences
 from natcupy.hub.locate import Located
-from natcupy.hub.weights import Row
+from natcupy.hub.weights import Row, embedded
 from natcupy.zoo.config import ConfigError, ModelConfig
 from natcupy.zoo.dense import DENSE_MODELS, DenseConfig
 
@@ -123,10 +123,10 @@ def _from_shapes(
     backbone_only: bool,
 ) -> tuple[Config, str | None]:
     name = architecture or (found.row.arch if found.row else None)
-    if name is not None and not zoo.is_model(name):
+    if name is not None and (embedded(name) or not zoo.is_model(name)):
         raise ValueError(
-            f"architecture must be one of natcupy.list_models(), got {name!r}; weights of other "
-            "numbers need a config.json beside them."
+            f"architecture must be one of natcupy.list_models() (`natcupy models`), got {name!r}; "
+            "weights of other numbers need a config.json beside them."
         )
     name = None if name is None else name.strip().lower().replace("-", "_").partition(".")[0]
     if dense.architecture_of(shapes) and name not in zoo.MODELS:
@@ -134,8 +134,8 @@ def _from_shapes(
         return (config.backbone, None) if backbone_only else (config, name)
     if name in DENSE_MODELS:
         raise CheckpointError(
-            f"{found.weights} does not hold the heads of {_spelled(name)}; pass the "
-            "architecture of a classifier or backbone, as nat-tiny."
+            f"{found.weights} does not hold the heads of {_spelled(name)}; name a classifier or "
+            f"backbone: {_how_to_say('nat-tiny')}."
         )
     seen = convert.infer_config(convert.to_natcupy(shapes))
     if name is None:
@@ -163,7 +163,8 @@ def _refuse(
     if wrong:
         raise CheckpointError(
             f"{found.weights} does not hold the tensors of {_spelled(name)}: {'; '.join(wrong)}. "
-            f"Pass the right architecture; fitting by shape: {_spelled(*candidates()) or 'none'}."
+            f"Fitting by shape: {_spelled(*candidates()) or 'none'}. Say which one it is with "
+            f"{_how_to_say('NAME')}."
         )
 
 
@@ -178,8 +179,13 @@ def _only_candidate(found: Located, names: list[str], seen: ModelConfig) -> str:
         )
     raise CheckpointError(
         f"{found.weights} fits {_spelled(*names)}: they differ in dilations, which have no "
-        f"parameters. Say which one it is, e.g. architecture={_spelled(names[0])!r}."
+        f"parameters. Say which one it is, e.g. {_how_to_say(_spelled(names[0]))}."
     )
+
+
+def _how_to_say(name: str) -> str:
+    """Naming the architecture, in Python and on the command line."""
+    return f"architecture={name!r}, or `natcupy convert FILE FOLDER --architecture {name}`"
 
 
 def _spelled(*names: str) -> str:

@@ -357,12 +357,14 @@ def _translate_status(error: Any, subject: Subject) -> HubError:
     if status == 401:
         return BadToken(
             f"the Hub did not accept the token sent for {subject} (wrong or expired). Log in again "
-            "with 'hf auth login', check HF_TOKEN, or pass token=False to read without one."
+            "with 'hf auth login', check HF_TOKEN, or pass token=False (on the command line, set "
+            "HF_HUB_DISABLE_IMPLICIT_TOKEN=1) to read without one."
         )
     if status == 403 and subject.writing:
         return Forbidden(
             f"the token in use may not write to {subject}. Give it write rights for that "
-            "namespace, push to one of your own, or propose the change with create_pr=True."
+            "namespace, push to one of your own, or propose the change with create_pr=True "
+            "(--create-pr)."
         )
     if status == 403:
         return Gated(
@@ -444,5 +446,5 @@ def not_cached(repo: str, revision: str, why: str) -> str:
     return (
         f"{repo}@{revision} is not in the cache and {why}. Connect once (then it is cached), or "
         "copy the repository's files here and pass the folder. Without any network: 'natcupy demo' "
-        f"or from_pretrained with {inside}, whose weights are part of the package."
+        f"or the model {inside}, whose weights are part of the package."
     )

@@ -206,8 +206,15 @@ def _outputs_apart(one: Model, other: Model) -> float:
 def released(name: str) -> weights.Row | DenseRow:
     """The row of the table for a name, or ValueError with the nearest."""
     row = weights.find(name)
-    if row is None:
+    if row is not None:
+        return row
+    if weights.embedded(name) is not None or Path(name).exists():
+        what = "part of the package" if weights.embedded(name) else "a folder or file of your own"
         raise ValueError(
-            f"no released weights are called {name[:80]!r}; {weights.nearest_in_words(name)}."
+            f"publish takes the released checkpoints that `natcupy models` lists, got {name!r}, "
+            f"which is {what}. Upload it with: natcupy push {name} OWNER/NAME"
         )
-    return row
+    raise ValueError(
+        f"no released weights are called {name[:80]!r}; "
+        f"{weights.nearest_in_words(name, weights.released_names())}."
+    )

@@ -38,6 +38,11 @@ class DenseRow:
         return f"{self.arch}.{self.data}"
 
     @property
+    def backbone(self) -> str:
+        """The classifier that the backbone comes from, as the zoo names it."""
+        return self.arch.removeprefix(f"{_head_of(self.arch)}_")
+
+    @property
     def file_name(self) -> str:
         """The authors' file, without its folder."""
         return self.original.rsplit("/", 1)[1]
@@ -51,8 +56,12 @@ _WORDS = {
 }
 
 
+def _head_of(arch: str) -> str:
+    return next(h for h in ("cascade_mask_rcnn", "mask_rcnn", "upernet") if arch.startswith(h))
+
+
 def _row(arch: str) -> DenseRow:
-    head = next(h for h in ("cascade_mask_rcnn", "mask_rcnn", "upernet") if arch.startswith(h))
+    head = _head_of(arch)
     backbone = arch.removeprefix(f"{head}_")
     nat_word, dinat_word, folder, data = _WORDS[head]
     if backbone.startswith("nat"):

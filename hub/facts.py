@@ -246,7 +246,7 @@ def _metrics(
         if metrics and dataset is None:
             raise ValueError(
                 f"metrics need the dataset they were measured on, got {dict(metrics)!r}; pass "
-                "dataset='org/name', or a list of natcupy.hub.Metric."
+                "dataset='org/name' (--dataset), or a list of natcupy.hub.Metric."
             )
         metrics = [Metric(name, value, dataset) for name, value in metrics.items()]
     if isinstance(metrics, str) or not isinstance(metrics, Iterable):

@@ -6,14 +6,16 @@ of weights and config and the facts to record. Reads no tensor and builds no mod
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from natcupy.hub import download, files, shards, weights
 from natcupy.hub.client import Access
+from natcupy.hub.dense_weights import DenseRow
 from natcupy.hub.download import Snapshot
-from natcupy.hub.errors import Corrupt, NotFound, UnsafePickle, some
+from natcupy.hub.errors import Corrupt, NotFound, Offline, UnsafePickle, some
 from natcupy.hub.pickles import SUFFIXES
 from natcupy.hub.weights import ORIGINAL_HOST, Row
 
@@ -77,18 +79,55 @@ def locate(name: str | os.PathLike[str], revision: str | None, access: Access) -
     folder = weights.embedded(name)
     if folder is not None:
         return _without_revision(_in_folder(folder, "embedded"), revision)
-    short, _, inner = name.partition("@")
-    row = weights.find(short)
-    if row is not None:
-        return _released(row, _once(name, revision, inner or None), access)
+    if weights.find(name.partition("@")[0]) is not None:
+        return _in_snapshot(pinned(name, revision, access), access)
     path = Path(name).expanduser()
     if path.exists() or _spelled_like_path(name):
         return _without_revision(_at_path(path), revision)
-    parts = download.parse_name(name)
-    if parts is None:
+    if download.parse_name(name) is None:
         raise NotFound(_unknown(name))
-    repo, inner = parts
-    return _in_repo(repo, _once(name, revision, inner), access)
+    return _in_snapshot(pinned(name, revision, access), access)
+
+
+def pinned(name: str, revision: str | None, access: Access) -> Snapshot:
+    """The commit that a released model's name or `org/name[@revision]` means.
+
+    Raises as `download.resolve`. What looks like org/name may be a folder misspelt: where nothing
+    is found, the error says that no such folder is here, either.
+    """
+    short, _, inner = name.partition("@")
+    row, revision = weights.find(short), _once(name, revision, inner or None)
+    if row is not None:
+        return download.resolve(_repo_of(row), revision, access)
+    repo, _ = download.parse_name(name)
+    try:
+        return download.resolve(repo, revision, access)
+    except (NotFound, Offline) as error:
+        # Who gives a revision or writes hf-hub: means no folder.
+        if type(error) not in (NotFound, Offline) or revision is not None or name != repo:
+            raise
+        # As in the client's room, not chained to what may hold a token.
+        raise type(error)(_neither(name, error)) from None
+
+
+def _neither(name: str, error: NotFound | Offline) -> str:
+    """The Hub's answer, and that there is no such folder; first what is likelier to be meant."""
+    if isinstance(error, NotFound):
+        return f"{_nothing_at(Path(name))}, and {error}"
+    if Path(name).parent.is_dir():
+        return f"{_nothing_at(Path(name))}. As a Hub repository: {error}"
+    return f"{error} If a folder is meant: {_nothing_at(Path(name))}."
+
+
+def _nothing_at(path: Path) -> str:
+    """That a path is none, and what is in the nearest folder around it that there is."""
+    holds = ""
+    with contextlib.suppress(OSError):  # no folder, or a closed one
+        around = next((folder for folder in path.parents if folder.is_dir()), path)
+        inside = sorted(entry.name for entry in around.iterdir())
+        if around.name:  # the current folder would be no news
+            holds = f" ({around} holds {some(inside, 5) or 'nothing'})"
+    return f"there is no folder or file {str(path)[:120]} here{holds}"
 
 
 def _once(name: str, revision: str | None, inner: str | None) -> str | None:
@@ -115,21 +154,45 @@ def _spelled_like_path(name: str) -> bool:
 
 
 def _unknown(name: str) -> str:
+    if "/" in name or os.sep in name:
+        return (
+            f"{_nothing_at(Path(name))}, and a Hub repository is written org/name[@revision], got "
+            f"{name[:120]!r}. Check the path."
+        )
     return (
         f"no weights are called {name[:120]!r}, and no folder or file is; "
         f"{weights.nearest_in_words(name)}. A Hub repository is written org/name, a folder ./name."
     )
 
 
-def _released(row: Row, revision: str | None, access: Access) -> Located:
+def _repo_of(row: Row | DenseRow) -> str:
     if row.repo is None:
-        file = row.original.rsplit("/", 1)[1]
-        raise NotFound(
-            f"{row.tag.replace('_', '-')} was released as a .pth file only, on no Hub repository. "
-            f"Download {ORIGINAL_HOST}{row.original} yourself and pass its path: "
-            f"from_pretrained('path/to/{file}'). save_pretrained then makes a safetensors folder."
-        )
-    return _in_repo(row.repo, revision, access)
+        raise NotFound(_only_a_file(row))
+    return row.repo
+
+
+def _only_a_file(row: Row) -> str:
+    """How to come by weights that are on no repository, or to do without them."""
+    name = row.arch.replace("_", "-")
+    file = f"path/to/{row.original.rsplit('/', 1)[1]}"
+    text = (
+        f"{row.tag.replace('_', '-')} was released as a .pth file only, on no Hub repository. "
+        f"Download {ORIGINAL_HOST}{row.original} yourself and pass its path: "
+        f"from_pretrained('{file}'), or {file} as the model on the command line; save_pretrained, "
+        f"or `natcupy convert {file} FOLDER`, makes a safetensors folder of it. Without that file: "
+        f"create_model('{name}'), or `natcupy finetune --from-scratch`, begins with fresh weights"
+    )
+    if isinstance(row, Row):
+        return f"{text}."
+    return f"{text}; --backbone {_classifier_for(row)} takes a classifier's for the backbone."
+
+
+def _classifier_for(row: DenseRow) -> str:
+    """Where the weights of the backbone's classifier are, as `--backbone` takes them."""
+    inner = weights.find(row.backbone)
+    if inner.repo is not None:
+        return row.backbone.replace("_", "-")
+    return f"path/to/{inner.original.rsplit('/', 1)[1]}"
 
 
 # ---------------------------------------------------------------- on disk
@@ -206,10 +269,10 @@ def _refuse_pickle_shards(names: set[str], where: str) -> None:
 # ---------------------------------------------------------------- on the Hub
 
 
-def _in_repo(repo: str, revision: str | None, access: Access) -> Located:
-    """Pin the commit, then fetch config and weights of that commit."""
+def _in_snapshot(snapshot: Snapshot, access: Access) -> Located:
+    """Fetch config and weights of a commit."""
+    repo = snapshot.repo
     row = weights.find_repo(repo)
-    snapshot = download.resolve(repo, revision, access)
     choices = (WEIGHTS_FILE, shards.INDEX, PICKLE)
     name = next((choice for choice in choices if choice in snapshot.files), None)
     if name is None or CONFIG not in snapshot.files:

@@ -29,7 +29,7 @@ from natcupy.hub.files import sha256_of
 from natcupy.hub.locate import Located, Shard, locate
 from natcupy.hub.pickles import SUFFIXES, read_pickle
 from natcupy.hub.tensors import Weights, read_header, read_tensors
-from natcupy.zoo import MODELS
+from natcupy.zoo import MODELS, ImageModel, build_model
 from natcupy.zoo.config import MAX_PARAMETERS, SINGLE_LEVEL, ModelConfig
 from natcupy.zoo.dense import DenseConfig
 
@@ -162,10 +162,43 @@ def load(
     shapes = dense.renamed(reader.shapes, have)
     model, fresh = _matched(shapes, have, want, cfg, found.weights)
     model = _filled(model, reader, have, want, fresh, dtype, check_finite)
-    if fresh:
-        log.warning("not in %s, initialised afresh: %s.", found.weights.name, some(sorted(fresh)))
+    _tell(fresh, shapes, model.state_dict(), found.weights.name)
     model.source = _source(found, reader.sha256, None, found.weights)
     return model.eval()
+
+
+def _tell(
+    fresh: frozenset[str], given: Mapping[str, Tensor], made: Mapping[str, Tensor], file: str
+) -> None:
+    """Log which tensors start fresh: those the file lacks, and those of another shape there."""
+    absent = sorted(fresh - given.keys())
+    if absent:
+        log.warning("not in %s, initialised afresh: %s.", file, some(absent))
+    reshaped = [
+        f"{name} ({tuple(given[name].shape)} there, {tuple(made[name].shape)} here)"
+        for name in sorted(fresh & given.keys())
+        if given[name].shape != made[name].shape
+    ]
+    if reshaped:
+        log.warning("of another shape in %s, initialised afresh: %s.", file, some(reshaped))
+
+
+def create_bundled(name: str, *, global_pool: str | None = None, **overrides: Any) -> ImageModel:
+    """A model that ships in the package with fresh weights, as `create_model` makes the others."""
+    have, cfg = describe(locate(name, None, Access()), {}, None, MAX_PARAMETERS)
+    want = _wanted(have, overrides)
+    weights_own = {"license", *(() if want.num_classes == have.num_classes else ("label_names",))}
+    cfg = {key: value for key, value in cfg.items() if key not in weights_own}
+    _, height, width = cfg["input_size"]
+    stated = {
+        "tag": "",
+        "num_classes": want.num_classes,
+        "input_size": (want.in_chans, height, width),
+    }
+    model = build_model(want, cfg | stated)
+    if global_pool is not None:
+        model.set_global_pool(global_pool)
+    return model
 
 
 def read_state(found: Located) -> dict[str, Tensor]:

@@ -180,7 +180,7 @@ def _may_push(facts: Facts, access: Access) -> None:
     if facts.license and facts.license not in LICENSES:
         raise ValueError(
             f"the weights state the licence {facts.license!r}, unknown to the Hub; "
-            "pass license=… (for a text of its own: 'other')."
+            "pass license=… (--license on the command line; for a text of its own: 'other')."
         )
     if not client.has_login(access):
         raise BadToken(
@@ -220,8 +220,8 @@ def _target(
         )
     if create_pr and where != "main":
         raise ValueError(
-            f"a pull request is opened against main, got create_pr=True with branch={where!r}; "
-            "leave one of them out."
+            "a pull request is opened against main, got create_pr=True (--create-pr) with "
+            f"branch={where!r} (--revision); leave one of them out."
         )
     if parent is not None and not (isinstance(parent, str) and _COMMIT.fullmatch(parent)):
         raise ValueError(f"parent_commit must be a commit's 40 digits, got {str(parent)[:60]!r}.")
@@ -331,7 +331,7 @@ class _Push:
         if self.target.branch.startswith("refs/"):
             raise RevisionNotFound(
                 f"{self.target.repo} has no {self.target.branch}. Open a pull request with "
-                "create_pr=True."
+                "create_pr=True (--create-pr)."
             )
         with client.explained(self.subject):
             client.api(self.access).create_branch(

@@ -104,7 +104,7 @@ def closed(values: dict[str, Any], known: Container[str]) -> None:
             raise ConfigError(
                 f"unknown key {key[:60]!r}: natcupy reads only keys it knows and follows none to "
                 "code, repositories or addresses. Remove the key, or load the weights file alone "
-                "with architecture=…"
+                "with architecture=… (`natcupy convert FILE FOLDER --architecture NAME`)"
             )
 
 

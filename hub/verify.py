@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from natcupy.hub import download
+from natcupy.hub import download, locate, weights
 from natcupy.hub.client import Access
 from natcupy.hub.download import Snapshot
 from natcupy.hub.errors import Corrupt, HubError, NotFound
@@ -57,7 +57,7 @@ def verify(
 
     Args:
         name: a folder, or `org/name[@revision]`, whose files are fetched (or taken from the cache,
-            and checked there).
+            and checked there); or the name of a bundled model, or of a released one on the Hub.
         revision: of the repository.
         against: of a folder: the repository it is a copy of; every file both have must be equal.
         access: how to reach the Hub.
@@ -66,12 +66,17 @@ def verify(
         HubError: the folder or repository cannot be read at all.
     """
     access = access or Access()
-    parsed = download.parse_name(os.fspath(name)) if isinstance(name, str) else None
-    if parsed and not Path(name).is_dir():
-        return _repository(*parsed, revision, access)
     folder = Path(name).expanduser()
+    if not folder.is_dir() and isinstance(name, str):
+        if download.parse_name(name) or weights.find(name.partition("@")[0]):
+            return _repository(locate.pinned(name, revision, access), access)
+        folder = weights.embedded(name) or folder
     if not folder.is_dir():
-        raise NotFound(f"no such folder: {folder}. Name a folder, or a repository as org/name.")
+        raise NotFound(
+            f"no such folder: {folder}. verify takes a folder, a repository as "
+            "org/name[@revision], or a name whose weights are in the package or on the Hub "
+            "(`natcupy models` lists them)."
+        )
     return _folder(folder, _reference(against, access), access)
 
 
@@ -109,10 +114,8 @@ def _compared(name: str, path: Path, reference: Snapshot | None) -> Checked:
     return Checked(name, size, digest, status)
 
 
-def _repository(repo: str, inner: str | None, revision: str | None, access: Access) -> Report:
-    if revision and inner and revision != inner:
-        raise ValueError(f"give the revision once, got {inner!r} and {revision!r}.")
-    snapshot = download.resolve(repo, revision or inner, access)
+def _repository(snapshot: Snapshot, access: Access) -> Report:
+    repo = snapshot.repo
     files, wrong = [], False
     for name, expected in sorted(snapshot.files.items()):
         if name.startswith(".") or "/" in name:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,20 +151,26 @@ def embedded_names() -> list[str]:
 
 def known_names() -> list[str]:
     """Every name that `from_pretrained` resolves by itself."""
+    return [*embedded_names(), *released_names()]
+
+
+def released_names() -> list[str]:
+    """Every name of the tables, architectures and tags."""
     dense = dense_weights.DENSE_WEIGHTS
     rows = (*_ROWS, *dense.values())
-    return [*embedded_names(), *(row.arch for row in rows), *WEIGHTS, *dense]
+    return [*(row.arch for row in rows), *WEIGHTS, *dense]
 
 
-def nearest(name: str) -> list[str]:
-    """Known names that look like this one, best first, as the Hub spells them."""
-    near = difflib.get_close_matches(_spelling(name)[:80], known_names(), n=3, cutoff=0.6)
+def nearest(name: str, among: Sequence[str] | None = None) -> list[str]:
+    """Names (default: all known) that look like this one, best first, as the Hub spells them."""
+    among = known_names() if among is None else among
+    near = difflib.get_close_matches(_spelling(name)[:80], among, n=3, cutoff=0.6)
     return [found.replace("_", "-") for found in near]
 
 
-def nearest_in_words(name: str) -> str:
+def nearest_in_words(name: str, among: Sequence[str] | None = None) -> str:
     """What to try instead of an unknown name."""
-    near = nearest(name)
+    near = nearest(name, among)
     if near:
         return f"the nearest are {', '.join(near)}"
     return "natcupy.hub.WEIGHTS, or `natcupy models`, lists the names"

@@ -171,7 +171,10 @@ def test_wrong_models_and_places(run, model, photo):
     status, _, err = run("attend", photo, "--model", model)
     assert status == 1 and "classifier or backbone" in err
     status, _, err = run("segment", photo, "--model", "upernet-nat-tiny")
-    assert status == 1 and "nat_tiny_upernet.pth" in err
+    assert status == 1 and "nat_tiny_upernet.pth" in err and "--backbone nat-tiny" in err
+    (photo.parent / "run").mkdir()
+    status, _, err = run("segment", photo, "--model", "run/model")
+    assert status == 1 and "there is no folder or file run/model here (run holds nothing)" in err
     status, _, err = run("segment", photo, "--model", model, "-o", photo)
     assert status == 1 and "must not replace" in err and Image.open(photo).format == "JPEG"
     status, _, err = run("segment", photo, "--model", model, "-o", "out.txt")

@@ -1,14 +1,17 @@
 """Pictures of every kind into tensors: the published recipe, EXIF, channels, bad input."""
 
 import io
+import pickle
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from natcupy.data import why
 from natcupy.zoo import Preprocess, create_model
-from natcupy.zoo.preprocess import CROP_MODES, IMAGENET_MEAN, IMAGENET_STD
+from natcupy.zoo.dense.images import read_pixels
+from natcupy.zoo.preprocess import CROP_MODES, IMAGENET_MEAN, IMAGENET_STD, open_picture
 
 PLAIN = {"mean": (0.0,), "std": (1.0,)}
 
@@ -221,6 +224,26 @@ def test_wrong_files(tmp_path):
         small()(text)
     with pytest.raises(FileNotFoundError, match="missing"):
         small()(tmp_path / "missing.png")
+
+
+def test_wrong_files_are_told_as_on_the_command_line(tmp_path):
+    (tmp_path / "text.png").write_text("hello")
+    (tmp_path / "empty.png").touch()
+    for name, kind in (
+        ("missing.png", FileNotFoundError),
+        ("text.png", UnidentifiedImageError),
+        ("empty.png", OSError),
+        (".", OSError),
+    ):
+        path = tmp_path / name
+        for look in (create_model("nat-digits").preprocess, read_pixels):
+            with pytest.raises(kind) as caught:
+                look(str(path))
+            assert str(caught.value) == f"{path}: {why(caught.value)}."
+            again = pickle.loads(pickle.dumps(caught.value))  # as workers hand it on
+            assert str(again) == str(caught.value) and again.errno == caught.value.errno
+    with pytest.raises(UnidentifiedImageError, match="BytesIO"):
+        open_picture(io.BytesIO(b"hello"))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from natcupy import zoo
 from natcupy.zoo import (
     MODELS,
     PUBLISHED,
+    TASKS,
     count_macs,
     create_model,
     is_model,
@@ -303,6 +304,21 @@ def test_list_models():
         "nat_base", "nat_mini", "nat_small", "nat_tiny"
     ]  # fmt: skip
     assert list_models("resnet*") == []
+
+
+def test_list_models_of_every_task():
+    of_tasks = {name for task in TASKS for name in list_models(task=task)}
+    every = list_models(task=None)
+    assert every == sorted({*of_tasks, "nat_digits"})
+    assert all(is_model(name) for name in every) and "nat_digits" not in list_models()
+    assert {"upernet_nat_mini", "cascade_mask_rcnn_nat_mini"} <= {*every}
+    assert list_models("*nat-mini", task=None, exclude_filters="*rcnn*") == [
+        "dinat_mini", "nat_mini", "upernet_dinat_mini", "upernet_nat_mini"
+    ]  # fmt: skip
+    assert not any("-" in name for name in (*every, *list_models(pretrained=True, task=None)))
+    assert list_models("*digits", pretrained=True) == ["nat_digits"]
+    with pytest.raises(ValueError, match=r"task must be one of classification, .* or None"):
+        list_models(task="all")
 
 
 def test_list_models_with_weights():

@@ -119,6 +119,42 @@ def test_wrong_pictures(family):
         model(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
 
 
+@each_family
+def test_pictures_of_another_dtype(family):
+    model, x = small(family), pictures()
+    words = (
+        "its weights are torch.{} and the pictures torch.{}; use x.to(torch.{}), "
+        "model.to(torch.{}) or torch.autocast."
+    )
+    for own, given in (("float32", "float16"), ("bfloat16", "float64")):
+        model.to(getattr(torch, own))
+        with pytest.raises(TypeError, match="must be of the pictures' dtype") as caught:
+            model(x.to(getattr(torch, given)))
+        assert words.format(own, given, own, given) in str(caught.value)
+        assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+def test_a_dtype_that_is_changed_on_the_way_is_nobodys_fault():
+    """Hooks, wrappers that shard, and autocast cast between the model's entry and its stem."""
+    model, x = small("nat"), pictures()
+    model.patch_embed.register_forward_pre_hook(lambda _, given: (given[0].float(),))
+    assert torch.equal(model(x.double()), model(x))
+    plain = small("nat")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert plain(x.half()).shape == (2, 5)
+
+
+def test_other_failures_of_the_stem_stay_as_they_are():
+    model = small("nat")
+
+    def fail(*_):
+        raise RuntimeError("of another kind")
+
+    model.patch_embed.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="of another kind"):
+        model(pictures())
+
+
 @pytest.mark.parametrize("family", ["isotropic", "vitrpb"])
 def test_single_level_models_have_one_size(family):
     with pytest.raises(ValueError, match=r"takes 64 x 64 pictures only, got 64 x 80; .*img_size"):

@@ -107,9 +107,9 @@ def create_model(name: str, pretrained: bool = False, **overrides: Any) -> Image
     """A model by name: `create_model("nat-tiny", num_classes=10)`.
 
     Args:
-        name: a name of `list_models()`, with hyphens or underscores, and perhaps its weights' tag
-            ("nat-tiny.in1k"); or of a segmentation or detection model ("upernet-nat-tiny"), whose
-            overrides `natcupy.zoo.dense.create_dense_model` explains.
+        name: a name of `list_models(task=None)`, with hyphens or underscores, and perhaps its
+            weights' tag ("nat-tiny.in1k"). Of a segmentation or detection model
+            ("upernet-nat-tiny"), `natcupy.zoo.dense.create_dense_model` explains the overrides.
         pretrained: load released weights; then `natcupy.hub.from_pretrained(name, **overrides)`
             does the work and `name` may be anything it knows.
         overrides: any field of `ModelConfig` (num_classes, in_chans, drop_path_rate, kernel_size,
@@ -123,6 +123,8 @@ def create_model(name: str, pretrained: bool = False, **overrides: Any) -> Image
         return _hub().from_pretrained(name, **overrides)
     if _is_dense(name):
         return _dense().create_dense_model(_plain(name), **overrides)
+    if _is_bundled(name):
+        return _hub().pretrained.create_bundled(name, **overrides)
     return MODELS[_resolve(name)](**overrides)
 
 
@@ -137,28 +139,42 @@ def list_models(
     *,
     pretrained: bool = False,
     exclude_filters: str | Sequence[str] = (),
-    task: str = "classification",
+    task: str | None = "classification",
 ) -> list[str]:
     """Sorted names that match one of the wildcard patterns and none of those excluded.
 
-    Patterns may use hyphens or underscores: `list_models("dinat-s*")`. With `pretrained`, the names
-    whose weights `create_model(name, pretrained=True)` finds by itself, with their tags. `task` is
-    "classification", "segmentation" or "detection".
+    Names are spelled with underscores, as Python and timm do (`nat_tiny`); the command line and the
+    README write `nat-tiny`, and every call takes both. Patterns may use either, too:
+    `list_models("dinat-s*")`.
+
+    Args:
+        pattern, exclude_filters: one wildcard pattern, or several.
+        pretrained: only names whose weights `create_model(name, pretrained=True)` finds by itself,
+            with their tags.
+        task: "classification" (the zoo's families), "segmentation" ("upernet_nat_mini", ...) or
+            "detection"; None for everything that `create_model` takes: those of all tasks, and
+            "nat_digits", the small model inside the package.
     """
-    if task not in TASKS:
-        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}.")
-    names = MODELS
+    if task is not None and task not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)} or None, got {task!r}.")
     if pretrained:  # of the others, none is on the Hub
-        names = _pretrained_names() if task == "classification" else ()
-    elif task != "classification":
-        names = _dense().names_of_task(task)
+        names = _pretrained_names() if task in (None, "classification") else ()
+    else:
+        names = _names_of_task(task)
     found = (name for name in names if _matches(name, pattern))
     return sorted(name for name in found if not _matches(name, exclude_filters))
 
 
+def _names_of_task(task: str | None) -> list[str]:
+    if task is None:
+        every = (name for each in TASKS for name in _names_of_task(each))
+        return [*_bundled_names(), *every]
+    return list(MODELS) if task == "classification" else _dense().names_of_task(task)
+
+
 def is_model(name: str) -> bool:
     """Whether `create_model` knows the name (hyphens, underscores, tag)."""
-    if _is_dense(name):
+    if _is_dense(name) or _is_bundled(name):
         return True
     try:
         _resolve(name)
@@ -178,6 +194,17 @@ def _is_dense(name: object) -> bool:
     return _plain(name) in _dense().DENSE_MODELS
 
 
+def _is_bundled(name: object) -> bool:
+    """Whether the model ships in the package; the hub is loaded for names unknown to the zoo."""
+    if not isinstance(name, str) or _plain(name).partition(".")[0] in MODELS:
+        return False
+    return _plain(name) in _bundled_names()
+
+
+def _bundled_names() -> list[str]:
+    return [_plain(name) for name in _hub().embedded_names()]
+
+
 def _dense() -> Any:
     return import_module("natcupy.zoo.dense")
 
@@ -189,11 +216,10 @@ def _resolve(name: str) -> str:
     if architecture.startswith(_DENSE):
         _dense().create_dense_model(name)  # raises, with the nearest
     if architecture not in MODELS:
-        near = difflib.get_close_matches(architecture, MODELS, n=3, cutoff=0.4)
+        known = [*_bundled_names(), *MODELS]
+        near = difflib.get_close_matches(architecture, known, n=3, cutoff=0.4)
         near = ", ".join(near).replace("_", "-")
         hint = f"the nearest are {near}" if near else "see natcupy.list_models()"
-        if architecture == "nat_digits":
-            hint = 'it is a trained model: natcupy.from_pretrained("nat-digits")'
         raise ValueError(f"there is no model {name!r}; {hint}.")
     if tag and tag != PUBLISHED[architecture].tag:
         spelled = architecture.replace("_", "-")
@@ -212,7 +238,7 @@ def __getattr__(name: str) -> Any:
 
 def _pretrained_names() -> list[str]:
     hub = _hub()
-    return [*hub.embedded_names(), *(tag for tag, row in hub.WEIGHTS.items() if row.repo)]
+    return [*_bundled_names(), *(tag for tag, row in hub.WEIGHTS.items() if row.repo)]
 
 
 def _matches(name: str, patterns: str | Sequence[str]) -> bool:

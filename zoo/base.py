@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from natcupy.zoo import features
@@ -133,7 +134,7 @@ class ImageModel(nn.Module):
         self._check_pictures(x)
         last = len(self.stages) - 1 if last is None else last
         maps = []
-        x = self.patch_embed(x)
+        x = self._stem(x)
         for index in range(last + 1):
             stage = self.stages[index]
             x = stage(x)
@@ -142,6 +143,25 @@ class ImageModel(nn.Module):
             if stage.downsample is not None and index < last:
                 x = stage.downsample(x)
         return x, maps
+
+    def _stem(self, x: Tensor) -> Tensor:
+        """The first map. Where torch refuses the pictures' dtype, the error names both dtypes.
+
+        Asked only after a failure: hooks, wrappers and autocast may change either dtype before the
+        first convolution.
+        """
+        if torch.compiler.is_compiling():
+            return self.patch_embed(x)
+        try:
+            return self.patch_embed(x)
+        except RuntimeError as error:
+            own = next(self.patch_embed.parameters()).dtype
+            if x.dtype == own or torch.is_autocast_enabled(x.device.type):
+                raise
+            raise TypeError(
+                f"{self.name} must be of the pictures' dtype, its weights are {own} and the "
+                f"pictures {x.dtype}; use x.to({own}), model.to({x.dtype}) or torch.autocast."
+            ) from error
 
     def _norm_for(self, stage: int) -> nn.Module:
         if self.config.out_indices is not None:

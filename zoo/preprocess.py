@@ -34,6 +34,10 @@ MAX_RESIZED_PIXELS = 100_000_000  # a very long picture would otherwise grow wit
 OUTSIDE_FORMATS = ("EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG")
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's conversion to grey
 
+# natcupy.data, which tells why pictures are left out, and the command line say the same.
+MISSING = "there is no such file"
+UNKNOWN = "this is not a picture in a format that Pillow knows"
+
 Bands = list["Image.Image"]
 Source = Union["Image.Image", "np.ndarray"]
 
@@ -173,24 +177,49 @@ def _resize(bands: Bands, size: tuple[int, int], interpolation: str) -> Bands:
 # -- from any kind of picture to bands ------------------------------------------------------------
 
 
+class PictureError(OSError):
+    """A file that is no picture; its text is in words, without the system's number."""
+
+    def __str__(self) -> str:
+        return f"{self.filename}: {self.strerror}."
+
+
+class MissingPictureError(PictureError, FileNotFoundError):
+    """A picture's path that leads nowhere."""
+
+
 def open_picture(file: str | os.PathLike[str] | BinaryIO) -> Image.Image:
     """A picture from a path or open file, decoded and turned as its EXIF orientation says.
 
-    Of an animation, the first frame. Raises OSError for what is missing, empty, not an ordinary
-    file or no picture, and whatever else Pillow raises for broken data.
+    Of an animation, the first frame. Raises MissingPictureError (a FileNotFoundError), PictureError
+    (an OSError) for what is empty or not an ordinary file, Pillow's UnidentifiedImageError (also an
+    OSError) for no picture, and whatever else Pillow raises for broken data.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     if isinstance(file, str | os.PathLike):
-        found = os.stat(file)  # before opening: a named pipe would wait for ever
-        if not stat.S_ISREG(found.st_mode):
-            raise OSError(errno.EINVAL, "this is not an ordinary file", os.fspath(file))
-        if not found.st_size:
-            raise OSError(errno.EINVAL, "this file is empty (0 bytes)", os.fspath(file))
+        _check_file(os.fspath(file))
     Image.init()
     formats = [name for name in Image.OPEN if name not in OUTSIDE_FORMATS]
-    with Image.open(file, formats=formats) as opened:
-        return ImageOps.exif_transpose(opened)
+    try:
+        with Image.open(file, formats=formats) as opened:
+            return ImageOps.exif_transpose(opened)
+    except UnidentifiedImageError:
+        if not isinstance(file, str | os.PathLike):
+            raise
+        raise UnidentifiedImageError(f"{os.fspath(file)}: {UNKNOWN}.") from None
+
+
+def _check_file(path: str) -> None:
+    """Look before opening: a named pipe would wait for ever."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        raise MissingPictureError(errno.ENOENT, MISSING, path) from None
+    if not stat.S_ISREG(found.st_mode):
+        raise PictureError(errno.EINVAL, "this is not an ordinary file", path)
+    if not found.st_size:
+        raise PictureError(errno.EINVAL, "this file is empty (0 bytes)", path)
 
 
 def plain(image: Image.Image) -> Image.Image:

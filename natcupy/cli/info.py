@@ -15,6 +15,7 @@ import torch
 from natcupy.cli import console, dense_info
 from natcupy.cli.models import source, weights_row
 from natcupy.hub import from_pretrained
+from natcupy.hub.weights import embedded
 from natcupy.zoo import PUBLISHED, ModelConfig, count_macs, create_model, is_model, num_parameters
 from natcupy.zoo.dense import DenseConfig, dense_name
 
@@ -34,7 +35,7 @@ def gather(name: str) -> dict[str, Any]:
     dense = dense_name(name.strip().lower())
     if dense is not None:
         return dense_info.released(dense)
-    if is_model(name):
+    if is_model(name) and not embedded(name):
         return _of_the_zoo(name.partition(".")[0].replace("_", "-"))
     model = from_pretrained(name)
     weights = vars(model.source) | {"licence": model.pretrained_cfg.get("license")}

@@ -324,7 +324,7 @@ def _convert(commands: argparse._SubParsersAction) -> None:
 
 def _verify(commands: argparse._SubParsersAction) -> None:
     parser = _command(commands, "verify", "verify", "check the hashes of a folder or repository")
-    parser.add_argument("name", metavar="NAME", help="folder, or org/name[@revision]")
+    parser.add_argument("name", metavar="NAME", help="folder, org/name[@revision], or a name")
     parser.add_argument("--against", metavar="REPO", help="the repository a folder is a copy of")
     _add_hub(parser)
 

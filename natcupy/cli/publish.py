@@ -41,7 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _row(entry: Publication) -> tuple[str, ...]:
-    top1 = PUBLISHED[entry.name.partition(".")[0]].top1
+    printed = PUBLISHED.get(entry.name.partition(".")[0])  # of classifiers
+    top1 = printed.top1 if printed else None
     made = entry.conversion
     commit = entry.pushed.commit[:12] if entry.pushed else "failed" if entry.error else "dry run"
     return (

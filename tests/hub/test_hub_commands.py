@@ -110,6 +110,17 @@ def test_a_checkpoint_that_fits_nothing_is_named_as_the_user_names_it(tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
+def test_convert_tells_how_to_name_the_architecture(tmp_path, capsys):
+    source = checkpoint(tmp_path / "mine.pth", natcupy.create_model("nat-mini"))
+    status, _, error = run(capsys, "convert", source, tmp_path / "out")
+    assert status == 1 and f"{source} fits nat-mini, dinat-mini" in error
+    assert "natcupy convert FILE FOLDER --architecture nat-mini" in error
+    status, done, _ = run(
+        capsys, "convert", source, tmp_path / "out", "--architecture", "dinat-mini"
+    )
+    assert status == 0 and done["architecture"] == "dinat_mini"
+
+
 def test_convert_a_checkpoint(tmp_path, capsys, no_sockets):
     torch.manual_seed(0)
     model = natcupy.create_model("nat-mini", num_classes=3)
@@ -377,6 +388,13 @@ def test_publish_checks_names_first_and_goes_on_after_a_failure(hub, tmp_path, c
     assert "does not exist" in done[0].error and ".pth file only" in done[1].error
     status, entries, error = run(capsys, "publish", "vitrpb-small", "--org", "me", "--dry-run")
     assert status == 1 and entries[0]["error"] and "vitrpb_small.in1k" in error
+
+
+def test_the_table_of_a_dense_model(capsys, no_sockets):
+    assert main(["publish", "upernet-nat-mini", "--org", "me", "--dry-run"]) == 1
+    told = capsys.readouterr()
+    assert "upernet_nat_mini.ade20k  me/upernet_nat_mini.ade20k" in told.out
+    assert "create_model('upernet-nat-mini')" in told.err and no_sockets == []
 
 
 def test_originals_are_preferred(tiny_release, tmp_path, no_sockets):

@@ -109,6 +109,8 @@ def test_other_classes(name, tmp_path, caplog):
     with caplog.at_level("WARNING", "natcupy.hub"):
         other = natcupy.from_pretrained(folder, num_classes=9, drop_path_rate=0.3)
     fresh = [n for n in other.state_dict() if n in caplog.text]
+    assert "of another shape in model.safetensors" in caplog.text
+    assert "not in model.safetensors" not in caplog.text
     assert fresh and all(n.split(".")[-2] in dense.CLASSIFIERS.pattern for n in fresh)
     assert other.num_classes == 9 == other.config.num_classes and len(other.label_names) == 9
     assert other.config.backbone.drop_path_rate == 0.3

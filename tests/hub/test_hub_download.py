@@ -295,8 +295,9 @@ def test_cut_transfers_resume(hub, load, files):
 
 
 def test_not_found(hub, load):
-    with pytest.raises(NotFound, match="does not exist on the Hub, or it is private"):
+    with pytest.raises(NotFound, match="does not exist on the Hub, or it is private") as caught:
         load("me/absent")
+    assert str(caught.value).startswith("there is no folder or file me/absent here, and me/absent")
     with pytest.raises(NotFound, match="nat-tiny"):
         load("me/nat-tinny")
     for name in ("me/..", "me/a@..", "me/a@x y", "a/b/c", "https://hub/a/b"):

@@ -218,8 +218,13 @@ def test_the_file_name_says_which_one(tmp_path):
     other = path.rename(tmp_path / "checkpoint.pth")
     with pytest.raises(CheckpointError, match=r"nat-mini, dinat-mini.*architecture="):
         hub.from_pretrained(other)
-    with pytest.raises(CheckpointError, match=r"depths .* instead of"):
+    how = r"architecture='nat-mini', or `natcupy convert FILE FOLDER --architecture nat-mini`"
+    with pytest.raises(CheckpointError, match=how):
+        hub.from_pretrained(other)
+    with pytest.raises(CheckpointError, match=r"depths .* instead of.* --architecture NAME"):
         hub.from_pretrained(other, architecture="nat_tiny")
+    with pytest.raises(ValueError, match=r"list_models.*natcupy models.*'nat-digits'"):
+        hub.from_pretrained(other, architecture="nat-digits")
     with pytest.raises(ValueError, match="list_models"):
         hub.from_pretrained(other, architecture="nat_giant")
 
@@ -251,6 +256,10 @@ def test_num_classes_replaces_the_head_and_nothing_else(tmp_path, caplog):
     with caplog.at_level("WARNING", "natcupy.hub"):
         loaded = hub.from_pretrained(folder, num_classes=7)
     assert "head.weight" in caplog.text
+    assert "of another shape in model.safetensors, initialised afresh: head.bias ((5,) there, " in (
+        caplog.text
+    )
+    assert "not in" not in caplog.text
     assert loaded.head.weight.shape == (7, 16) and loaded.head.weight.abs().max() < 1
     assert loaded.config.num_classes == 7 == loaded.pretrained_cfg["num_classes"]
     assert "label_names" not in loaded.pretrained_cfg

@@ -1,6 +1,6 @@
 """LoRA on the attention of a NAT: few parameters train, and are merged into plain weights.
 
-    python examples/lora.py DATA OUTPUT
+    python examples/lora.py DATA OUTPUT [--model NAME] [--epochs N]
 
 In: a folder with a folder of pictures per class. Out: the folder of a run; its `model` is a model
 like any other, since the adapters are merged. Needs peft: pip install peft.
@@ -8,20 +8,19 @@ like any other, since the adapters are merged. Needs peft: pip install peft.
 
 from __future__ import annotations
 
-import sys
+import argparse
 
 import natcupy
 from natcupy.data import find
 from natcupy.train import Result, TrainConfig, finetune
 
-try:
-    from peft import LoraConfig, get_peft_model
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(f"{error}; this example needs peft: pip install peft") from None
-
 
 def finetune_lora(data: str, output: str, model: str = "nat-digits", **numbers) -> Result:
     """Adapters on `qkv` and `proj` of every attention, and a fresh head."""
+    try:  # here, so that `--help` works without it
+        from peft import LoraConfig, get_peft_model
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{error}; this example needs peft: pip install peft") from None
     split = find(data)
     base = natcupy.from_pretrained(model, num_classes=len(split.classes))
     adapters = LoraConfig(
@@ -33,5 +32,21 @@ def finetune_lora(data: str, output: str, model: str = "nat-digits", **numbers) 
     return finetune(lora, split.train, split.val, config, data_name=split.name)
 
 
+def main() -> None:
+    """Read the arguments, train, print the scores."""
+    parser = argparse.ArgumentParser(description="Finetune a NAT with LoRA, by peft.")
+    parser.add_argument("data", metavar="DATA", help="folder with a folder of pictures per class")
+    parser.add_argument("output", metavar="OUTPUT", help="folder of the run: new, or empty")
+    parser.add_argument(
+        "--model", default="nat-digits", help="name, folder or org/name (default: %(default)s)"
+    )
+    parser.add_argument("--epochs", type=int, default=10, metavar="N", help="default: %(default)s")
+    arguments = parser.parse_args()
+    result = finetune_lora(
+        arguments.data, arguments.output, arguments.model, epochs=arguments.epochs
+    )
+    print(result.scores)
+
+
 if __name__ == "__main__":
-    print(finetune_lora(sys.argv[1], sys.argv[2]).scores)
+    main()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import random
 import warnings
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from natcupy.train.config import FREE
 from natcupy.train.engine import _Engine
 from natcupy.train.loading import prepare
 from natcupy.train.optimizer import Average, make_optimizer, make_schedule, rate
+from natcupy.train.task import Task
 from natcupy.zoo import ModelConfig, build_model
 from natcupy.zoo.config import ConfigError
 from natcupy.zoo.preprocess import Preprocess
@@ -177,6 +179,13 @@ def test_plan():
     assert loaders.Plan.of(7, config(batch_size=8, mixup=1.0), 1).batch_size == 6
     with pytest.raises(TrainError, match="an item for each of 4 processes"):
         loaders.Plan.of(3, config(), 4)
+    with pytest.raises(
+        TrainError, match=r"at least 2 pictures, got 1 \(batch_size 1;.*: why\. Set"
+    ):
+        loaders.Plan.of(9, config(batch_size=1), 1, 2, "why")
+    with pytest.raises(TrainError, match=r"got 1 \(batch_size 32; 5 pictures for 3.*Add pictures"):
+        loaders.Plan.of(5, config(), 3, 2, "why")
+    assert loaders.Plan.of(9, config(batch_size=3), 1, 2, "why").batch_size == 3
     with pytest.raises(TrainError, match=r"a pair to mix for .* got 1 items.* cutmix to 0"):
         loaders.Plan.of(1, config(cutmix=1.0), 1)
 
@@ -272,6 +281,30 @@ def test_sums_are_kept_without_a_wait_for_the_gpu():
         for _ in range(2):
             _Engine._add(engine, "loss", loss, 3)
     assert engine.sums["loss"].device.type == "cuda" and not copies
+
+
+# ---------------------------------------------------------------- the best epoch
+
+
+@pytest.mark.parametrize(
+    ("row", "best", "wanted"),
+    [
+        ((0.5, 1.0, 1.0), None, True), ((0.6, 9.0, 9.0), (0.5, 1.0, 1.0), True),
+        ((0.4, 0.1, 0.1), (0.5, 1.0, 1.0), False), ((0.5, 0.9, 2.0), (0.5, 1.0, 1.0), True),
+        ((0.5, 1.1, 0.1), (0.5, 1.0, 1.0), False), ((0.5, 1.0, 0.1), (0.5, 1.0, 1.0), False),
+        ((0.5, None, 0.9), (0.5, None, 1.0), True), ((0.5, None, 1.0), (0.5, None, 1.0), False),
+        ((None, None, 0.1), (0.5, 1.0, 1.0), False), ((None, None, 0.1), None, False),
+    ],
+)  # fmt: skip
+def test_the_better_epoch(row, best, wanted):
+    """By the metric, then the held-out loss, or that in training where there is no other."""
+
+    def told(values):
+        pairs = zip(("val_miou", "val_loss", "train_loss"), values, strict=True)
+        return {name: value for name, value in pairs if value is not None}
+
+    task = SimpleNamespace(metric="val_miou")
+    assert Task.is_better(task, told(row), best and told(best)) is wanted
 
 
 # ---------------------------------------------------------------- augmentation
@@ -413,4 +446,47 @@ def test_drawings_on_a_transparent_ground(tmp_path):
 def test_workers_of_a_run(monkeypatch):
     monkeypatch.setattr(loaders, "usual_workers", lambda processes: 10 + processes)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert loaders._workers(config()) == 12 and loaders._workers(config(workers=0)) == 0
+    gpu = torch.device("cuda")
+    assert loaders._workers(config(), gpu) == 12 and loaders._workers(config(workers=0), gpu) == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_items_are_read_on_one_thread(workers):
+    class Threads:
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, index):
+            if index == 5 and refuses:
+                raise ValueError("unreadable")
+            return torch.get_num_threads()
+
+    before, made = torch.get_num_threads(), config(batch_size=2, workers=workers)
+    plan = loaders.Plan.of(6, made, 1)
+    torch.set_num_threads(3)
+    try:
+        for refuses in (False, True):
+            loader = loaders.training(Threads(), plan, made, 0, 0, 0, list, torch.device("cpu"))
+            if refuses:
+                with pytest.raises(ValueError, match="unreadable"):
+                    list(loader)
+            else:
+                assert list(loader) == [[1, 1]] * 3
+            assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "threads", "wanted"),
+    [(2, 1, 2, 0), (2, 1, 1, 1), (64, 1, 32, 8), (16, 4, 1, 3), (16, 1, 14, 2), (1, 1, 4, 0)],
+)
+def test_workers_beside_training_on_a_cpu(monkeypatch, cores, processes, threads, wanted):
+    """They get the processors that torch's threads leave free; those that are asked for, always."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    cpu = torch.device("cpu")
+    assert loaders._workers(config(), cpu) == wanted
+    assert loaders._workers(config(workers=5), cpu) == 5
+    assert loaders._workers(config(), torch.device("cuda")) == max(min(cores // processes, 8), 1)

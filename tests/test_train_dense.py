@@ -161,6 +161,25 @@ def test_the_command(maps, objects, tmp_path, capsys):
     assert not (tmp_path / "c").exists()
 
 
+def test_a_batch_of_one_is_refused_before_the_first_step(maps, objects, tmp_path):
+    """A UPerNet cannot learn from it; the folder stays free for better numbers."""
+    parts = find_maps(maps)
+    for changes, told in (
+        ({"batch_size": 1}, r"at least 2 pictures, got 1 \(batch_size 1;.*Set batch_size to 2"),
+        ({"accumulate": 7}, r"got 1 \(batch_size 4; 12 pictures for 1.*7 passes\).*Add pictures"),
+    ):
+        with pytest.raises(TrainError, match=told):
+            finetune_dense(
+                small("upernet", 4, SEGMENT_NAMES), parts["train"], None,
+                config(tmp_path / "run", epochs=1, **changes),
+            )  # fmt: skip
+        assert not (tmp_path / "run").exists()
+    finetune_dense(
+        small("mask_rcnn", 3, NAMES), CocoPictures(objects).subset(range(3)), None,
+        config(tmp_path / "other", epochs=1, batch_size=1), views=PLAIN["detection"],
+    )  # fmt: skip
+
+
 def test_other_classes_keep_the_rest():
     model = small("mask_rcnn", 5, tuple("abcde"))
     other = prepare(model, NAMES, config("x"))

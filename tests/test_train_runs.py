@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -19,7 +20,7 @@ from runs import LONG, ROOT, config, draw_stripes, locks_of, same, settled, step
 import natcupy
 from natcupy.data import DataError, find
 from natcupy.hub import Corrupt
-from natcupy.train import TrainError, finetune, run
+from natcupy.train import Classification, TrainError, finetune, run
 from natcupy.train.optimizer import rate
 
 pytest.importorskip("accelerate", reason="training needs accelerate: pip install 'natcupy[train]'")
@@ -74,6 +75,17 @@ def test_scores_are_those_of_the_kept_model(done, stripes):
     assert np.array_equal(done.confusion, counts)
     assert done.scores["val_accuracy"] == counts.trace() / counts.sum()
     assert done.scores["val_accuracy"] == max(row["val_accuracy"] for row in done.history)
+
+
+def test_of_equally_good_epochs_the_lower_loss_is_kept(stripes, tmp_path, monkeypatch):
+    losses = iter((0.9, 0.3, 0.5, 0.3))  # of three epochs, and of the weights that were kept
+
+    def score(self, found):
+        return {"val_loss": next(losses), "val_accuracy": 0.5}
+
+    monkeypatch.setattr(Classification, "score", score)
+    result = finetune(tiny(), stripes, None, config(tmp_path / "run", epochs=3))
+    assert result.epoch == 2 and result.scores["val_loss"] == 0.3
 
 
 def test_it_learns(stripes, tmp_path):
@@ -210,6 +222,47 @@ def test_an_extended_run_has_the_rates_of_a_longer_one(done, stripes, tmp_path, 
     assert "3 epochs are done; extended to 5" in capsys.readouterr().err
 
 
+def test_a_finished_run_says_that_nothing_is_left(done, stripes, tmp_path, capsys):
+    output = tmp_path / "run"
+    shutil.copytree(done.folder, output)
+    result = finetune(tiny(), stripes, None, config(output, **LONG, resume=True))
+    told = "the run is finished (3 of 3 epochs), nothing is left to train. More --epochs (epochs=)"
+    assert told in capsys.readouterr().err and result.history == done.history
+    finetune(tiny(), stripes, None, config(output, **{**LONG, "epochs": 4}, resume=True))
+    finetune(tiny(), stripes, None, config(tmp_path / "other", epochs=1, resume=True))
+    assert "nothing is left" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_kept_no_step_begins_anew(stripes, tmp_path, stop_at, one_thread, resume):
+    """Nothing of it is to be lost: other numbers reach what they reach in an empty folder."""
+    output = tmp_path / "run"
+    stop_at(0)
+    with pytest.raises(StoppedError):
+        finetune(tiny(), stripes, None, config(output, **LONG))
+    stop_at(10**9)
+    other = {**LONG, "lr": 1e-3, "epochs": 2, "seed": 3, "ema_decay": 0.0}
+    finetune(tiny(), stripes, None, config(output, **other, resume=resume))
+    finetune(tiny(), stripes, None, config(tmp_path / "whole", **other))
+    same(weights(output), weights(tmp_path / "whole"))
+    assert settled(output / "log.csv") == settled(tmp_path / "whole" / "log.csv")
+    records = [json.loads((each / run.RUN).read_text()) for each in (output, tmp_path / "whole")]
+    assert records[0] == records[1]
+    assert not (output / "checkpoint" / "average.safetensors").exists()
+
+
+def test_a_run_that_kept_a_step_is_not_begun_anew(stripes, tmp_path, stop_at):
+    output = tmp_path / "run"
+    stop_at(4)
+    with pytest.raises(StoppedError):
+        finetune(tiny(), stripes, None, config(output, **LONG))
+    with pytest.raises(TrainError, match="holds a run already"):
+        finetune(tiny(), stripes, None, config(output, **LONG))
+    with pytest.raises(TrainError, match=r"differs in lr \(was 0.005, now 0.1\)"):
+        finetune(tiny(), stripes, None, config(output, **{**LONG, "lr": 0.1}, resume=True))
+    assert step_of(output / "checkpoint" / "state.json") == 3
+
+
 # ---------------------------------------------------------------- refused, nothing lost
 
 
@@ -225,6 +278,24 @@ def test_a_folder_in_use(done, stripes, tmp_path):
         finetune(tiny(), stripes, None, config(tmp_path))
     with pytest.raises(TrainError, match="cannot be made"):
         finetune(tiny(), stripes, None, config(tmp_path / "thesis.txt" / "run"))
+
+
+@pytest.mark.parametrize("left", ["log.csv", "model", "a damaged checkpoint"])
+def test_what_a_run_left_without_its_checkpoint_stays(done, stripes, tmp_path, left):
+    output = tmp_path / "run"
+    output.mkdir()
+    shutil.copy(done.folder / run.RUN, output)
+    if left == "a damaged checkpoint":
+        (output / "checkpoint").mkdir()
+        (output / "checkpoint" / "state.json").write_text("{")
+    elif left == "model":
+        shutil.copytree(done.folder / left, output / left)
+    else:
+        shutil.copy(done.folder / left, output)
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    with pytest.raises(TrainError, match="holds a run already"):
+        finetune(tiny(), stripes, None, config(output, **LONG))
+    assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*")}
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root writes anywhere")
@@ -357,6 +428,56 @@ def test_the_command(stripes, tmp_path, capsys):
     assert main([*words[:4], "--output", str(tmp_path / "x"), "--recipe", "nat-in1"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], r"channels and crop mode 'ink'\. Set it to ''\. Flags: --auto-augment "
+             r"\(rand-m9-mstd0\.5-inc1 by --recipe nat-in1k\)\.$"),
+        (["--epochs", "1"], r"fewer than epochs, got 20 of 1.* Flags: --warmup-epochs \(20 by "
+                            r"--recipe nat-in1k\), --epochs\.$"),
+        (["--epochs", "1", "--warmup-epochs", "2"], r"Flags: --warmup-epochs, --epochs\.$"),
+    ],
+)  # fmt: skip
+def test_errors_about_numbers_name_their_flags(stripes, tmp_path, capsys, words, told):
+    from natcupy.cli import main
+
+    command = ["finetune", str(stripes), "--model", "nat-digits", "--recipe", "nat-in1k"]
+    assert main([*command, "--output", str(tmp_path / "run"), *words]) == 1
+    said = capsys.readouterr().err.strip()
+    assert re.search(told, said), said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "flags"),
+    [
+        ("a head that is kept. Set head to 'auto'.", ["--head"]),
+        ("the run in /runs/seed/lr-1 is one. Continue with --resume, or --epochs.", []),
+        ("min_lr must not be above lr.", ["--min-lr", "--lr"]),
+        ("crop_scale must be two numbers.", ["--crop-scale (0.08, 1.0)"]),
+    ],
+)
+def test_flags_of_an_error(text, flags):
+    from natcupy.cli.finetune_errors import flags_of
+    from natcupy.cli.parser import build_parser
+
+    words = ["finetune", "D", "--model", "m", "--output", "o", "--recipe", "nat-in1k"]
+    typed = ["--head", "auto", "--lr", "1", "--min-lr", "2"]
+    found = flags_of(text, build_parser().parse_args([*words, *typed]))
+    by = " by --recipe nat-in1k"
+    assert [each.replace("((", "(").replace(f"){by})", ")") for each in found] == flags
+
+
+# ---------------------------------------------------------------- examples
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
+def test_an_example_without_arguments_tells_its_usage(path):
+    done = subprocess.run([sys.executable, path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"usage: {path.name}") and "Traceback" not in done.stderr
+
+
 # ---------------------------------------------------------------- two at once
 
 
@@ -391,6 +512,44 @@ def test_a_run_that_another_process_trains(stripes, tmp_path, monkeypatch, syste
         other.kill()
     finetune(tiny(), stripes, None, config(output, epochs=1))
     assert not (output / run.RUNNING).exists() and (output / "model").is_dir()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the lock of Unix")
+def test_a_run_without_steps_that_another_process_trains(stripes, tmp_path, stop_at):
+    """It is not begun anew under that process's feet."""
+    output = tmp_path / "run"
+    stop_at(0)
+    with pytest.raises(StoppedError):
+        finetune(tiny(), stripes, None, config(output, epochs=1))
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    command = [sys.executable, "-c", HOLDER, str(output), "unix"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT / "tests", **pipes) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(TrainError, match=rf"process {other.pid} of .*trains in"):
+            finetune(tiny(), stripes, None, config(output, epochs=2))
+        assert before == {path: path.read_bytes() for path in before}
+        other.kill()
+
+
+def test_a_run_that_takes_its_first_steps_meanwhile(done, stripes, tmp_path, stop_at, monkeypatch):
+    """Whether there is something to lose is asked again once the folder is held."""
+    output = tmp_path / "run"
+    stop_at(0)
+    with pytest.raises(StoppedError):
+        finetune(tiny(), stripes, None, config(output, **LONG))
+    take = run.Hold.take
+
+    def late(self, folder):
+        shutil.copytree(done.folder / "checkpoint", folder / "checkpoint", dirs_exist_ok=True)
+        take(self, folder)
+
+    monkeypatch.setattr(run.Hold, "take", late)
+    with pytest.raises(TrainError, match="holds a run already"):
+        finetune(tiny(), stripes, None, config(output, **LONG))
+    kept = output / "checkpoint" / "state.json"
+    assert kept.read_bytes() == (done.folder / "checkpoint" / "state.json").read_bytes()
+    assert not (output / run.RUNNING).exists()
 
 
 def test_a_log_that_nobody_can_read_ends_no_run(monkeypatch):

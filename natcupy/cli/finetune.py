@@ -11,17 +11,24 @@ import argparse
 
 from natcupy.cli import console
 from natcupy.cli.finetune_arguments import given
+from natcupy.cli.finetune_errors import with_flags
 from natcupy.data import find
 from natcupy.train import TrainConfig, finetune, load_model
 from natcupy.train.finetuning import describe, is_first
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Find the data, load the model, train, report."""
-    if arguments.task != "classification":
+    """Do it; errors about a number name its flag."""
+    with with_flags(arguments):
+        if arguments.task == "classification":
+            return _classifier(arguments)
         from natcupy.cli import finetune_dense
 
         return finetune_dense.run(arguments)
+
+
+def _classifier(arguments: argparse.Namespace) -> int:
+    """Find the data, load the model, train, report."""
     config = TrainConfig.of(arguments.recipe, **given(arguments))
     split = find(
         arguments.data, seed=config.seed, val_fraction=arguments.val_fraction, val=arguments.val

@@ -54,12 +54,22 @@ FIELDS: dict[str, tuple[type | None, str, str]] = {
     "grad_checkpointing": (None, "", "recompute activations: less memory, more time"),
     "head": (str, "WHAT", "auto, keep or fresh (default: auto, fresh for other labels)"),
     "image_size": (int, "PIXELS", "side of the pictures (default: the model's)"),
-    "keep": (str, "WHICH", "best or last epoch's weights (default: best)"),
+    "keep": (
+        str,
+        "WHICH",
+        "best or last epoch's weights; of equally good epochs the one with the lower loss is best "
+        "(default: best)",
+    ),
     "eval_every": (int, "N", "epochs between examinations (default: 1)"),
     "checkpoint_steps": (int, "N", "steps between checkpoints, 0 for epochs (default: 0)"),
     "progress": (None, "", "a bar (default: on a terminal)"),
     "seed": (int, "N", "default: 0"),
-    "workers": (int, "N", "processes that read pictures (default: by the cores)"),
+    "workers": (
+        int,
+        "N",
+        "processes that read pictures, 0 for none (default: by the cores beside a GPU; on a CPU as "
+        "many as torch's threads leave free)",
+    ),
 }
 SPANS = {
     "betas": "of AdamW (default: 0.9 0.999)",

@@ -125,12 +125,15 @@ class TrainConfig:
         head: "auto" keeps the classifier if its label names are those of the data, else makes a
             fresh one; "keep" insists on keeping it, "fresh" on a new one.
         image_size: side of the pictures, in pixels; None for the model's own.
-        keep: the weights of the "best" epoch on the held-out pictures, or of the "last" one.
+        keep: the weights of the "best" epoch on the held-out pictures, or of the "last" one. Best
+            is the highest accuracy, mean IoU or box AP; of equals the lowest loss on the held-out
+            pictures, or in training for tasks that measure no other; then the first.
         eval_every: epochs between examinations; the last epoch always has one.
         checkpoint_steps: steps between checkpoints within an epoch; 0: at the ends of epochs.
         seed: decides first weights of new heads, order, augmentation and dropped paths.
-        workers: processes that read pictures, per process that trains; 0 for none; None: by the
-            processors that it may use.
+        workers: processes that read pictures, per process that trains; 0 for none; None: one for
+            each processor that it may use, up to 8, beside a GPU; on a CPU only for processors that
+            torch's threads leave free, so none where these take all.
         resume: continue the run in `output`, or start it where there is none.
         progress: show a bar; None: where the output is a terminal.
     """

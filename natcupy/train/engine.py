@@ -104,7 +104,10 @@ class _Engine:
         self.accelerator = accelerator = make_accelerator(config)
         self.device: torch.device = accelerator.device
         self.main: bool = accelerator.is_main_process
-        plan = loaders.Plan.of(len(task.training_items), config, accelerator.num_processes)
+        plan = loaders.Plan.of(
+            len(task.training_items), config, accelerator.num_processes, task.fewest,
+            task.why_fewest,
+        )  # fmt: skip
         self.plan = plan
         self.steps = plan.steps * (config.epochs + config.cooldown_epochs)
         self._on_main(lambda: run.claim(config, {**task.facts(), **facts}, hold))
@@ -125,6 +128,13 @@ class _Engine:
             self.bar.say(
                 f"{len(self.task.training_items):,} items make batches of {plan.batch_size}, not "
                 f"{wanted}{shared if shares > 1 else ''}"
+            )
+        if self.progress.step and self.progress.step >= self.steps:
+            cooldown = self.config.cooldown_epochs
+            also = f" and {cooldown} of cool-down" if cooldown else ""
+            self.bar.say(
+                f"the run is finished ({self.config.epochs} of {self.config.epochs} epochs{also}), "
+                "nothing is left to train. More --epochs (epochs=) extend it"
             )
         if self.extended:
             before, after = self.progress.epochs[-2:]
@@ -259,8 +269,7 @@ class _Engine:
         """Log the epoch, remember it if it is the best so far, and save."""
         progress = self.progress
         row["peak_bytes"] = run.peak_memory(self.device)
-        score, metric = row.get(self.task.metric), self.task.metric
-        better = score is not None and (progress.best is None or score > progress.best[metric])
+        better = self.task.is_better(row, progress.best)
         progress.history.append(row)
         progress.sums, self.sums = {}, {}
         if better:

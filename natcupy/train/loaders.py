@@ -38,16 +38,29 @@ class Plan:
     steps: int
 
     @classmethod
-    def of(cls, count: int, config: TrainConfig, processes: int) -> Plan:
+    def of(
+        cls, count: int, config: TrainConfig, processes: int, fewest: int = 1, why: str = ""
+    ) -> Plan:
         """The plan for `count` items. Few items make the batch smaller; what is over is left out.
 
-        Raises TrainError where there is not even one item each.
+        Raises TrainError where a batch would have fewer than `fewest` items, which is `why`, or
+        not even one.
         """
         shares = processes * config.accumulate
         mixes = bool(config.mixup or config.cutmix)
-        fewest = 2 if mixes else 1  # pictures are mixed in pairs
         batch = min(config.batch_size, count // shares)
-        batch -= batch % fewest
+        batch -= batch % (2 if mixes else 1)  # pictures are mixed in pairs
+        if 0 < batch < fewest:
+            raise TrainError(
+                f"a batch must have at least {fewest} pictures, got {batch} (batch_size "
+                f"{config.batch_size}; {count} pictures for {processes} processes x "
+                f"{config.accumulate} passes): {why}. "
+                + (
+                    f"Set batch_size to {fewest} or more."
+                    if config.batch_size < fewest
+                    else "Add pictures, or use fewer processes or passes."
+                )
+            )
         if not batch:
             raise TrainError(
                 f"a step must have {'a pair to mix' if mixes else 'an item'} for each of "
@@ -71,6 +84,21 @@ class Drawn(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> Any:
         with randomness.drawn_from(self.seed, *key):
             return self.items[key[1]]
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Any]:
+        """Items of a batch, on one thread, as torch has it in workers.
+
+        An item is small: threads would spend more on waiting for each other than they save, and
+        far more where other processes use the cores.
+        """
+        threads = torch.get_num_threads()
+        if threads == 1:
+            return [self[key] for key in keys]
+        torch.set_num_threads(1)
+        try:
+            return [self[key] for key in keys]
+        finally:
+            torch.set_num_threads(threads)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -122,10 +150,25 @@ def examination(
         yield batch, sum(counts[number * batch_size :][:batch_size])
 
 
-def _workers(config: TrainConfig) -> int:
+def _workers(config: TrainConfig, device: torch.device) -> int:
+    """Processes that read. On a CPU they get what torch's threads leave free.
+
+    Those threads wait for each other after every operation: one reader on a core of theirs stops
+    them all, again and again.
+    """
     if config.workers is not None:
         return config.workers
-    return usual_workers(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    usual = usual_workers(processes)
+    if device.type != "cpu":
+        return usual
+    return max(min(_cores() // processes - torch.get_num_threads(), usual), 0)
+
+
+def _cores() -> int:
+    """Processors that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _loader(
@@ -138,7 +181,7 @@ def _loader(
     return DataLoader(
         items,
         batch_sampler=batches,
-        num_workers=min(_workers(config), len(batches)),
+        num_workers=min(_workers(config, device), len(batches)),
         collate_fn=collate,
         pin_memory=device.type == "cuda",
         worker_init_fn=leave_with_parent,

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -32,10 +33,13 @@ except ImportError:  # everywhere else
 
 import torch
 
+from natcupy.hub.errors import Corrupt
 from natcupy.hub.files import write_folder
+from natcupy.train import checkpoint
 from natcupy.train.config import TrainConfig, TrainError
 
 RUN, LOG_CSV, LOG_JSON, CHECKPOINT = "run.json", "log.csv", "log.json", "checkpoint"
+MODEL = "model"
 RUNNING = ".running"
 _BEYOND = 1 << 20  # the byte that is locked on Windows, where nobody may read what is locked
 
@@ -112,6 +116,9 @@ def _lock(file: int) -> None:
 def claim(config: TrainConfig, facts: Mapping[str, Any], hold: Hold) -> Path:
     """Make the folder of a run, or check that it holds the run to be continued; and hold it.
 
+    A run that ended before it kept a step has nothing to lose: it is begun anew where it is not
+    continued, or with other numbers.
+
     Raises:
         TrainError: it holds a run and none is to be continued; another run; other files; another
             process trains there; or it cannot be written. Nothing in it was changed.
@@ -119,15 +126,12 @@ def claim(config: TrainConfig, facts: Mapping[str, Any], hold: Hold) -> Path:
     folder = Path(config.output).expanduser()
     wanted = {"config": config.binding(), "facts": json.loads(json.dumps(dict(facts)))}
     had = _read(folder / RUN)
-    if had is not None and not config.resume:
-        raise TrainError(
-            f"{folder} holds a run already. Continue it with --resume (resume=True), or choose "
-            "another output."
-        )
     if had is not None:
-        _same_run(folder, had, wanted)
+        if _is_begun(folder):
+            _check_continued(folder, had, wanted, config.resume)
         _writable(folder)
         hold.take(folder)
+        _take_over(folder, had, wanted, config.resume)
         return folder
     if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise TrainError(
@@ -148,9 +152,58 @@ def claim(config: TrainConfig, facts: Mapping[str, Any], hold: Hold) -> Path:
                 folder.rmdir()
         raise
     hold.take(folder)
+    _write_record(folder, wanted)
+    return folder
+
+
+def _take_over(
+    folder: Path, had: Mapping[str, Any], wanted: Mapping[str, Any], resume: bool
+) -> None:
+    """Continue the run of a folder that is held, or begin it anew if it kept no step."""
+    had = _read(folder / RUN) or had  # again: until now another process may have trained
+    if _is_begun(folder):
+        _check_continued(folder, had, wanted, resume)
+        return
+    if resume and all(had[part] == wanted[part] for part in wanted):
+        return
+    state = folder / CHECKPOINT
+    (state / checkpoint.STATE).unlink(missing_ok=True)  # first: no checkpoint is read in part
+    if state.is_dir():
+        shutil.rmtree(state)
+    _write_record(folder, wanted)
+
+
+def _is_begun(folder: Path) -> bool:
+    """Whether the run of a folder has kept anything: a step, a log or a model."""
+    if any((folder / name).exists() for name in (LOG_CSV, LOG_JSON, MODEL)):
+        return True
+    try:
+        progress = checkpoint.read(folder / CHECKPOINT)
+    except (Corrupt, OSError):
+        return True  # nobody knows
+    return progress is not None and progress.step > 0
+
+
+def _check_continued(
+    folder: Path, had: Mapping[str, Any], wanted: Mapping[str, Any], resume: bool
+) -> None:
+    """Raise TrainError unless the run of a folder is to be continued, with its own numbers."""
+    if not resume:
+        raise TrainError(
+            f"{folder} holds a run already. Continue it with --resume (resume=True), or choose "
+            "another output."
+        )
+    different = _differences(had, wanted)
+    if different:
+        raise TrainError(
+            f"a run is continued with what it began with; {folder} differs in "
+            f"{'; '.join(different[:5])}. Give the same, or choose another output."
+        )
+
+
+def _write_record(folder: Path, wanted: Mapping[str, Any]) -> None:
     text = json.dumps({"natcupy run": 1, **wanted, "environment": environment()}, indent=1)
     write_folder(folder, {RUN: lambda path: path.write_bytes(text.encode())})
-    return folder
 
 
 def environment() -> dict[str, Any]:
@@ -240,8 +293,8 @@ def _read(path: Path) -> dict[str, Any] | None:
         raise TrainError(f"{path} is not the record of a run ({error}). Restore it.") from None
 
 
-def _same_run(folder: Path, had: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    different = [
+def _differences(had: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    return [
         f"{name} (was {before.get(name)!r}, now {now.get(name)!r})"
         for part in ("config", "facts")
         for before, now in ((had[part], wanted[part]),)
@@ -249,11 +302,6 @@ def _same_run(folder: Path, had: Mapping[str, Any], wanted: Mapping[str, Any]) -
         if before.get(name) != now.get(name)
         and name != "epochs"  # a finished run may be extended: the checkpoint tells
     ]
-    if different:
-        raise TrainError(
-            f"a run is continued with what it began with; {folder} differs in "
-            f"{'; '.join(different[:5])}. Give the same, or choose another output."
-        )
 
 
 def _writable(folder: Path) -> None:

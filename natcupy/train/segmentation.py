@@ -42,6 +42,11 @@ class Segmentation(Task):
     name = "segmentation"
     metric = "val_miou"
     shown = ("train_decode", "val_miou")
+    fewest = 2
+    why_fewest = (
+        "the batch norm of a UPerNet needs two values, and at any picture size one of its maps has "
+        "a single pixel of each picture"
+    )
 
     def __init__(
         self,

@@ -38,7 +38,10 @@ class Task(ABC):
 
     Attributes:
         name: in logs and cards.
-        metric: the score by which epochs are compared; more is better.
+        metric: the score by which epochs are compared; more is better, and of equals the one with
+            the lower loss (`is_better`).
+        fewest: items that a forward pass in training must have.
+        why_fewest: the reason, where it is more than one.
         shown: names of what the bar and the curves show, from `Loss.parts` and `score`.
         training_items, held_out_items: indexable, with a length; items come from worker processes
             and may draw from Python's, NumPy's and torch's generators, which are set for each item.
@@ -48,12 +51,27 @@ class Task(ABC):
     name: str
     metric: str
     shown: tuple[str, ...] = ()
+    fewest: int = 1
+    why_fewest: str = ""
     training_items: Any
     held_out_items: Any | None
 
     def facts(self) -> dict[str, Any]:
         """JSON values that a continued run must share with the run it continues."""
         return {"training items": len(self.training_items)}
+
+    def is_better(self, row: Mapping[str, Any], best: Mapping[str, Any] | None) -> bool:
+        """Whether the epoch of one row of the log is better than that of another.
+
+        By `metric`; equals by the lower `val_loss`, or by the lower `train_loss` where the task
+        has no other. Of epochs that are equal in that too the first is kept. A row that was not
+        examined is never better.
+        """
+        score = row.get(self.metric)
+        if score is None or best is None or score != best[self.metric]:
+            return score is not None and (best is None or score > best[self.metric])
+        loss = "val_loss" if "val_loss" in row and "val_loss" in best else "train_loss"
+        return row[loss] < best[loss]
 
     def collate(self, items: list[Any]) -> Any:
         """Items to a batch, in the worker."""

@@ -178,8 +178,8 @@ class _Handler(Writing, BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         url = urlsplit(self.path)
-        path, self.query = unquote(url.path), parse_qs(url.query)
-        self.status = 0
+        self.asked = path = unquote(url.path)
+        self.query = parse_qs(url.query)
         self.sent = self._read_body()
         self.broken = self.hub.take_fault(self.command, path)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -187,6 +187,7 @@ class _Handler(Writing, BaseHTTPRequestHandler):
                 if self.broken.call:
                     self.broken.call()
                 if self.broken.drop:
+                    self._record(0)
                     self._hang_up()
                 elif self.broken.status:
                     raise RefusedError(self.broken.status)
@@ -197,8 +198,11 @@ class _Handler(Writing, BaseHTTPRequestHandler):
                 if refusal.code:
                     headers["X-Error-Code"] = refusal.code
                 self._send(refusal.status, b"{}", headers)
+
+    def _record(self, status: int) -> None:
+        """Before the answer: who has it may look at once at what was asked."""
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        self.hub.requests.append((self.command, path, self.status, token))
+        self.hub.requests.append((self.command, self.asked, status, token))
 
     def _hang_up(self) -> None:
         self.close_connection = True
@@ -338,7 +342,7 @@ class _Handler(Writing, BaseHTTPRequestHandler):
         )
 
     def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-        self.status = status
+        self._record(status)
         if self.broken.lost:
             return self._hang_up()
         self.send_response(status)

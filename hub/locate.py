@@ -171,7 +171,7 @@ def _repo_of(row: Row | DenseRow) -> str:
     return row.repo
 
 
-def _only_a_file(row: Row) -> str:
+def _only_a_file(row: Row | DenseRow) -> str:
     """How to come by weights that are on no repository, or to do without them."""
     name = row.arch.replace("_", "-")
     file = f"path/to/{row.original.rsplit('/', 1)[1]}"

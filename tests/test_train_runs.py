@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import re
 import resource
 import shutil
 import signal
@@ -404,78 +403,6 @@ def test_precisions_that_need_a_gpu(stripes, tmp_path):
         with pytest.raises(TrainError, match=match):
             finetune(tiny(), stripes, None, config(tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
-
-
-# ---------------------------------------------------------------- the command
-
-
-def test_the_command(stripes, tmp_path, capsys):
-    """From words to a model that classifies; JSON alone on stdout; errors in one line."""
-    from natcupy.cli import main
-
-    words = ["finetune", str(stripes), "--model", "nat-digits", "--output", str(tmp_path / "run"),
-             "--epochs", "1", "--workers", "0", "--lr", "1e-3", "--kernel-size", "5"]  # fmt: skip
-    assert main([*words, "--json"]) == 0
-    said = capsys.readouterr()
-    told = json.loads(said.out)
-    assert told["scores"].keys() == {"val_loss", "val_accuracy"} and "epoch 1/1" in said.err
-    assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["kernel_size"] == 5
-    picture = str(stripes / "down" / "00.png")
-    assert main(["classify", picture, "--model", str(tmp_path / "run" / "model"), "--json"]) == 0
-    assert "slanted" in capsys.readouterr().out
-    assert main(words) == 1
-    assert "holds a run already" in capsys.readouterr().err
-    assert main([*words[:4], "--output", str(tmp_path / "x"), "--recipe", "nat-in1"]) == 2
-
-
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        ([], r"channels and crop mode 'ink'\. Set it to ''\. Flags: --auto-augment "
-             r"\(rand-m9-mstd0\.5-inc1 by --recipe nat-in1k\)\.$"),
-        (["--epochs", "1"], r"fewer than epochs, got 20 of 1.* Flags: --warmup-epochs \(20 by "
-                            r"--recipe nat-in1k\), --epochs\.$"),
-        (["--epochs", "1", "--warmup-epochs", "2"], r"Flags: --warmup-epochs, --epochs\.$"),
-    ],
-)  # fmt: skip
-def test_errors_about_numbers_name_their_flags(stripes, tmp_path, capsys, words, told):
-    from natcupy.cli import main
-
-    command = ["finetune", str(stripes), "--model", "nat-digits", "--recipe", "nat-in1k"]
-    assert main([*command, "--output", str(tmp_path / "run"), *words]) == 1
-    said = capsys.readouterr().err.strip()
-    assert re.search(told, said), said
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("text", "flags"),
-    [
-        ("a head that is kept. Set head to 'auto'.", ["--head"]),
-        ("the run in /runs/seed/lr-1 is one. Continue with --resume, or --epochs.", []),
-        ("min_lr must not be above lr.", ["--min-lr", "--lr"]),
-        ("crop_scale must be two numbers.", ["--crop-scale (0.08, 1.0)"]),
-    ],
-)
-def test_flags_of_an_error(text, flags):
-    from natcupy.cli.finetune_errors import flags_of
-    from natcupy.cli.parser import build_parser
-
-    words = ["finetune", "D", "--model", "m", "--output", "o", "--recipe", "nat-in1k"]
-    typed = ["--head", "auto", "--lr", "1", "--min-lr", "2"]
-    found = flags_of(text, build_parser().parse_args([*words, *typed]))
-    by = " by --recipe nat-in1k"
-    assert [each.replace("((", "(").replace(f"){by})", ")") for each in found] == flags
-
-
-# ---------------------------------------------------------------- examples
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
-def test_an_example_without_arguments_tells_its_usage(path):
-    done = subprocess.run([sys.executable, path], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith(f"usage: {path.name}") and "Traceback" not in done.stderr
 
 
 # ---------------------------------------------------------------- two at once

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-from importlib import metadata
+from importlib import import_module, metadata
 from typing import Any
 
 import torch
@@ -91,7 +91,7 @@ def _versions() -> dict[str, str | None]:
 def _misfit() -> str | None:
     """Why the torchvision that is installed cannot be imported: timm and transformers need it."""
     try:
-        import torchvision  # noqa: F401
+        import_module("torchvision")
     except ModuleNotFoundError:
         return None
     except (ImportError, RuntimeError) as error:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from natcupy.zoo.preprocess import OUTSIDE_FORMATS
+from natcupy.zoo.preprocess import MISSING, OUTSIDE_FORMATS, UNKNOWN
 
 
 class Names(Sequence):
@@ -163,9 +163,9 @@ def named_files(paths: Iterable[Path], problems: list[tuple[str, str]]) -> Itera
 def why(error: BaseException) -> str:
     """The reason why a picture could not be read, on one line."""
     if isinstance(error, FileNotFoundError):
-        return "there is no such file"
+        return MISSING
     if isinstance(error, Image.UnidentifiedImageError):
-        return "this is not a picture in a format that Pillow knows"
+        return UNKNOWN
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -20,7 +20,7 @@ FUSED_0_20 = (
     "backward_kv_tile_shape", "backward_kv_splits", "backward_use_pt_reduction",
     "run_persistent_kernel", "kernel_schedule", "torch_compile", "return_lse",
 )  # fmt: skip
-TUNING = {"xformers_kwargs", "backend", *FUSED_0_20[6:17]}  # how to compute, never what
+_TUNING = {"xformers_kwargs", "backend", *FUSED_0_20[6:17]}  # how to compute, never what
 
 _FIRST = ("dim", "num_heads", "kernel_size")
 LAYER_0_14 = (*_FIRST, "dilation", "bias", "qkv_bias", "qk_scale", "attn_drop", "proj_drop")
@@ -98,8 +98,12 @@ def fused(what: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str,
             "0.20 on it is the stride. Write dilation= or stride=.",
             stacklevel=3,
         )
-    order = FUSED_0_20 if newer else FUSED_0_17
-    return {k: v for k, v in by_name(what, order, args, kwargs).items() if k not in TUNING}
+    return without_tuning(by_name(what, FUSED_0_20 if newer else FUSED_0_17, args, kwargs))
+
+
+def without_tuning(given: dict[str, Any]) -> dict[str, Any]:
+    """What a fused call computes, without how: that is natcupy's own choice."""
+    return {name: value for name, value in given.items() if name not in _TUNING}
 
 
 def layer(what: str, rank: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -307,8 +307,7 @@ def neighborhood_attention_generic(
             f"{tuple(query.shape)}."
         )
     what = "neighborhood_attention_generic"
-    given = arguments.by_name(what, arguments.FUSED_0_20, args, kwargs)
-    given = {name: x for name, x in given.items() if name not in arguments.TUNING}
+    given = arguments.without_tuning(arguments.by_name(what, arguments.FUSED_0_20, args, kwargs))
     return _FUSED[rank](query, key, value, kernel_size, **given)
 
 

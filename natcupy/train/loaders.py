@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from natcupy.data.workers import leave_with_parent, usual_workers
+from natcupy.data.workers import leave_with_parent, usable_cores, usual_workers
 from natcupy.train import randomness
 from natcupy.train.config import TrainConfig, TrainError
 
@@ -162,13 +162,7 @@ def _workers(config: TrainConfig, device: torch.device) -> int:
     usual = usual_workers(processes)
     if device.type != "cpu":
         return usual
-    return max(min(_cores() // processes - torch.get_num_threads(), usual), 0)
-
-
-def _cores() -> int:
-    """Processors that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(min(usable_cores() // processes - torch.get_num_threads(), usual), 0)
 
 
 def _loader(

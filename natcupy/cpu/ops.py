@@ -200,8 +200,9 @@ def _gradients(ctx, grad_out, grad_lse, hood, scale, run):
     if grad_out is None and grad_lse is None:
         return (None,) * 6
     grads = (grad_out, grad_lse)
-    differentiated = torch.is_grad_enabled() and _may_be_differentiated((*inputs, *grads))
-    if differentiated or (run is _dispatched and _needs_formula((*inputs, *grads))):
+    if torch.is_grad_enabled() and _may_be_differentiated((*inputs, *grads)):
+        return _differentiable_gradients(inputs, needs, *grads, hood, scale)
+    if run is _dispatched and _needs_formula((*inputs, *grads)):
         return _differentiable_gradients(inputs, needs, *grads, hood, scale)
     if grad_out is None:
         query, _, value, *_ = inputs

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from strategies import Problem, tensors
 from tolerances import close
 
-from natcupy.cpu import host, kernels, memory, plan
+from natcupy.cpu import host, kernels, memory, plan, rounds
 from natcupy.neighborhood import Neighborhood
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="maps pages as Linux does")
@@ -199,15 +199,23 @@ def test_a_thread_needs_at_most_a_megabyte(monkeypatch, case, backward, machine)
     kernels.kernel.cache_clear()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("shape", [(2, 28, 28), (3, 4000)], ids=str)
-def test_a_call_allocates_its_results_and_little_more(monkeypatch, shape, threads):
-    """Beyond them two floats for each query and head, and a megabyte for each thread."""
-    allocated = []
+@pytest.mark.parametrize("shape", [(2, 28, 28), (3, 4000), (8, 1000)], ids=str)
+def test_a_call_allocates_its_results_and_little_more(monkeypatch, shape, threads, dtype):
+    """Beyond them two floats for each query and head, and a megabyte for each thread.
+
+    Gradients in a half type that are added up take the sums of a round besides.
+    """
+    allocated = {}  # memory that is taken again counts once
     empty, take = memory.empty, memory.take_scratch
 
     def kept(make):
-        return lambda *sizes: allocated.append(make(*sizes)) or allocated[-1]
+        def made(*sizes):
+            x = make(*sizes)
+            return allocated.setdefault(id(x), x)
+
+        return made
 
     monkeypatch.setattr(memory, "empty", kept(empty))
     monkeypatch.setattr(memory, "take_scratch", kept(take))
@@ -218,16 +226,18 @@ def test_a_call_allocates_its_results_and_little_more(monkeypatch, shape, thread
         shape[1:], (7,) * rank, (1,) * rank, (1,) * rank, (False,) * rank, batch=shape[0],
         kv_heads=heads, head_dim=dim, value_dim=dim, rpb=True,
     )  # fmt: skip
-    inputs = tensors(p, torch.float32, requires_grad=True)
+    inputs = tensors(p, dtype, requires_grad=True)
     leaves = [x for x in inputs.values() if isinstance(x, torch.Tensor)]
     out = attend(p, inputs)
     results = out.nbytes
     backward = sum(x.nbytes for x in leaves)
     allowed = 2 * 4 * out[..., 0].numel() + threads * (1 << 20)
-    assert sum(x.nbytes for x in allocated) <= results + allowed
+    assert sum(x.nbytes for x in allocated.values()) <= results + allowed
     allocated.clear()
     torch.autograd.grad(out.sum(), leaves)
-    assert sum(x.nbytes for x in allocated) <= backward + allowed
+    if dtype == torch.bfloat16 and rank == 1:
+        allowed += 2 * rounds.BYTES
+    assert sum(x.nbytes for x in allocated.values()) <= backward + allowed
 
 
 @pytest.mark.skipif(

@@ -56,6 +56,11 @@ def cut(length: int, count: int, multiple: int) -> list[tuple[int, int]]:
     return [(a, min(length, a + step)) for a in range(0, length, step)]
 
 
+def even_parts(length: int, count: int) -> list[tuple[int, int]]:
+    """`length` cut into `count` parts, none empty, whose sizes differ by at most one."""
+    return [(i * length // count, (i + 1) * length // count) for i in range(count)]
+
+
 def phases(parts, windows):
     """Give each part of the queries a phase, so that parts of one phase share no key.
 

@@ -12,7 +12,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from natcupy.cpu import memory, threads
+from natcupy.cpu import memory, rounds, threads
 from natcupy.cpu.kernels import COUNTERS, PLACE, Kernel, compute_dtype, kernel
 from natcupy.cpu.memory import ALIGNMENT
 from natcupy.cpu.spec import BIAS_READ, BIAS_WIDENED, TENSORS
@@ -64,14 +64,14 @@ class _Ready:
         stripes = -(-2 * threads // (batch * heads))
         self._kernel = use = kernel(tuple(lengths), hood, *sizes, False, stripes)
         self._tasks, self._workers = batch * heads, use.workers(batch * heads, threads)
-        call = _Call(use)
+        call = Call(use)
         call.sizes(heads, key.shape[-2], scale)
         read = [call.rows(name, x) for name, x in zip(INPUTS[:3], tensors[:3], strict=True)]
         read += call.parameters(rpb, extra_keys, extra_values)
         call.strides("out", _contiguous(self._out[0]))
         call.lse_strides(_contiguous(self._lse[0]))
         self._block = call.block
-        self._calls: list[_Call] = []  # idle ones; threads take and return them in one operation
+        self._calls: list[Call] = []  # idle ones; threads take and return them in one operation
         ways = (_rows, _rows, _rows, use.bias, _rows, _rows)
         #: place, number and way to read it of each input; no way where it is read as it is
         self._inputs = [
@@ -89,7 +89,7 @@ class _Ready:
         try:
             call = self._calls.pop()
         except IndexError:  # all in use, by other threads
-            call = _Call(self._kernel, self._block)
+            call = Call(self._kernel, self._block)
         block, copies = call.block, []
         for place, i, way in self._inputs:
             x = tensors[i]
@@ -134,7 +134,7 @@ def backward(
     extra = 0 if extra_keys is None else extra_keys.shape[1]
     sizes = (head_dim, value_dim, extra, query.dtype)
     use = kernel(tuple(lengths), hood, *sizes, True, 0, grouped=heads != kv_heads)
-    call = _Call(use)
+    call = Call(use)
     call.sizes(heads, kv_heads, scale)
     for name, x in (("query", query), ("key", key), ("value", value), ("grad_out", grad_out)):
         call.rows(name, x)
@@ -146,22 +146,18 @@ def backward(
     grad_query = grad_key = grad_value = rpb_shares = None
     extra_shares: list[Tensor | None] = [None, None]
     parts = batch * use.plan.items
-    wide = compute if use.spec.adds else key.dtype
-    one = packed and want_query and want_key_value and wide == query.dtype
-    one = one and are_joined(query, key, value)
-    if one:
+    if packed and want_query and want_key_value and are_joined(query, key, value):
         whole = (*query.shape[:-2], 3, heads, head_dim)
-        grad_query, grad_key, grad_value = memory.empty(whole, wide).unbind(-3)
-    if want_query:
-        if not one:
+        grad_query, grad_key, grad_value = memory.empty(whole, query.dtype).unbind(-3)
+    else:
+        if want_query:
             grad_query = memory.empty(query.shape, query.dtype)
+        if want_key_value:
+            grad_key, grad_value = (memory.empty(x.shape, x.dtype) for x in (key, value))
+    if want_query:
         call.rows("grad_query", grad_query)
         call.set("want_query", 1)
     if want_key_value:
-        if not one:
-            grad_key, grad_value = memory.empty(key.shape, wide), memory.empty(value.shape, wide)
-        call.rows("grad_key", grad_key)
-        call.rows("grad_value", grad_value)
         call.set("want_key_value", 1)
     if want_rpb:
         shape = rpb.shape if parts == 1 else (parts, *rpb.shape)
@@ -171,10 +167,15 @@ def backward(
         for i, (name, dim) in enumerate((("key", head_dim), ("value", value_dim))):
             shares = memory.empty((batch, use.plan.items, kv_heads, extra, dim), compute)
             extra_shares[i] = call.address(f"extra_{name}_grads", shares)
-    call.run(batch * kv_heads, use.workers(batch * heads, torch.get_num_threads()))
+    workers = use.workers(batch * heads, torch.get_num_threads())
+    if want_key_value and use.spec.adds and compute != key.dtype:
+        rounds.run(call, use, {"grad_key": grad_key, "grad_value": grad_value}, workers)
+    else:
+        if want_key_value:
+            call.rows("grad_key", grad_key)
+            call.rows("grad_value", grad_value)
+        call.run(batch * kv_heads, workers)
 
-    if want_key_value and wide != key.dtype:
-        grad_key, grad_value = grad_key.to(key.dtype), grad_value.to(key.dtype)
     grad_rpb = rpb_shares if parts == 1 or not want_rpb else _sum(rpb_shares)
     if want_rpb and compute != rpb.dtype:
         grad_rpb = grad_rpb.to(rpb.dtype)
@@ -208,7 +209,7 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-class _Call:
+class Call:
     """An argument block; and what must live while it is made and used for the first time."""
 
     def __init__(self, use: Kernel, block: ctypes.Array | None = None):
@@ -225,7 +226,14 @@ class _Call:
         """Numbers that the plan does not know."""
         self.set("heads", heads)
         self.set("kv_heads", kv_heads)
+        self.begin_at(0, 0, kv_heads if self._kernel.spec.backward else heads)
         self.set("scale", ctypes.c_int64.from_buffer(ctypes.c_double(scale)).value)
+
+    def begin_at(self, batch: int, head: int, heads: int) -> None:
+        """Tasks begin with this batch entry and head, and take so many heads of each entry."""
+        self.set("round_batch", batch)
+        self.set("round_head", head)
+        self.set("round_heads", heads)
 
     def set(self, name: str, value: int) -> None:
         """Set a word."""
@@ -242,6 +250,12 @@ class _Call:
         x = self.address(name, _rows(x))
         self.strides(name, x.stride())
         return x
+
+    def rows_from(self, name: str, x: Tensor, batch: int, head: int) -> None:
+        """Rows of a tensor that begins with this batch entry and head; it must outlive the call."""
+        self.strides(name, x.stride())
+        before = batch * x.stride(0) + head * x.stride(-2)
+        self.set(name, x.data_ptr() - before * x.element_size())
 
     def strides(self, name: str, strides: Sequence[int]) -> None:
         """Those of a tensor [batch, *spatial, heads, channels]."""

@@ -62,6 +62,7 @@ def take_scratch(size: int) -> Tensor:
     except IndexError:
         found = None
     if found is None or found.numel() < size + ALIGNMENT:
+        found = None  # freed before there is more
         found = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device=CPU)
     return found
 

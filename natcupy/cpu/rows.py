@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 
+from natcupy.cpu.cuts import even_parts
 from natcupy.neighborhood import rpb_index
 
 MOST_SIDES = 4  # query rows of a step, on any machine
@@ -153,5 +154,4 @@ class _Lists:
 
 def _even_parts(rows: range, most: int) -> list[range]:
     """Neighboring rows, as few parts of up to `most` as possible, of nearly equal sizes."""
-    count = -(-len(rows) // most)
-    return [rows[i * len(rows) // count : (i + 1) * len(rows) // count] for i in range(count)]
+    return [rows[first:end] for first, end in even_parts(len(rows), -(-len(rows) // most))]

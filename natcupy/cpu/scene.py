@@ -86,10 +86,11 @@ class Scene:
         """`look`: make a view of a task and, of query heads that share a key head, of one more."""
         self.begin("look", "ptr view", "i64 task", "i64 later")
         b, backward = self.b, self.spec.backward
-        items, heads = self.word("phase_items"), self.word("kv_heads" if backward else "heads")
+        items, heads = self.word("phase_items"), self.word("round_heads")
         # heads first: they share the pages of their tokens
         head, rest = b.op(f"urem i64 %task, {heads}"), b.op(f"udiv i64 %task, {heads}")
         item, batch = b.op(f"urem i64 {rest}, {items}"), b.op(f"udiv i64 {rest}, {items}")
+        head, batch = b.add(head, self.word("round_head")), b.add(batch, self.word("round_batch"))
         number = b.add(item, self.word("first_item"))
         self.record = self.entry(b.add(b.table(self.table, 1), b.mul(number, len(ITEM))))
         group = b.op(f"udiv i64 {self.word('heads')}, {self.word('kv_heads')}")

@@ -33,6 +33,7 @@ WORDS = (
         lse grad_lse rpb rpb_sums extra_keys extra_values extra_key_grads extra_value_grads
         table scratch next threads thread_count thread_bytes
         tasks first_item phase_items items heads kv_heads scale
+        round_batch round_head round_heads
         dilation0 dilation1 dilation2 lse_batch lse_axis0 lse_axis1 lse_axis2
         extra extra_taps extra_classes_at extra_pitch
         extra_key_batch extra_key_token extra_key_head

@@ -67,6 +67,10 @@ class Access:
     cache_dir: str | Path | None = None
     local_files_only: bool = False
 
+    def __post_init__(self) -> None:
+        if self.cache_dir is not None:  # the client expands it in some of its functions only
+            object.__setattr__(self, "cache_dir", os.path.expanduser(self.cache_dir))
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -140,7 +144,7 @@ def ask_who(subject: Subject, access: Access) -> str:
     return persist(lambda: api(access).whoami()["name"], subject)
 
 
-def download(repo: str, commit: str, name: str, access: Access, local_files_only: bool) -> Path:
+def download(repo: str, commit: str, name: str, access: Access) -> Path:
     """A file of a commit, in the cache; its content is not verified here."""
     from huggingface_hub import hf_hub_download
 
@@ -151,7 +155,7 @@ def download(repo: str, commit: str, name: str, access: Access, local_files_only
             revision=commit,
             cache_dir=access.cache_dir,
             token=access.token,
-            local_files_only=local_files_only,
+            local_files_only=access.local_files_only,
             library_name=LIBRARY,
             library_version=_version(),
         )

@@ -11,6 +11,7 @@ the error comes at once: the client's own long retries start only after the Hub 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -20,12 +21,14 @@ from typing import Any
 
 from natcupy.hub import client
 from natcupy.hub.client import Access
-from natcupy.hub.errors import Corrupt, NotFound, Offline, Unavailable
-from natcupy.hub.files import git_blob_id, sha256_file
+from natcupy.hub.errors import Corrupt, HubError, NotFound, Offline, Unavailable
+from natcupy.hub.files import git_blob_id, read_bytes, sha256_file
 
 log = logging.getLogger("natcupy.hub")
 
 FETCHES = 3  # of a file that arrives damaged
+MAX_LISTING_BYTES = 32 << 20
+MOST_LINKS = 8  # from a name in the cache to a file
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.\-]{0,95}/[A-Za-z0-9][\w.\-]{0,95}", re.ASCII)
 _REVISION = re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w./\-]{0,254}", re.ASCII)
@@ -52,6 +55,7 @@ class Snapshot:
     files: dict[str, Expected]
     from_cache: bool
     private: bool = False
+    is_listed: bool = True  # False where only what is cached is known
 
 
 def parse_name(name: str) -> tuple[str, str | None] | None:
@@ -66,8 +70,8 @@ def parse_name(name: str) -> tuple[str, str | None] | None:
 def resolve(repo: str, revision: str | None, access: Access) -> Snapshot:
     """Pin a revision (default `main`) to a commit and list its files, in one request.
 
-    A commit that is cached with config and weights needs no request. Without network the commit
-    that the cache remembers for the revision is used, and said so in the log.
+    A commit that was listed before needs no request: the cache remembers what is in it. Without
+    network the commit that it remembers for the revision is used, and said so in the log.
 
     Raises:
         NotFound, Gated, BadToken, Offline, Unavailable: which of them it is.
@@ -76,9 +80,9 @@ def resolve(repo: str, revision: str | None, access: Access) -> Snapshot:
     if not _REPO.fullmatch(repo) or not _REVISION.fullmatch(revision):
         raise NotFound(f"a Hub name is org/name[@revision], got {repo[:120]!r}@{revision[:120]!r}.")
     cached = _cached(repo, revision, access)
-    if cached and (_COMMIT.fullmatch(revision) or access.local_files_only or client.is_offline()):
+    if cached and ((cached.commit == revision and cached.is_listed) or _is_closed(access)):
         return cached
-    if access.local_files_only or client.is_offline():
+    if _is_closed(access):
         raise Offline(client.not_cached(repo, revision, client.OFF))
     try:
         found = listed(repo, revision, access)
@@ -89,9 +93,13 @@ def resolve(repo: str, revision: str | None, access: Access) -> Snapshot:
         return cached
     if cached and cached.commit != found.commit:
         log.warning("%s@%s moved from %s to %s.", repo, revision, cached.commit, found.commit)
-    if not _COMMIT.fullmatch(revision):
-        _remember(found, access)
+    _remember(found, access)
     return found
+
+
+def _is_closed(access: Access) -> bool:
+    """Whether nobody may be asked."""
+    return access.local_files_only or client.is_offline()
 
 
 def fetch(snapshot: Snapshot, name: str, access: Access, sha256: str | None = None) -> Path:
@@ -109,22 +117,21 @@ def fetch(snapshot: Snapshot, name: str, access: Access, sha256: str | None = No
     if name not in snapshot.files:
         raise NotFound(
             f"{snapshot.repo}@{snapshot.commit} has no file {name!r}"
-            + (" in the cache" if snapshot.from_cache else "")
+            + ("" if snapshot.is_listed else " in the cache")
             + f"; it has {', '.join(sorted(snapshot.files)[:10]) or 'none'}."
         )
     expected = snapshot.files[name]
     wrong = ""
     for _ in range(FETCHES):
-        path = client.download(
-            snapshot.repo,
-            snapshot.commit,
-            name,
-            access,
-            local_files_only=snapshot.from_cache and access.local_files_only,
-        )
+        path = client.download(snapshot.repo, snapshot.commit, name, access)
         wrong = _difference(path, expected, sha256)
         if not wrong:
             return path
+        if _is_closed(access):
+            raise Corrupt(
+                f"{path} does not have the content the Hub recorded: {wrong}. Load it again with "
+                "a connection: a better copy takes its place."
+            )
         log.warning("%s of %s is damaged (%s); fetching it again.", name, snapshot.repo, wrong)
         _discard(path)
     raise Corrupt(
@@ -151,7 +158,10 @@ def _from_listing(entry: Any) -> Expected:
 
 
 def _cached(repo: str, revision: str, access: Access) -> Snapshot | None:
-    """What the cache holds for a revision; None unless config and weights are there."""
+    """What the cache holds for a revision; None unless config and weights are there.
+
+    Its files are those of the commit, cached or not, where it was listed once.
+    """
     found = client.cached_file(repo, revision, "config.json", access)
     if found is None:
         return None
@@ -159,12 +169,19 @@ def _cached(repo: str, revision: str, access: Access) -> Snapshot | None:
     files = {path.name: _from_blob(path) for path in folder.iterdir() if path.is_file()}
     if not any(name.endswith((".safetensors", ".bin")) for name in files):
         return None
-    return Snapshot(repo, revision, folder.name, files, from_cache=True)
+    listing = _recalled(repo, folder.name, access)
+    is_listed = listing is not None
+    return Snapshot(
+        repo, revision, folder.name, listing or files, from_cache=True, is_listed=is_listed
+    )
 
 
 def _from_blob(path: Path) -> Expected:
-    """The cache names a blob by the hash the Hub gave, so a link still tells what to expect."""
-    blob = path.resolve().name if path.is_symlink() else ""
+    """The cache names a blob by the hash the Hub gave, so a link still tells what to expect.
+
+    The blob may be a link in its turn, to a file that repositories share under a name of Xet's.
+    """
+    blob = Path(os.readlink(path)).name if path.is_symlink() else ""
     return Expected(
         sha256=blob if _SHA256.fullmatch(blob) else None,
         git_id=blob if _COMMIT.fullmatch(blob) else None,
@@ -172,19 +189,43 @@ def _from_blob(path: Path) -> Expected:
 
 
 def _remember(snapshot: Snapshot, access: Access) -> None:
-    """Note which commit a branch or tag stood for, where the client looks when it is offline."""
-    note = client.cache_folder(snapshot.repo, access) / "refs" / snapshot.revision
-    draft = note.with_name(f"{note.name}.{os.getpid()}.tmp")
+    """Note what is in a commit, and which one a branch or tag stood for (as the client does)."""
+    listing = {name: [e.size, e.sha256, e.git_id] for name, e in snapshot.files.items()}
+    _note(_listing_of(snapshot.repo, snapshot.commit, access), json.dumps(listing))
+    if not _COMMIT.fullmatch(snapshot.revision):
+        folder = client.cache_folder(snapshot.repo, access)
+        _note(folder / "refs" / snapshot.revision, snapshot.commit)
+
+
+def _recalled(repo: str, commit: str, access: Access) -> dict[str, Expected] | None:
+    """The files of a commit as they were listed once; None where that is not known."""
     try:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(snapshot.commit, encoding="ascii")
-        os.replace(draft, note)
+        data = read_bytes(_listing_of(repo, commit, access), MAX_LISTING_BYTES)
+        return {str(name): Expected(*expected) for name, expected in json.loads(data).items()}
+    except (OSError, HubError, ValueError, TypeError, AttributeError):
+        return None
+
+
+def _listing_of(repo: str, commit: str, access: Access) -> Path:
+    return client.cache_folder(repo, access) / ".natcupy" / f"{commit}.json"
+
+
+def _note(path: Path, text: str) -> None:
+    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, path)
     except OSError as error:  # a read-only cache still serves; it only forgets
-        log.info("the cache cannot remember %s (%s)", snapshot.repo, error.strerror)
+        log.info("the cache cannot remember %s (%s)", path, error.strerror)
 
 
 def _discard(path: Path) -> None:
-    for place in (path.resolve(), path):
+    """Remove a cached file and the links that lead to it."""
+    places = [path]
+    while places[-1].is_symlink() and len(places) < MOST_LINKS:
+        places.append(places[-1].parent / os.readlink(places[-1]))
+    for place in places:
         with contextlib.suppress(FileNotFoundError):
             place.unlink()
 

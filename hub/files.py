@@ -9,7 +9,8 @@ void, removed), and the journal itself. A process killed before the commit leave
 killed after it, `member` (the only way natcupy opens a file of a model folder) reads through the
 journal and sees the new one complete. The next save finishes what was left. Processes that save
 into one folder take turns where the system can lock a folder (not on Windows and some network
-drives; there they may only do so with the same content, as the ranks of one training run do).
+drives; there they may only do so with the same content, as the ranks of one training run do), and
+who reads several files inside `steady` gets all of them from one save.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from natcupy.hub.errors import Corrupt, HtmlPage, LfsPointer, NotFound, Truncate
 JOURNAL = ".natcupy-save.json"
 MAX_JOURNAL_BYTES = 64 * 1024
 LEFTOVER_AGE_S = 3600.0  # without a lock: a temporary file this old belongs to no living save
+READER_WAITS_S = 30.0
 REMOVED = ""  # in the journal, in place of a temporary name
 _CHUNK = 1 << 20
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -134,6 +136,30 @@ def member(folder: Path | str, name: str) -> Path:
     if temporary is not None and (folder / temporary).is_file():
         return folder / temporary
     return folder / name
+
+
+@contextlib.contextmanager
+def steady(folder: Path) -> Iterator[None]:
+    """Keep saves into the folder waiting, once one under way has ended, where it can be locked.
+
+    After READER_WAITS_S without its turn a reader goes on: whoever saves may have been stopped.
+    """
+    with contextlib.ExitStack() as stack:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # a folder that cannot be opened: told when read
+                handle = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, handle)
+                _wait_for_lock(handle, fcntl.LOCK_SH)
+        yield
+
+
+def _wait_for_lock(handle: int, kind: int) -> None:
+    end = time.monotonic() + READER_WAITS_S
+    while time.monotonic() < end:
+        try:
+            return fcntl.flock(handle, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.02)
 
 
 def _journal(folder: Path) -> dict[str, str]:

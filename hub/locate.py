@@ -7,6 +7,7 @@ of weights and config and the facts to record. Reads no tensor and builds no mod
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,13 @@ from natcupy.hub.errors import Corrupt, NotFound, Offline, UnsafePickle, some
 from natcupy.hub.pickles import SUFFIXES
 from natcupy.hub.weights import ORIGINAL_HOST, Row
 
+log = logging.getLogger("natcupy.hub")
+
 CONFIG = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 PREPROCESSOR = "preprocessor_config.json"
 PICKLE = "pytorch_model.bin"
+CHOICES = (WEIGHTS_FILE, shards.INDEX, PICKLE)  # what weights are called, the best first
 _PICKLE_INDEX = f"{PICKLE}.index.json"
 
 
@@ -66,7 +70,8 @@ def locate(name: str | os.PathLike[str], revision: str | None, access: Access) -
     """Find the weights that a name means.
 
     A `Path`, or text that is an existing path with a separator or a known suffix, is a path; names
-    of the package's tables come before folders of the same name (write `./nat-tiny` for those).
+    of the package's tables come before folders of the same name (write `./nat-tiny` for those),
+    unless they were released as files only: then a folder of weights called so is what is meant.
 
     Raises:
         NotFound: with the nearest names, or what is missing in the folder.
@@ -79,9 +84,9 @@ def locate(name: str | os.PathLike[str], revision: str | None, access: Access) -
     folder = weights.embedded(name)
     if folder is not None:
         return _without_revision(_in_folder(folder, "embedded"), revision)
-    if weights.find(name.partition("@")[0]) is not None:
+    row, path = weights.find(name.partition("@")[0]), Path(name).expanduser()
+    if row is not None and not (row.repo is None and _holds_weights(path)):
         return _in_snapshot(pinned(name, revision, access), access)
-    path = Path(name).expanduser()
     if path.exists() or _spelled_like_path(name):
         return _without_revision(_at_path(path), revision)
     if download.parse_name(name) is None:
@@ -204,7 +209,7 @@ def _at_path(path: Path) -> Located:
     if not path.is_file():
         raise NotFound(f"no such file or folder: {path}. Check the path.")
     if path.name == shards.INDEX:
-        return _in_folder(path.parent, "folder")
+        return _in_folder(path.parent, "folder", (shards.INDEX,))
     if path.suffix not in (".safetensors", *SUFFIXES):
         with open(path, "rb") as file:
             files.refuse_lookalikes(file.read(1024), path)
@@ -221,8 +226,12 @@ def _at_path(path: Path) -> Located:
     )
 
 
-def _in_folder(folder: Path, kind: str) -> Located:
-    choices = (files.member(folder, name) for name in (WEIGHTS_FILE, shards.INDEX, PICKLE))
+def _holds_weights(folder: Path) -> bool:
+    return any(files.member(folder, name).is_file() for name in CHOICES)
+
+
+def _in_folder(folder: Path, kind: str, names: tuple[str, ...] = CHOICES) -> Located:
+    choices = (files.member(folder, name) for name in names)
     found = next((path for path in choices if path.is_file()), None)
     if found is None:
         _refuse_pickle_shards({path.name for path in folder.iterdir()}, str(folder))
@@ -273,8 +282,7 @@ def _in_snapshot(snapshot: Snapshot, access: Access) -> Located:
     """Fetch config and weights of a commit."""
     repo = snapshot.repo
     row = weights.find_repo(repo)
-    choices = (WEIGHTS_FILE, shards.INDEX, PICKLE)
-    name = next((choice for choice in choices if choice in snapshot.files), None)
+    name = next((choice for choice in CHOICES if choice in snapshot.files), None)
     if name is None or CONFIG not in snapshot.files:
         _refuse_pickle_shards(set(snapshot.files), repo)
         raise NotFound(
@@ -291,6 +299,12 @@ def _in_snapshot(snapshot: Snapshot, access: Access) -> Located:
     # A natcupy config says it all. Of a released model, the table's preprocessing is the one that
     # the published accuracy belongs to, not the Hub file's.
     wants_recipe = row is None and not own and PREPROCESSOR in snapshot.files
+    if row is None and not own and not (wants_recipe or snapshot.is_listed):
+        log.warning(
+            "%s: whether the repository says how pictures are prepared is not known without a "
+            "connection; load it once with one, or set model.pretrained_cfg yourself.",
+            repo,
+        )
     sha256 = row.sha256 if row and name == row.file else None
     fetched = download.fetch(snapshot, name, access, sha256)
     return Located(

@@ -10,6 +10,7 @@ What the caller passes always wins over what a file says.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ from natcupy.hub.architecture import describe
 from natcupy.hub.client import Access
 from natcupy.hub.dense import Config, Model
 from natcupy.hub.errors import CheckpointError, Corrupt, some
-from natcupy.hub.files import sha256_of
+from natcupy.hub.files import sha256_of, steady
 from natcupy.hub.locate import Located, Shard, locate
 from natcupy.hub.pickles import SUFFIXES, read_pickle
 from natcupy.hub.tensors import Weights, read_header, read_tensors
@@ -120,14 +121,18 @@ def from_pretrained(
     global_pool = wishes.pop("global_pool", None)
     access = Access(token, cache_dir, local_files_only)
     found = locate(name, revision, access)
-    model = load(
-        found,
-        wishes,
-        architecture,
-        target,
-        check_finite=check_finite,
-        max_parameters=max_parameters,
-    )
+    with contextlib.ExitStack() as stack:
+        if found.kind in ("folder", "file"):  # which another process may be saving into
+            stack.enter_context(steady(found.weights.parent))
+            found = locate(name, revision, access)
+        model = load(
+            found,
+            wishes,
+            architecture,
+            target,
+            check_finite=check_finite,
+            max_parameters=max_parameters,
+        )
     if global_pool is not None:
         if not isinstance(model.config, ModelConfig):
             raise TypeError(f"global_pool belongs to classifiers, {model.name} is none.")
@@ -159,6 +164,8 @@ def load(
     cfg["num_classes"] = want.num_classes
     if want.num_classes != have.num_classes or _outputs(want) != _outputs(have):
         cfg["tag"] = ""  # the tag names complete weights
+    if isinstance(want, ModelConfig):
+        cfg["input_size"] = _input_size(cfg, have, want)
     shapes = dense.renamed(reader.shapes, have)
     model, fresh = _matched(shapes, have, want, cfg, found.weights)
     model = _filled(model, reader, have, want, fresh, dtype, check_finite)
@@ -212,6 +219,14 @@ def _backbone_only(wishes: Mapping[str, Any], architecture: str | None) -> bool:
         return True
     name = (architecture or "").strip().lower().replace("-", "_").partition(".")[0]
     return name in MODELS
+
+
+def _input_size(cfg: Mapping[str, Any], have: ModelConfig, want: ModelConfig) -> tuple[int, ...]:
+    """The file's, with the channels and the size that the caller wishes."""
+    _, *sides = cfg["input_size"]
+    if want.img_size != have.img_size and want.img_size is not None:
+        sides = [want.img_size] * 2
+    return want.in_chans, *sides
 
 
 def _outputs(config: Config) -> tuple[int, ...] | None:
@@ -395,7 +410,8 @@ def _filled(
     """The model of `_matched` with memory: the tensors, and fresh parts as training starts them."""
     state, _ = _fit(dense.renamed(reader.tensors(), have), have, want)
     _finite(state, check_finite)
-    state = {name: _own(tensor, dtype) for name, tensor in state.items()}
+    taken: set[int] = set()
+    state = {name: _own(tensor, dtype, taken) for name, tensor in state.items()}
     if fresh:
         model = dense.build(want, model.pretrained_cfg).to(dtype or _floating(state))
         model.load_state_dict(state, strict=False)  # the difference is exactly `fresh`
@@ -404,12 +420,18 @@ def _filled(
     return model
 
 
-def _own(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The tensor in its final dtype, contiguous, in memory shared with no other."""
+def _own(tensor: Tensor, dtype: torch.dtype | None, taken: set[int]) -> Tensor:
+    """The tensor in its final dtype, contiguous, in memory shared with no other.
+
+    `taken` are the addresses of memory that tensors before it have.
+    """
     if dtype is not None and tensor.is_floating_point():
         tensor = tensor.to(dtype)
     alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor if alone and tensor.is_contiguous() else tensor.contiguous().clone()
+    if not (alone and tensor.is_contiguous()) or tensor.data_ptr() in taken:
+        tensor = tensor.contiguous().clone()
+    taken.add(tensor.data_ptr())
+    return tensor
 
 
 def _floating(state: Mapping[str, Tensor]) -> torch.dtype:

@@ -27,7 +27,10 @@ from natcupy.hub.tensors import write_tensors
 TIME_LIMIT_S = 600
 SPARE_BYTES = 1 << 30  # on top of what the file itself needs
 _OF_LIMITS = (None, errno.EFBIG, errno.EMFILE, errno.ENOMEM, errno.EAGAIN)  # the child's own
-_KEPT = ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "TMPDIR", "TEMP", "TMP", "LANG", "HOME")
+_KEPT = (
+    *("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "TMPDIR", "TEMP", "TMP", "LANG", "HOME"),
+    *("APPDATA", "USERPROFILE"),  # where Windows keeps packages of a user's own
+)
 
 
 def convert_pickle(source: Path | str, target: Path | str, time_limit: int = TIME_LIMIT_S) -> str:
@@ -45,7 +48,8 @@ def convert_pickle(source: Path | str, target: Path | str, time_limit: int = TIM
 
     root = str(Path(natcupy.__file__).parent.parent)
     environment = {key: os.environ[key] for key in _KEPT if key in os.environ}
-    environment |= {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    places = os.pathsep.join([root, *(place for place in sys.path if place)])
+    environment |= {"PYTHONPATH": places, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "natcupy.hub.sandbox", str(source), str(target)]
     try:
         done = subprocess.run(

@@ -67,6 +67,9 @@ def _default_cfgs() -> dict[str, Any]:
     return rows | {f"natcupy_{family}": {"classifier": "head"} for family in FAMILIES}
 
 
+# What a file's model must have in common with the name it is loaded under.
+_SAME = ("family", "embed_dim", "depths", "num_heads", "kernel_size", "dilations")
+
 default_cfgs = generate_default_cfgs(_default_cfgs())
 
 
@@ -85,7 +88,7 @@ def _entry(
             _check_known(name, wishes)
             wishes = _understood(wishes, fixed)
             if pretrained:
-                model = _load(cfg, wishes, cache_dir)
+                model = _load(name, base, cfg, wishes, cache_dir)
             else:
                 model = zoo.build_model(base(wishes), {"architecture": name})
             if global_pool is not None:
@@ -133,14 +136,39 @@ def _understood(wishes: dict[str, Any], fixed: bool) -> dict[str, Any]:
     return given
 
 
-def _load(cfg: dict[str, Any], wishes: dict[str, Any], cache_dir: Any) -> ImageModel:
+def _load(
+    name: str,
+    base: Callable[[dict[str, Any]], ModelConfig],
+    cfg: dict[str, Any],
+    wishes: dict[str, Any],
+    cache_dir: Any,
+) -> ImageModel:
     """The model with the weights that a timm config points to."""
     where = cfg.get("file") or cfg.get("hf_hub_id")
     if not where:
         name = cfg.get("architecture", "this model")
         raise RuntimeError(f"no weights were released for {name}; use pretrained=False.")
     found = locate(str(where), None, Access(cache_dir=cache_dir))
-    return load(found, wishes, dtype=torch.float32).train()
+    of_zoo = name in zoo.MODELS
+    stated = None if found.config is not None or not of_zoo else name
+    model = load(found, wishes, stated, dtype=torch.float32)
+    if of_zoo:
+        _check_same(name, base(wishes), model.config, where)
+    return model.train()
+
+
+def _check_same(name: str, wanted: ModelConfig, got: ModelConfig, where: object) -> None:
+    """A file may describe another model than the name."""
+    wrong = [
+        f"{field}={getattr(got, field)} instead of {getattr(wanted, field)}"
+        for field in _SAME
+        if getattr(got, field) != getattr(wanted, field)
+    ]
+    if wrong:
+        raise ValueError(
+            f"{where} must hold a {name}, it has {', '.join(wrong)}; create the model it is of, or "
+            "natcupy.from_pretrained(path)."
+        )
 
 
 def _of_the_zoo(name: str) -> Callable[[dict[str, Any]], ModelConfig]:

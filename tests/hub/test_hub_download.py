@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from small import invented, same
@@ -27,6 +28,7 @@ from natcupy.hub.errors import (
     Unavailable,
     UnsafePickle,
 )
+from natcupy.hub.tensors import write_tensors
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,6 +84,80 @@ def test_a_second_load_asks_once_and_a_pinned_one_not_at_all(hub, load, files):
     load(f"me/mine@{commit}")
     load("hf-hub:me/mine", revision=commit)
     assert len(hub.requests) == 1
+
+
+def theirs(tmp_path):
+    """A transformers repository whose pictures are not prepared as by default."""
+    model = invented("nat")
+    tensors = convert.to_transformers(model.state_dict())
+    path = tmp_path / "theirs.safetensors"
+    write_tensors(tensors, path)
+    config = {
+        "model_type": "nat", "architectures": ["NatForImageClassification"], "embed_dim": 8,
+        "depths": [1, 2], "num_heads": [1, 2], "kernel_size": 3, "mlp_ratio": 3.0,
+        "layer_scale_init_value": 0.0, "num_labels": 5,
+        "id2label": {str(i): f"c{i}" for i in range(5)},
+    }  # fmt: skip
+    recipe = {
+        "image_processor_type": "ViTImageProcessor", "size": {"height": 64, "width": 64},
+        "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2, "do_resize": True,
+        "do_normalize": True,
+    }  # fmt: skip
+    return {
+        "config.json": json.dumps(config).encode(),
+        "model.safetensors": path.read_bytes(),
+        "preprocessor_config.json": json.dumps(recipe).encode(),
+    }
+
+
+def test_a_pinned_commit_that_is_partly_cached_is_completed(hub, load, cache, tmp_path):
+    """Another library has fetched config and weights alone."""
+    commit = hub.commit("me/theirs", theirs(tmp_path))
+    for name in ("config.json", "model.safetensors"):
+        huggingface_hub.hf_hub_download("me/theirs", name, revision=commit, cache_dir=cache)
+    model = load("me/theirs", revision=commit)
+    assert model.pretrained_cfg["input_size"] == (3, 64, 64)
+    assert model.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
+
+
+def test_without_a_connection_unknown_preprocessing_is_told(hub, load, cache, tmp_path, caplog):
+    commit = hub.commit("me/theirs", theirs(tmp_path))
+    for name in ("config.json", "model.safetensors"):
+        huggingface_hub.hf_hub_download("me/theirs", name, revision=commit, cache_dir=cache)
+    load("me/theirs", revision=commit, local_files_only=True)
+    assert "how pictures are prepared" in caplog.text
+    load("me/theirs", revision=commit)
+    caplog.clear()
+    load("me/theirs", revision=commit, local_files_only=True)
+    assert not caplog.text
+
+
+def test_a_load_that_failed_midway_is_completed(hub, load, tmp_path, monkeypatch):
+    monkeypatch.setattr(client.time, "sleep", lambda seconds: None)
+    commit = hub.commit("me/theirs", theirs(tmp_path))
+    hub.fault("preprocessor_config", times=50, status=500)
+    with pytest.raises(Unavailable):
+        load("me/theirs", revision=commit)
+    with pytest.raises(Offline):  # rather than pictures prepared otherwise
+        load("me/theirs", revision=commit, local_files_only=True)
+    hub.faults.clear()
+    assert load("me/theirs", revision=commit).pretrained_cfg["input_size"] == (3, 64, 64)
+    folder = invented("nat").save_pretrained(tmp_path / "parts", max_shard_bytes=8000)
+    commit = hub.commit("me/parts", {p.name: p.read_bytes() for p in folder.iterdir()})
+    hub.fault("model-00003-of", times=50, status=500)
+    with pytest.raises(Unavailable):
+        load("me/parts", revision=commit)
+    hub.faults.clear()
+    same(load("me/parts", revision=commit).state_dict(), invented("nat").state_dict())
+
+
+def test_a_home_folder_in_the_name_of_the_cache(hub, files, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    commit = hub.commit("me/mine", files)
+    natcupy.from_pretrained("me/mine", cache_dir="~/hub")
+    again = natcupy.from_pretrained("me/mine", cache_dir="~/hub", local_files_only=True)
+    assert again.source.commit == commit
+    assert (tmp_path / "home/hub").is_dir()
 
 
 def test_revisions(hub, load, files, tmp_path):
@@ -246,8 +322,9 @@ def test_a_damaged_cache_is_noticed_and_repaired(hub, load, files, caplog):
     same(load("me/mine").state_dict(), invented("nat").state_dict())
     assert "SHA-256" in caplog.text
     path.resolve().write_bytes(data)
-    with pytest.raises((Corrupt, Offline)):  # nobody to ask for a better copy
+    with pytest.raises(Corrupt, match="with a connection"):  # nobody to ask for a better copy
         load("me/mine", local_files_only=True)
+    assert path.exists()
 
 
 def test_a_known_hash_is_always_checked(hub, files, cache):

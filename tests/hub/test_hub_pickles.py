@@ -2,6 +2,9 @@
 
 import argparse
 import collections
+import os
+import subprocess
+import sys
 import zipfile
 
 import pytest
@@ -11,6 +14,7 @@ from damage import FORMS, GADGETS, STATE, Runs, gadget_file, mutated_pickles, wi
 from natcupy.hub import pickles
 from natcupy.hub.errors import HtmlPage, HubError, LfsPointer, Truncated, UnsafePickle
 from natcupy.hub.pickles import read_pickle
+from natcupy.hub.tensors import read_tensors
 
 
 def saved(path, value, **how):
@@ -196,3 +200,19 @@ def test_a_torchscript_archive_is_refused(tmp_path):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # odd escapes in damaged text
 def test_mutations_raise_one_class(tmp_path):
     assert mutated_pickles(1500, 20261124, tmp_path) > 750
+
+
+def test_the_child_finds_packages_where_the_parent_did(tmp_path):
+    """Torch may come from PYTHONPATH (environment modules) and not from the interpreter's own."""
+    path = tmp_path / "weights.pth"
+    torch.save({"a": torch.ones(3)}, path)
+    script = "import sys; from natcupy.hub import sandbox; sandbox.convert_pickle(*sys.argv[1:])"
+    python = os.path.realpath(sys.executable)  # without this environment's packages
+    done = subprocess.run(
+        [python, "-c", script, str(path), str(tmp_path / "out.safetensors")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-1500:]
+    assert torch.equal(read_tensors(tmp_path / "out.safetensors").tensors["a"], torch.ones(3))

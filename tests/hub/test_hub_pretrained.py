@@ -438,3 +438,36 @@ def test_a_pickle_in_disguise(tmp_path):
     with pytest.raises(UnsafePickle, match="mkdir"):
         hub.from_pretrained(folder)
     assert not (tmp_path / "canary").exists()
+
+
+def test_the_path_of_an_index_means_its_shards(tmp_path):
+    folder = hub.save_pretrained(invented("nat"), tmp_path / "x", max_shard_bytes=8000)
+    (folder / "model.safetensors").write_bytes(
+        (hub.save_pretrained(invented("nat", 1), tmp_path / "y") / "model.safetensors").read_bytes()
+    )
+    model = natcupy.from_pretrained(folder / "model.safetensors.index.json")
+    same(model.state_dict(), invented("nat").state_dict())
+
+
+def test_a_tensor_under_two_names_is_two_tensors(tmp_path):
+    model, _ = saved(tmp_path)
+    state = model.state_dict()
+    first, second = "levels.1.blocks.0.norm1.weight", "levels.1.blocks.1.norm1.weight"
+    state[second] = state[first]
+    folder = hub.save_pretrained(model, tmp_path / "tied")
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    again = natcupy.from_pretrained(folder)
+    with torch.no_grad():
+        again.get_parameter(first).add_(1)
+    assert torch.equal(again.get_parameter(second), state[second])
+
+
+def test_a_folder_of_weights_comes_before_a_name_that_is_on_no_repository(tmp_path, monkeypatch):
+    """What `natcupy convert FILE upernet-nat-tiny` leaves is meant by that name then."""
+    monkeypatch.chdir(tmp_path)
+    hub.save_pretrained(invented("nat"), "upernet-nat-tiny")
+    same(natcupy.from_pretrained("upernet-nat-tiny").state_dict(), invented("nat").state_dict())
+    (tmp_path / "upernet-nat-small").mkdir()
+    with pytest.raises(NotFound, match="no Hub repository"):
+        natcupy.from_pretrained("upernet-nat-small")

@@ -1,15 +1,16 @@
 """Saving whole models: the card says what is known; a kill leaves the old folder or the new one."""
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
 from damage import kill_while_saving
-from small import CONFIGS, invented
+from small import CONFIGS, invented, same
 
 import natcupy
 from natcupy import hub
-from natcupy.hub import pretrained
+from natcupy.hub import files, pretrained
 from natcupy.hub.config import config_text
 from natcupy.zoo import ConfigError, build_model
 
@@ -69,3 +70,48 @@ def test_config_text_is_stable():
     model = invented("dinat")
     texts = {config_text(model.config, model.pretrained_cfg, "0.1.0") for _ in range(3)}
     assert len(texts) == 1
+
+
+@pytest.mark.skipif(files.fcntl is None, reason="folders cannot be locked here")
+def test_a_load_gets_config_and_weights_of_one_save(tmp_path, monkeypatch):
+    """A save that begins between the two waits until they are read."""
+    dinat = CONFIGS["nat"].replace(dilations=((1,), (1, 2)))
+    folder = hub.save_pretrained(invented("nat"), tmp_path / "x")
+    saver = threading.Thread(target=hub.save_pretrained, args=(build_model(dinat), folder))
+    load = pretrained.load
+
+    def later(found, *args, **how):
+        saver.start()
+        saver.join(0.3)
+        assert saver.is_alive()
+        return load(found, *args, **how)
+
+    monkeypatch.setattr(pretrained, "load", later)
+    same(natcupy.from_pretrained(folder).state_dict(), invented("nat").state_dict())
+    saver.join()
+    monkeypatch.setattr(pretrained, "load", load)
+    assert natcupy.from_pretrained(folder / "model.safetensors").config == dinat
+
+
+def test_a_save_that_was_stopped_holds_up_no_load(tmp_path, monkeypatch):
+    folder = hub.save_pretrained(invented("nat"), tmp_path / "x")
+    monkeypatch.setattr(files, "READER_WAITS_S", 0.1)
+    with files._turn(folder):
+        same(natcupy.from_pretrained(folder).state_dict(), invented("nat").state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "wish", "size"),
+    [
+        ("nat", {"in_chans": 1}, (1, 224, 224)),
+        ("dinat", {"in_chans": 3}, (3, 224, 224)),
+        ("vitrpb", {"img_size": 64}, (3, 64, 64)),
+        ("isotropic", {"img_size": 48, "in_chans": 4}, (4, 48, 48)),
+    ],
+)
+def test_models_of_other_pictures_can_be_saved(tmp_path, name, wish, size):
+    folder = hub.save_pretrained(invented(name), tmp_path / "x")
+    model = natcupy.from_pretrained(folder, **wish)
+    again = natcupy.from_pretrained(hub.save_pretrained(model, tmp_path / "y"))
+    assert again.pretrained_cfg["input_size"] == size
+    same(again.state_dict(), model.state_dict())

@@ -46,6 +46,11 @@ try:
 except natcupy.hub.HubError as error:
     print(type(error).__name__)
 """
+AGAIN = """
+import natcupy
+for name in sys.argv[1].split():
+    print(natcupy.from_pretrained(name).source.commit)
+"""
 
 
 @pytest.fixture
@@ -54,9 +59,10 @@ def run(hub, tmp_path):
     hub.xet = XetStore(tmp_path / "store")
     hub.xet.folder.mkdir()
 
-    def run(script, argument):
+    def run(script, argument, **switches):
         env = {
             **os.environ,
+            **switches,
             "HF_HOME": str(tmp_path / "home"),
             "HF_XET_CHUNK_CACHE_SIZE_BYTES": "0",
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests/hub")]),
@@ -82,6 +88,20 @@ def test_up_and_down(hub, run, limit):
         assert (stored is not None) == name.endswith(".safetensors"), name
     assert asked(hub, "/xet-write-token/") and not asked(hub, "/lfs/put/")
     assert asked(hub, "/xet-read-token/") and not asked(hub, "/blobs/")
+
+
+def test_what_repositories_share_in_the_cache_is_found_again(hub, run, tmp_path):
+    """Files of Xet lie once under a name that is no SHA-256, and blobs are links to them."""
+    commit, _ = run(UP_AND_DOWN, 10**9)
+    mirror = hub.commit("other/mirror", hub.tree("me/mine"))
+    names = f"me/mine@{commit} other/mirror@{mirror}"
+    assert run(AGAIN, "me/mine other/mirror") == [commit, mirror]
+    del hub.requests[:]
+    assert run(AGAIN, names) == [commit, mirror]
+    assert run(AGAIN, "me/mine other/mirror", HF_HUB_OFFLINE="1") == [commit, mirror]
+    assert not hub.requests
+    weights = list((tmp_path / "home").rglob("snapshots/*/model.safetensors"))
+    assert len(weights) == 2 and all(path.exists() for path in weights)
 
 
 def test_trouble_ends_in_errors_of_ours(hub, run, tmp_path):

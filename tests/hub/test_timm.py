@@ -134,3 +134,26 @@ def test_what_a_card_shows_runs(hub):
     scope = {}
     exec(code, scope)
     same(scope["model"].state_dict(), model.state_dict())
+
+
+def test_a_file_is_read_as_the_model_that_is_named(tmp_path):
+    """Shapes cannot tell NAT from DiNAT, nor a file's name."""
+    with torch.device("meta"):
+        names = timm.create_model("nat_mini", num_classes=0).state_dict()
+    torch.manual_seed(0)
+    state = {name: torch.randn(x.shape) for name, x in names.items()}
+    torch.save(state, tmp_path / "dinat_mini_in1k_224.pth")
+
+    def create(name, path):
+        overlay = {"file": str(path)}
+        return timm.create_model(
+            name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0
+        )
+
+    model = create("nat_mini", tmp_path / "dinat_mini_in1k_224.pth")
+    assert model.config.dilations is None
+    assert torch.equal(model.state_dict()["levels.0.blocks.0.attn.rpb"],
+                       state["levels.0.blocks.0.attn.rpb"])  # fmt: skip
+    folder = invented("nat").save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="must hold a nat_mini, it has embed_dim=8 instead of 64"):
+        create("nat_mini", folder / "model.safetensors")

@@ -16,12 +16,20 @@ from typing import Any
 from natcupy.hub import dense_card
 from natcupy.hub.config import model_type
 from natcupy.hub.dense import Config
-from natcupy.hub.facts import Facts, Metric
+from natcupy.hub.facts import Converted, Facts, Metric
 from natcupy.zoo import count_macs
 from natcupy.zoo.config import ModelConfig, num_parameters
 from natcupy.zoo.dense import DenseConfig
 
 _SEAL = "<!-- written by natcupy, unedited: {} -->"
+# The sentences and rows below that `stated` reads back.
+_ROW = re.compile(r"^\| (?!---)([^|\n]+) \| ([^|\n]+) \|$", re.MULTILINE)
+_CONVERTED = re.compile(
+    r"Converted from `(?P<file>[^`\n]+)`(?: of `(?P<repo>[\w./\-]+)`)?, SHA-256 "
+    r"`(?P<sha256>[0-9a-f]{64})`"
+)
+_STARTED = re.compile(r"Started from the weights of `[^`\n]+`, commit `(?P<commit>[0-9a-f]{40})`")
+_UNDER = re.compile(r"The weights it started from are under `(?P<license>[a-z0-9_.\-]+)`")
 _NAT = """@inproceedings{hassani2023neighborhood,
   title     = {Neighborhood Attention Transformer},
   author    = {Ali Hassani and Steven Walton and Jiachen Li and Shen Li and Humphrey Shi},
@@ -68,12 +76,35 @@ def is_generated(text: str) -> bool:
 
 
 def stated(text: str) -> dict[str, Any]:
-    """The metadata of a card that `render` made; unchecked values."""
+    """What a card that `render` made says of the facts: its metadata, and where the text knows more
+    `training`, `converted`, `base_commit`, `base_license`. Unchecked values.
+    """
     values = {}
-    for line in text.split("\n---\n")[0].splitlines()[1:]:
+    head, _, body = text.partition("\n---\n")
+    for line in head.splitlines()[1:]:
         key, _, value = line.partition(": ")
         values[key] = json.loads(value)
-    return values
+    return values | _told(body)
+
+
+def _told(body: str) -> dict[str, Any]:
+    """The facts in the sections that `_training` and `_origin` write."""
+    found: dict[str, Any] = {}
+    training = dict(_ROW.findall(_section(body, "Training")))
+    if training:
+        found["training"] = training
+    origin = _section(body, "Origin and licence")
+    if match := _CONVERTED.search(origin):
+        found["converted"] = Converted(match["file"], match["sha256"], match["repo"])
+    if match := _STARTED.search(origin):
+        found["base_commit"] = match["commit"]
+    if match := _UNDER.search(origin):
+        found["base_license"] = match["license"]
+    return found
+
+
+def _section(body: str, heading: str) -> str:
+    return body.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
 
 
 def _hash(text: str) -> str:

@@ -29,7 +29,7 @@ from natcupy.hub.locate import WEIGHTS_FILE, Located, locate
 from natcupy.hub.pickles import SUFFIXES
 from natcupy.hub.pretrained import from_pretrained, load
 from natcupy.hub.sandbox import convert_pickle
-from natcupy.hub.saving import is_weights, pack, state_facts, write
+from natcupy.hub.saving import README, is_weights, keeps_card, pack, state_facts, write
 from natcupy.hub.tensors import read_tensors
 from natcupy.zoo.dense import DenseModel
 
@@ -75,7 +75,7 @@ def convert_checkpoint(
 
     Args:
         name, revision, architecture: as for `from_pretrained`.
-        folder: where to; made if missing.
+        folder: where to; made if missing. A README.md there that somebody edited is kept.
         access: how to reach the Hub.
         **stated: for the card (license, metrics, datasets, repo …).
 
@@ -134,8 +134,10 @@ def _place_beside(folder: Path) -> Iterator[Path]:
 
 
 def _move(trial: Path, folder: Path) -> None:
-    """The files of a proven folder to where they are wanted, all or none."""
+    """The files of a proven folder to where they are wanted, all or none; an edited card stays."""
     writers = {path.name: partial(os.replace, path) for path in trial.iterdir()}
+    if keeps_card(folder):
+        del writers[README]
     write_folder(folder, writers, is_weights)
 
 

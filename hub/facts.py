@@ -166,15 +166,27 @@ def check_repo(repo: str) -> str:
 
 
 def taken_over(facts: Facts, old: Mapping[str, Any], same_weights: bool) -> Facts:
-    """The facts, filled up from an earlier card; its metrics only if the weights are the same."""
+    """The facts, filled up from an earlier card, as `card.stated` reads it.
+
+    What it measured and how its weights were made only if they are the same.
+    """
     base = old.get("base_model")
+    kept = old if same_weights else {}
     found = check(
         license=facts.license or old.get("license"),
         datasets=facts.datasets or tuple(old.get("datasets") or ()),
         tags=facts.tags or tuple(old.get("tags") or ()),
         base_model=facts.base_model or (base if base != facts.repo else None),
-        metrics=facts.metrics or (_stated_metrics(old) if same_weights else ()),
+        metrics=facts.metrics or _stated_metrics(kept),
+        training=dict(facts.training) or kept.get("training"),
+        converted=facts.converted or kept.get("converted"),
     )
+    if facts.base_model is None and found.base_model is not None:
+        facts = replace(
+            facts,
+            base_commit=kept.get("base_commit"),
+            base_license=kept.get("base_license") or facts.base_license,
+        )
     return replace(
         facts,
         license=found.license,
@@ -182,6 +194,8 @@ def taken_over(facts: Facts, old: Mapping[str, Any], same_weights: bool) -> Fact
         tags=found.tags,
         base_model=found.base_model,
         metrics=found.metrics,
+        training=found.training,
+        converted=found.converted,
     )
 
 

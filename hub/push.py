@@ -117,7 +117,8 @@ def push_to_hub(
         tags: further tags for the card.
         base_model: repository of the weights it was finetuned from; default: where it was loaded.
         training: how it was trained, as plain names and texts, for the card.
-        card_text: a README.md of your own.
+        card_text: a README.md of your own. One that natcupy wrote for these weights is made anew
+            from what it states, where the call states nothing else.
         overwrite_card: replace a README.md on the Hub that somebody edited (default: it is kept).
         max_shard_bytes: larger weights are cut into several files and an index.
 
@@ -142,6 +143,9 @@ def push_to_hub(
         base_model=base_model,
         training=training,
     )
+    if card_text is not None and card.is_generated(card_text):
+        stated = taken_over(stated, card.stated(card_text), same_weights=True)
+        card_text = None
     package = pack(model, stated, max_shard_bytes)
     return push_package(package, target, Access(token), card_text)
 

@@ -7,6 +7,7 @@ none.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from natcupy.hub.preprocessor import preprocessor_text
 from natcupy.hub.pretrained import compare
 from natcupy.hub.tensors import write_tensors
 from natcupy.zoo.config import ModelConfig
+
+log = logging.getLogger("natcupy.hub")
 
 README = "README.md"
 
@@ -99,7 +102,7 @@ def write(package: Package, folder: str | os.PathLike[str], overwrite_card: bool
     """Write a package into a folder, all or none; an edited card is kept unless asked."""
     folder = Path(folder).expanduser()
     writers = dict(package.writers)
-    if overwrite_card or not _edited(folder):
+    if overwrite_card or not keeps_card(folder):
         writers[README] = text_writer(package.card())
     write_folder(folder, writers, is_weights)
     return folder
@@ -158,7 +161,10 @@ def text_writer(text: str) -> Callable[[Path], None]:
     return lambda path: path.write_bytes(text.encode("utf-8"))
 
 
-def _edited(folder: Path) -> bool:
-    """Whether there is a card that somebody wrote or changed."""
+def keeps_card(folder: Path) -> bool:
+    """Whether there is a card that somebody wrote or changed, so that it stays; the log says so."""
     path = member(folder, README)
-    return path.is_file() and not card.is_generated(path.read_text("utf-8", "replace"))
+    kept = path.is_file() and not card.is_generated(path.read_text("utf-8", "replace"))
+    if kept:
+        log.warning("%s keeps its edited README.md.", folder)
+    return kept

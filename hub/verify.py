@@ -8,10 +8,11 @@ eye). Weights are then decoded and compared with the model their config describe
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from natcupy.hub import download, locate, weights
+from natcupy.hub import download, locate, shards, weights
 from natcupy.hub.client import Access
 from natcupy.hub.download import Snapshot
 from natcupy.hub.errors import Corrupt, HubError, NotFound
@@ -19,6 +20,7 @@ from natcupy.hub.files import JOURNAL, git_blob_id, sha256_file
 from natcupy.hub.pretrained import from_pretrained
 
 OK, DIFFERS, MISSING, UNKNOWN = "ok", "differs", "missing", "no reference"
+ABSENT = "not here"  # a file of the reference that the model does not need
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Report:
     @property
     def ok(self) -> bool:
         """Whether nothing is wrong."""
-        return self.problem is None and all(f.status in (OK, UNKNOWN) for f in self.files)
+        return self.problem is None and all(f.status in (OK, UNKNOWN, ABSENT) for f in self.files)
 
 
 def verify(
@@ -58,17 +60,22 @@ def verify(
     Args:
         name: a folder, or `org/name[@revision]`, whose files are fetched (or taken from the cache,
             and checked there); or the name of a bundled model, or of a released one on the Hub.
-        revision: of the repository.
-        against: of a folder: the repository it is a copy of; every file both have must be equal.
+        revision: of the repository, or of `against`.
+        against: of a folder (or a bundled model): the repository it is a copy of. Every file both
+            have must be equal, also in sub-folders; what a model needs must be there.
         access: how to reach the Hub.
 
     Raises:
+        ValueError: an empty name; `against` with a repository; `revision` with a folder alone.
         HubError: the folder or repository cannot be read at all.
     """
+    if isinstance(name, str) and not name.strip():
+        raise ValueError(f"verify takes the name of a folder or repository, got {name!r}.")
     access = access or Access()
     folder = Path(name).expanduser()
     if not folder.is_dir() and isinstance(name, str):
         if download.parse_name(name) or weights.find(name.partition("@")[0]):
+            _alone(name, against)
             return _repository(locate.pinned(name, revision, access), access)
         folder = weights.embedded(name) or folder
     if not folder.is_dir():
@@ -77,30 +84,68 @@ def verify(
             "org/name[@revision], or a name whose weights are in the package or on the Hub "
             "(`natcupy models` lists them)."
         )
-    return _folder(folder, _reference(against, access), access)
+    return _folder(folder, _reference(against, revision, folder, access), access)
 
 
-def _reference(against: str | None, access: Access) -> Snapshot | None:
+def _alone(repo: str, against: str | None) -> None:
+    """A repository is checked against its own listing, never against another repository."""
+    if against is not None:
+        raise ValueError(
+            f"against (--against) belongs to a folder, got {against[:80]!r} for the repository "
+            f"{repo[:80]!r}. Compare a copy on disk: natcupy pull {repo[:80]} FOLDER, then natcupy "
+            f"verify FOLDER --against {against[:80]}"
+        )
+
+
+def _reference(
+    against: str | None, revision: str | None, folder: Path, access: Access
+) -> Snapshot | None:
     if against is None:
+        if revision is not None:
+            raise ValueError(
+                f"revision belongs to a Hub repository, got revision={revision!r} for the folder "
+                f"{folder}; name the repository it is a copy of with against (--against)."
+            )
         return None
-    parsed = download.parse_name(against)
+    name, _, inner = against.partition("@")
+    if revision is not None and inner not in ("", revision):
+        raise ValueError(f"give the revision once, got {against!r} and revision={revision!r}.")
+    parsed = download.parse_name(against if revision is None else f"{name}@{revision}")
     if parsed is None:
-        raise ValueError(f"a repository is written org/name[@revision], got {against[:80]!r}.")
+        raise ValueError(
+            f"a repository is written org/name[@revision], got {against[:80]!r}"
+            + ("." if revision is None else f" and revision={revision[:80]!r}.")
+        )
     return download.listed(parsed[0], parsed[1] or "main", access)
 
 
 def _folder(folder: Path, reference: Snapshot | None, access: Access) -> Report:
-    files = []
-    here = {p.name: p for p in sorted(folder.iterdir()) if p.is_file()}
-    for name, path in here.items():
-        if not name.startswith("."):
-            files.append(_compared(name, path, reference))
-    wanted = reference.files if reference else {}
-    absent = [n for n in sorted(wanted) if n not in here and not n.startswith(".")]
-    files += [Checked(n, wanted[n].size or 0, "", MISSING) for n in absent]
+    wanted = {n: e for n, e in reference.files.items() if _shown(n)} if reference else {}
+    here = {path.name for path in folder.iterdir() if path.is_file() and _shown(path.name)}
+    here |= {name for name in wanted if (folder / name).is_file()}
+    files = [_compared(name, folder / name, reference) for name in sorted(here)]
+    needed = _needed(wanted)
+    for name in sorted(wanted.keys() - here):
+        status = MISSING if name in needed else ABSENT
+        files.append(Checked(name, wanted[name].size or 0, "", status))
     unfinished = (folder / JOURNAL).is_file()
     problem = f"an unfinished save ({JOURNAL}); save again" if unfinished else _load(folder, access)
     return Report(str(folder), reference.commit if reference else None, tuple(files), problem)
+
+
+def _shown(name: str) -> bool:
+    """Whether a file is looked at: none that is hidden, or outside the folder (`..`, `/x`)."""
+    return all(part and not part.startswith(".") for part in name.split("/"))
+
+
+def _needed(names: Collection[str]) -> set[str]:
+    """Files of a repository without which its model is not what it is there.
+
+    Of weights cut into several files the index; that all it names are there, loading sees.
+    """
+    choices = (locate.WEIGHTS_FILE, shards.INDEX, locate.PICKLE)  # the first one is loaded
+    found = [name for name in choices if name in names][:1]
+    return {locate.CONFIG, locate.PREPROCESSOR, *found}
 
 
 def _compared(name: str, path: Path, reference: Snapshot | None) -> Checked:

@@ -102,6 +102,27 @@ def test_wrong_usage_is_status_2(run, arguments):
     assert status == 2 and out == "" and "error: " in err
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("classify", "x.png", "--model", ""),
+        ("segment", "x.png", "--model", "m", "--labels", ""),
+        ("finetune", "data", "--model", "nat-tiny", "--output", ""),
+        ("info", " "),
+        ("pull", ""),
+        ("pull", "nat-tiny", ""),
+        ("push", "", "me/x"),
+        ("convert", "", "out"),
+        ("convert", "nat-digits", ""),
+        ("verify", ""),
+    ],
+)
+def test_a_variable_of_the_shell_that_is_not_set(run, tmp_path, arguments):
+    status, out, err = run(*arguments)
+    assert (status, out) == (1, "") and "must be a name or a path" in one_error_line(err)
+    assert not any(tmp_path.iterdir())
+
+
 # -- models, info ---------------------------------------------------------------------------------
 
 

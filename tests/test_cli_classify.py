@@ -146,6 +146,21 @@ def test_folders_that_cannot_be_listed_and_nothing_else(run, closed):
     assert "there must be a picture" in err
 
 
+def test_weights_that_are_no_numbers_give_json_all_the_same(run, digits, tmp_path):
+    model = natcupy.from_pretrained("nat-digits")
+    model.head.bias.data.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "broken")
+
+    def no_word(name):
+        raise AssertionError(name)
+
+    _, out, _ = run("classify", digits / "a.png", "--model", "./broken", "--json")
+    answers = json.loads(out, parse_constant=no_word)["results"][0]["answers"]
+    assert answers[0]["probability"] is None
+    _, out, _ = run("classify", digits / "a.png", "--model", "./broken")
+    assert "nan %" in out and "99.9" not in out
+
+
 # -- demo -----------------------------------------------------------------------------------------
 
 

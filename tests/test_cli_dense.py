@@ -10,7 +10,8 @@ from PIL import Image
 import natcupy
 from natcupy.cli.detect import run_lengths
 from natcupy.cli.painting import paint_detections, paint_segmentation
-from natcupy.cli.pictures import targets
+from natcupy.cli.pictures import LOSSLESS, save, targets
+from natcupy.cli.segment import _numbers
 from natcupy.zoo import ModelConfig
 from natcupy.zoo.dense import DenseConfig, Detections, Segmentation, build_dense_model
 from natcupy.zoo.dense.names import ADE20K, ADE20K_PALETTE, palette
@@ -179,6 +180,45 @@ def test_wrong_models_and_places(run, model, photo):
     assert status == 1 and "must not replace" in err and Image.open(photo).format == "JPEG"
     status, _, err = run("segment", photo, "--model", model, "-o", "out.txt")
     assert status == 1 and ".png" in err
+
+
+@segments
+def test_overlays_and_labels_have_places_of_their_own(run, model, photo, tmp_path):
+    alike = ("--model", model, "-o", "out.png", "--labels", tmp_path / "out.png")
+    status, _, err = run("segment", photo, *alike)
+    assert status == 1 and "--output and --labels must name different" in err
+    assert not (tmp_path / "out.png").exists()
+    Image.open(photo).save("more.png")
+    status, _, err = run(
+        "segment", photo, "more.png", "--model", model, "-o", "all", "--labels", "./all/"
+    )
+    assert status == 1 and "--output and --labels must name different" in err
+    assert not (tmp_path / "all").exists()
+
+
+@segments
+def test_labels_lose_nothing(run, model, photo, tmp_path):
+    truth = natcupy.from_pretrained(model).predict(photo).labels.numpy()
+    for suffix in LOSSLESS:
+        assert run("segment", photo, "--model", model, "--labels", f"l{suffix}")[0] == 0
+        with Image.open(f"l{suffix}") as labels:
+            assert np.array_equal(np.asarray(labels), truth)
+    for suffix in (".jpg", ".webp", ".gif", ".txt"):
+        status, _, err = run("segment", photo, "--model", model, "--labels", f"l{suffix}")
+        assert (
+            status == 1
+            and f"--labels must end in .png or .tif, .tiff, .bmp, .pgm, got l{suffix}" in err
+        )
+        assert not (tmp_path / f"l{suffix}").exists()
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".tiff", ".pgm"])
+def test_labels_of_many_classes_lose_nothing(tmp_path, suffix):
+    labels = torch.arange(300).reshape(15, 20)
+    found = Segmentation(labels, torch.ones(15, 20), tuple(map(str, range(300))))
+    save(_numbers(found), tmp_path / f"l{suffix}")
+    with Image.open(tmp_path / f"l{suffix}") as again:
+        assert np.array_equal(np.asarray(again), labels.numpy())
 
 
 def test_targets(tmp_path):

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -23,6 +23,9 @@ DEBUG_VARIABLE = "NATCUPY_DEBUG"
 # Anything else is a fault of natcupy's own and keeps its traceback.
 _EXPECTED = (OSError, ValueError, ImportError, RuntimeError, MemoryError, Warning)
 
+# Arguments that name a model, a file or a folder.
+_PLACES = ("model", "backbone", "name", "source", "folder", "output", "labels", "out")
+
 _USUAL_FORMAT = warnings.formatwarning
 
 
@@ -33,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = build_parser().parse_args(argv)
         with _ended_in_order():
+            _refuse_empty(vars(arguments))
             room = import_module(f"natcupy.cli.{arguments.room}")
             status = room.run(arguments)
             sys.stdout.flush()
@@ -53,6 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     finally:
         warnings.formatwarning = usual
+
+
+def _refuse_empty(arguments: Mapping[str, Any]) -> None:
+    """A variable of the shell that is not set names no model, nor the current folder."""
+    for name in _PLACES:
+        value = arguments.get(name)
+        if isinstance(value, str) and not value.strip():
+            raise ValueError(f"{name.upper()} must be a name or a path, got {value!r}.")
 
 
 def _prepare_streams() -> None:

@@ -84,4 +84,4 @@ def _as_json(model: str, device: str, outcomes: list[Outcome]) -> dict[str, obje
 
 def percent(share: float) -> str:
     """A probability as text, without the pretence of certainty."""
-    return f"{100 * share:.1f} %" if share < 0.9995 else ">99.9 %"
+    return ">99.9 %" if share >= 0.9995 else f"{100 * share:.1f} %"

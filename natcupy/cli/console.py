@@ -6,6 +6,7 @@ In: rows, values, pixels. Out: text. Nothing here knows models.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 
@@ -34,9 +35,21 @@ def facts(pairs: Sequence[tuple[str, object]]) -> str:
 
 
 def print_json(value: object) -> None:
-    """One JSON document on stdout, in ASCII where its encoding lacks a letter."""
+    """One JSON document on stdout, in ASCII where its encoding lacks a letter.
+
+    NaN and infinity, for which JSON has no word, are null.
+    """
+    value = _finite(value)
     text = json.dumps(value, indent=2, ensure_ascii=False)
     print(text if _can_print(text) else json.dumps(value, indent=2))
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def list_bad(bad: Sequence[tuple[str, str]], limit: int = 20) -> None:

@@ -92,7 +92,10 @@ def _segment(commands: argparse._SubParsersAction) -> None:
     )
     _add_dense(parser, "upernet", "overlay")
     parser.add_argument(
-        "--labels", metavar="OUT", help="write the class numbers as grey pictures (as for -o)"
+        "--labels",
+        metavar="OUT",
+        help="write the class numbers as grey pictures (as for -o; "
+        ".png or another format without loss)",
     )
     parser.add_argument(
         "--multi-scale",

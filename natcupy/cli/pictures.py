@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -29,6 +29,8 @@ from natcupy.zoo.dense.images import read_pixels
 
 Record = dict[str, Any]
 MOST_NAMED = 5  # folders in one warning
+# Formats that give grey numbers back as they were; of those above 255, all but .bmp hold them.
+LOSSLESS = (".png", ".tif", ".tiff", ".bmp", ".pgm")
 
 
 def load(name: str, task: str, device: torch.device) -> DenseModel:
@@ -42,30 +44,42 @@ def load(name: str, task: str, device: torch.device) -> DenseModel:
     return model
 
 
-def targets(files: list[Path], output: str | None, suffix: str = ".png") -> list[Path | None]:
+def targets(
+    files: list[Path],
+    output: str | None,
+    option: str = "--output",
+    allowed: Collection[str] | None = None,
+) -> list[Path | None]:
     """Where each file's result goes: the output itself for one file, else in a folder of that name.
 
-    Raises ValueError where a result would replace one of the pictures, or has no known suffix.
+    Args:
+        files: the pictures.
+        output: what the command line's `option` says.
+        allowed: suffixes a file may have; None for those of any picture.
+
+    Raises:
+        ValueError: a result would replace one of the pictures, or its suffix is not allowed.
     """
     if output is None:
         return [None] * len(files)
     place = Path(output)
     if len(files) == 1 and not place.is_dir() and not output.endswith(("/", os.sep)):
-        if place.suffix.lower() not in Image.registered_extensions():
-            raise ValueError(f"--output must end in .png or another picture suffix, got {output}.")
+        if place.suffix.lower() not in (allowed or Image.registered_extensions()):
+            others = ", ".join(allowed[1:]) if allowed else "another picture suffix"
+            raise ValueError(f"{option} must end in .png or {others}, got {output}.")
         found = [place]
     else:
         if place.exists() and not place.is_dir():
-            raise ValueError(f"--output must be a folder for several pictures, got {output}.")
-        found = _names_in(place, files, suffix)
+            raise ValueError(f"{option} must be a folder for several pictures, got {output}.")
+        found = _names_in(place, files)
     pictures = {file.resolve() for file in files}
     clash = next((path for path in found if path.resolve() in pictures), None)
     if clash is not None:
-        raise ValueError(f"--output must not replace a picture that is read, got {clash}.")
+        raise ValueError(f"{option} must not replace a picture that is read, got {clash}.")
     return found
 
 
-def _names_in(folder: Path, files: list[Path], suffix: str) -> list[Path]:
+def _names_in(folder: Path, files: list[Path]) -> list[Path]:
     """One new name per file, numbered where two have the same."""
     taken: set[str] = set()
     found = []
@@ -75,7 +89,7 @@ def _names_in(folder: Path, files: list[Path], suffix: str) -> list[Path]:
             number += 1
             name = f"{file.stem}-{number}"
         taken.add(name.lower())
-        found.append(folder / f"{name}{suffix}")
+        found.append(folder / f"{name}.png")
     return found
 
 

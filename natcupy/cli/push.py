@@ -1,6 +1,7 @@
 """`natcupy push`: a folder, file or loaded model becomes one commit on the Hub.
 
-A README.md in the folder that somebody wrote goes along; a generated one is made anew.
+A README.md in the folder that somebody wrote goes along; a generated one is made anew, from what
+it states and the arguments add.
 """
 
 from __future__ import annotations
@@ -9,7 +10,10 @@ import argparse
 from pathlib import Path
 
 from natcupy.cli import console
-from natcupy.hub import card, from_pretrained, push_to_hub
+from natcupy.hub import from_pretrained, push_to_hub
+from natcupy.hub.files import member
+from natcupy.hub.pretrained import Source
+from natcupy.hub.saving import README
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -28,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
         datasets=arguments.trained_on,
         tags=arguments.tag,
         base_model=arguments.base_model,
-        card_text=_own_card(Path(arguments.model)),
+        card_text=_own_card(model.source),
         overwrite_card=arguments.overwrite_card,
     )
     if arguments.json:
@@ -41,9 +45,9 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _own_card(folder: Path) -> str | None:
-    path = folder / "README.md"
-    if not path.is_file():
+def _own_card(source: Source) -> str | None:
+    """The README.md of the folder that was loaded, which the name alone does not tell."""
+    path = member(Path(source.path).parent, README)
+    if source.kind != "folder" or not path.is_file():
         return None
-    text = path.read_text("utf-8", "replace")
-    return None if card.is_generated(text) else text
+    return path.read_text("utf-8", "replace")

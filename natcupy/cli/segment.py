@@ -23,7 +23,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Segment the files and folders named."""
     files, status = pictures.named(arguments.images)
     overlays = pictures.targets(files, arguments.output)
-    maps = pictures.targets(files, arguments.labels)
+    maps = pictures.targets(files, arguments.labels, "--labels", pictures.LOSSLESS)
+    _refuse_one_place(overlays, maps)
     device = runtime.pick_device(arguments.device)
     model = pictures.load(arguments.model, "segmentation", device)
     scales = MULTI_SCALE if arguments.multi_scale else (1.0,)
@@ -47,6 +48,16 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         _print_table(records, runtime.describe(model, arguments.model, device))
     return max(status, pictures.report(records))
+
+
+def _refuse_one_place(overlays: list[Path | None], maps: list[Path | None]) -> None:
+    """The map of a picture would replace its overlay."""
+    drawn = {path.resolve() for path in overlays if path is not None}
+    both = next((path for path in maps if path is not None and path.resolve() in drawn), None)
+    if both is not None:
+        raise ValueError(
+            f"--output and --labels must name different files or folders, both would write {both}."
+        )
 
 
 def _record(found: Segmentation) -> Record:

@@ -10,7 +10,7 @@ import sys
 
 from natcupy.cli import console
 from natcupy.hub.client import Access
-from natcupy.hub.verify import UNKNOWN, Report, verify
+from natcupy.hub.verify import OK, Report, verify
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -38,6 +38,6 @@ def run(arguments: argparse.Namespace) -> int:
 def _verdict(report: Report) -> str:
     if not report.ok:
         return "not ok"
-    if all(file.status == UNKNOWN for file in report.files):
+    if all(file.status != OK for file in report.files):
         return "loads, but was compared with nothing (--against REPO names what it should equal)"
     return "ok"

@@ -1,4 +1,4 @@
-"""The commands push, pull, convert, verify and publish, with the real client and a local Hub."""
+"""The commands push, pull, convert and publish, with the real client and a local Hub."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from small import CONFIGS, invented, same
 
 import natcupy
 from natcupy.cli import main
-from natcupy.hub import card, convert, converting, sandbox, verify, weights
+from natcupy.hub import card, convert, converting, sandbox, weights
 from natcupy.hub.client import Access
 from natcupy.hub.errors import CheckpointError, NotFound, UnsafePickle
 from natcupy.hub.files import sha256_file
@@ -79,6 +79,50 @@ def test_a_card_in_the_folder_goes_along(hub, login, tmp_path, capsys):
     assert hub.tree("me/mine")["README.md"].endswith(b"# Written by hand\n")
 
 
+def test_what_a_generated_card_says_goes_along(hub, login, tmp_path, capsys):
+    """With the weights: numbers, training, base and its commit; not the name of the folder."""
+    invented("nat").push_to_hub("me/base", token=ALICE, license="cc-by-nc-4.0")
+    tuned = natcupy.from_pretrained("me/base", num_classes=3, cache_dir=tmp_path / "cache")
+    folder = tuned.save_pretrained(
+        tmp_path / "model", metrics={"accuracy": 0.91}, dataset="flowers", datasets=["flowers"],
+        tags=["petals"], training={"recipe": "finetune", "epochs": "20"},
+    )  # fmt: skip
+    assert run(capsys, "push", folder, "me/flowers")[0] == 0
+    local, there = (folder / "README.md").read_text(), hub.tree("me/flowers")["README.md"].decode()
+    stated = card.stated(there)
+    assert {**stated, "model-index": 0} == {**card.stated(local), "model-index": 0}
+    assert stated["model-index"][0]["results"] == card.stated(local)["model-index"][0]["results"]
+    assert stated["base_commit"] == tuned.source.commit
+    assert stated["training"] == {"recipe": "finetune", "epochs": "20"}
+    assert card.is_generated(there) and 'from_pretrained("me/flowers")' in there
+    status, _, _ = run(capsys, "push", folder, "me/flowers", "--tag", "roses", "--metric",
+                       "accuracy=0.5", "--dataset", "roses")  # fmt: skip
+    again = card.stated(hub.tree("me/flowers")["README.md"].decode())
+    assert status == 0 and again["tags"][-1] == "roses" and again["base_model"] == "me/base"
+    assert [r["dataset"]["type"] for r in again["model-index"][0]["results"]] == ["roses"]
+
+
+def test_the_origin_of_a_converted_model_goes_along(hub, login, tmp_path, capsys):
+    source = checkpoint(tmp_path / "nat_mini.pth", natcupy.create_model("nat-mini", num_classes=3))
+    assert run(capsys, "convert", source, tmp_path / "out")[0] == 0
+    assert run(capsys, "push", tmp_path / "out", "me/mini")[0] == 0
+    told = f"Converted from `nat_mini.pth`, SHA-256 `{sha256_file(source)}`"
+    assert told in hub.tree("me/mini")["README.md"].decode()
+
+
+def test_the_card_is_that_of_the_folder_that_was_loaded(hub, login, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    edited = "---\nlicense: mit\n---\n# Mine\n"
+    (invented("nat").save_pretrained(tmp_path / "m") / "README.md").write_text(edited)
+    assert run(capsys, "push", "~/m", "me/tilde")[0] == 0
+    assert hub.tree("me/tilde")["README.md"] == edited.encode()
+    other = invented("nat").save_pretrained(tmp_path / "nat-digits")
+    (other / "README.md").write_text("# Of another model\n")
+    assert run(capsys, "push", "nat-digits", "me/digits")[0] == 0
+    assert card.is_generated(hub.tree("me/digits")["README.md"].decode())
+
+
 def test_a_pull_of_shards_replaces_one_file(hub, tmp_path):
     from natcupy.hub.pull import pull
 
@@ -135,6 +179,19 @@ def test_convert_a_checkpoint(tmp_path, capsys, no_sockets):
     small = invented("nat").save_pretrained(tmp_path / "small")
     assert main(["convert", str(small), str(tmp_path / "out")]) == 0
     assert "equal bit by bit" in capsys.readouterr().out
+
+
+def test_convert_keeps_an_edited_card(tmp_path, capsys, caplog):
+    folder = invented("nat").save_pretrained(tmp_path / "in")
+    assert run(capsys, "convert", folder, tmp_path / "out")[0] == 0
+    assert run(capsys, "convert", folder, tmp_path / "out")[0] == 0 and caplog.text == ""
+    (tmp_path / "out/README.md").write_text("# Hours of work\n")
+    invented("nat", 1).save_pretrained(folder)
+    assert run(capsys, "convert", folder, tmp_path / "out")[0] == 0
+    assert (tmp_path / "out/README.md").read_text() == "# Hours of work\n"
+    assert f"{tmp_path / 'out'} keeps its edited README.md" in caplog.text
+    back = natcupy.from_pretrained(tmp_path / "out")
+    same(back.state_dict(), invented("nat", 1).state_dict())
 
 
 @pytest.mark.parametrize("layout", ["transformers", "backbone", "natcupy"])
@@ -272,53 +329,6 @@ def test_bombs_are_refused(tmp_path):
         archive.writestr("x/data.pkl", b"\0" * (1 << 24))
     with pytest.raises(UnsafePickle, match="compressed"):
         sandbox.convert_pickle(source, tmp_path / "y")
-
-
-# ---------------------------------------------------------------- verify
-
-
-def test_verify_a_folder(hub, tmp_path, capsys):
-    model = invented("nat")
-    model.push_to_hub("me/mine", token=ALICE)
-    folder = model.save_pretrained(tmp_path / "x")
-    status, report, _ = run(capsys, "verify", folder)
-    assert (
-        status == 0 and report["ok"] and {f["status"] for f in report["files"]} == {verify.UNKNOWN}
-    )
-    assert main(["verify", str(folder)]) == 0
-    assert "compared with nothing (--against REPO" in capsys.readouterr().out
-    (folder / "README.md").write_bytes(hub.tree("me/mine")["README.md"])
-    assert main(["verify", str(folder), "--against", "me/mine"]) == 0
-    assert capsys.readouterr().out.endswith(": ok\n")
-    status, report, _ = run(capsys, "verify", folder, "--against", "me/mine")
-    assert status == 0 and {f["status"] for f in report["files"]} == {verify.OK}
-    data = bytearray((folder / "model.safetensors").read_bytes())
-    data[-3] ^= 4
-    (folder / "model.safetensors").write_bytes(data)
-    (folder / "config.json").unlink()
-    status, report, _ = run(capsys, "verify", folder, "--against", "me/mine")
-    states = {f["file"]: f["status"] for f in report["files"]}
-    assert status == 1 and states["model.safetensors"] == verify.DIFFERS
-    assert states["config.json"] == verify.MISSING and states["README.md"] == verify.OK
-    (folder / "model.safetensors").write_bytes(data[:100])
-    status, report, error = run(capsys, "verify", folder)
-    assert status == 1 and "ends inside" in report["problem"] and "ends inside" in error
-    assert run(capsys, "verify", tmp_path / "absent")[0] == 1
-
-
-def test_verify_a_repository(hub, tmp_path, capsys):
-    invented("nat").push_to_hub("me/mine", token=ALICE)
-    cache = ("--cache-dir", tmp_path / "cache")
-    status, report, _ = run(capsys, "verify", "me/mine", *cache)
-    assert status == 0 and report["commit"] == hub.repos["me/mine"].refs["main"]
-    assert {f["status"] for f in report["files"]} == {verify.OK} and len(report["files"]) == 4
-    hub.fault(r"/blobs/", times=100, flip=True)
-    status, report, _ = run(capsys, "verify", "me/mine", "--cache-dir", tmp_path / "other")
-    states = {f["file"]: f["status"] for f in report["files"]}
-    assert status == 1 and states["model.safetensors"] == verify.DIFFERS
-    hub.faults.clear()
-    assert main(["verify", "me/mine", *map(str, cache)]) == 0
-    assert "ok" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- publish

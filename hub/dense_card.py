@@ -43,7 +43,7 @@ def _work_size(config: DenseConfig, cfg: Mapping[str, Any]) -> tuple[int, int]:
     known = DENSE_PUBLISHED.get(cfg.get("architecture", ""))
     if known is not None:
         return known.size
-    recipe = Recipe.from_pretrained_cfg(dict(cfg), config.task)
+    recipe = Recipe.from_pretrained_cfg(dict(cfg), config.task, config.in_chans)
     return recipe.short_side, recipe.long_side
 
 
@@ -67,7 +67,7 @@ def use(config: DenseConfig, repo: str | None) -> str:
 
 def pictures(config: DenseConfig, cfg: Mapping[str, Any]) -> list[tuple[str, str]]:
     """How pictures are prepared, as rows."""
-    recipe = Recipe.from_pretrained_cfg(dict(cfg), config.task).to_dict()
+    recipe = Recipe.from_pretrained_cfg(dict(cfg), config.task, config.in_chans).to_dict()
     return [
         (key, ", ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else f"{value}")
         for key, value in recipe.items()

@@ -9,6 +9,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from natcupy.zoo.dense import names
+from natcupy.zoo.dense.anchors import base_anchors
 from natcupy.zoo.dense.images import Recipe, read_pixels, resize_bytes, resize_pixels
 
 STORED = np.load(Path(__file__).parent / "goldens" / "opencv_linear.npz")
@@ -59,6 +60,19 @@ def test_prepared_picture():
     true = torch.from_numpy((pixels - mean) / std).permute(2, 0, 1)
     assert torch.allclose(prepared.pixels[0, :, :48, :70].double(), true, atol=1e-6)
     assert prepared.pixels[0, :, 48:].eq(0).all() and prepared.pixels[0, :, :, 70:].eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_torchs_default_dtype_changes_nothing(dtype):
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 70, 3), dtype=np.uint8)
+    expected = Recipe(70, 70).prepare(pixels).pixels, base_anchors(32)
+    torch.set_default_dtype(dtype)
+    try:
+        found = Recipe(70, 70).prepare(pixels).pixels, base_anchors(32)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for ours, true in zip(found, expected, strict=True):
+        assert ours.dtype == torch.float32 and torch.equal(ours, true)
 
 
 def test_a_frame_leads_back():

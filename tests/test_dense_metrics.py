@@ -2,11 +2,17 @@
 
 import contextlib
 import io
+import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from natcupy.data.coco import CocoPictures
+from natcupy.data.coco_ap import average_precision as coco_average_precision
+from natcupy.data.coco_ap import encode_mask
 from natcupy.zoo.dense import shapes
 from natcupy.zoo.dense.detections import Detections
 from natcupy.zoo.dense.metrics import average_precision, confusion, mean_iou
@@ -137,6 +143,52 @@ def test_average_precision_by_hand():
         average_precision([found], [Objects(boxes[:0], torch.zeros(0).long(), masks[:0])])
     with pytest.raises(ValueError, match="one truth per picture"):
         average_precision([found], [])
+
+
+def test_the_device_does_not_matter():
+    """Neither that of the results nor torch's default one."""
+    scenes = [make_scene(seed, 64, 64) for seed in range(3)]
+    rng = np.random.default_rng(5)
+    found, truth = [guess(scene, rng) for scene in scenes], [scene.objects for scene in scenes]
+    for masks in (False, True):
+        expected = average_precision(found, truth, masks=masks)
+        with torch.device("meta"):
+            assert average_precision(found, truth, masks=masks) == expected
+        if torch.cuda.is_available():
+            there = [to_cuda(each) for each in found], [each.to("cuda") for each in truth]
+            assert average_precision(*there, masks=masks) == expected
+
+
+def to_cuda(found):
+    tensors = {name: value.cuda() for name, value in vars(found).items() if torch.is_tensor(value)}
+    return replace(found, **tensors)
+
+
+def test_masks_are_small_or_large_by_their_own_area(tmp_path):
+    """A thin diagonal is small, though its box is large; so is a wrong one beside it."""
+    pytest.importorskip("pycocotools")
+    true = torch.zeros(200, 200, dtype=torch.bool)
+    for step in range(100):
+        true[20 + step, 20 + step : 26 + step] = True
+    Image.new("RGB", (200, 200)).save(tmp_path / "a.png")
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "height": 200, "width": 200}],
+        "categories": [{"id": 1, "name": "x"}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 1, "bbox": [20, 20, 105, 100],
+             "area": int(true.sum()), "segmentation": encode_mask(true)},
+        ],
+    }  # fmt: skip
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    data = CocoPictures(tmp_path / "c.json")
+    results = [
+        {"image_id": 1, "category_id": 1, "score": score, "bbox": [20 + right, 20, 105, 100],
+         "segmentation": encode_mask(true.roll(right, 1))}
+        for score, right in ((0.9, 60), (0.8, 0))
+    ]  # fmt: skip
+    scores = coco_average_precision(data, results)
+    assert scores["mask_ap"] == scores["mask_ap_small"] == pytest.approx(0.5)
+    assert "mask_ap_large" not in scores and all("bbox" in each for each in results)
 
 
 # -- scenes ---------------------------------------------------------------------------------------

@@ -1,5 +1,10 @@
 """Boxes, anchors, suppression, RoIAlign and mask pasting against plain loops."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import dense_oracles as slow
 import numpy as np
 import pytest
@@ -30,6 +35,25 @@ def operators(request, monkeypatch):
 
 def test_torchvision_is_asked_for_every_kind_of_device():
     assert torchvision_ops(torch.device("meta")) is None  # has none of the two operators' results
+
+
+def test_a_torchvision_that_fails_to_load_is_no_obstacle_to_compiling(tmp_path):
+    """One for another torch raises on import, which dynamo cannot trace."""
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator nms does not exist')\n")
+    text = """
+import torch
+from natcupy.zoo.dense.nms import nms
+boxes, scores = torch.rand(20, 4).sort().values, torch.rand(20)
+compiled = torch.compile(lambda *x: nms(*x, 0.5), backend="eager")
+assert torch.equal(compiled(boxes, scores), nms(boxes, scores, 0.5))
+"""
+    root = Path(__file__).parent.parent
+    paths = os.pathsep.join([str(tmp_path), str(root)])
+    done = subprocess.run(
+        [sys.executable, "-c", text], env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def random_boxes(rng, count, width, height, dtype=torch.float64):

@@ -8,6 +8,8 @@ import pytest
 import torch
 from test_detection_models import lively
 
+from natcupy.zoo.dense import detection_losses
+from natcupy.zoo.dense.anchors import within
 from natcupy.zoo.dense.boxes import encode
 from natcupy.zoo.dense.cascade import MATCHINGS
 from natcupy.zoo.dense.detection_losses import (
@@ -144,6 +146,36 @@ def test_rpn_losses_by_hand():
         count += max(positives, 1) + max(owners.count(-1), 1)
     assert ours["loss_rpn_cls"].item() == pytest.approx(score / count, rel=1e-5)
     assert ours["loss_rpn_bbox"].item() == pytest.approx(regression / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mask_rcnn", "cascade_mask_rcnn"])
+def test_anchors_across_an_edge(name, monkeypatch):
+    """The cascade does not train them, unless the picture is too small for any other."""
+    seen = []
+
+    def spy(boxes, truth, rules):
+        if rules is RPN_MATCHING:
+            seen.append(boxes)
+        return assign(boxes, truth, rules)
+
+    monkeypatch.setattr(detection_losses, "assign", spy)
+    torch.manual_seed(0)
+    model = lively(name, torch.float32).train()
+    found = objects([[40, 40, 120, 110]], [0], (150, 188))
+    model.losses(torch.randn(1, 3, 160, 192), [Frame((150, 188), (150, 188))], [found])
+    model.losses(torch.randn(1, 3, 16, 16), None, [objects([], [], (16, 16))])
+    large, small = seen
+    x1, y1, x2, y2 = large.unbind(1)
+    kept = (x1 >= 0) & (y1 >= 0) & (x2 < 188) & (y2 < 150)  # of the picture without padding
+    assert kept.any() and kept.all() == (name == "cascade_mask_rcnn")
+    assert small.shape[0] == 3 * (16 + 4 + 1 + 1 + 1)
+
+
+def test_an_anchor_within_a_picture():
+    """Left and upper limits belong to it, right and lower ones do not."""
+    anchors = torch.tensor([[0.0, 0, 9, 7], [0, 0, 10, 7], [0, 0, 9, 8], [-1, 0, 9, 7]])
+    assert within(anchors, (8, 10), 0).tolist() == [True, False, False, False]
+    assert within(anchors, (8, 10), 1).tolist() == [True] * 4
 
 
 def three_samples():

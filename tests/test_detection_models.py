@@ -52,6 +52,14 @@ def test_torchs_default_device_moves_nothing():
     assert len(found) and torch.equal(found.boxes, expected.boxes)
 
 
+@torch.no_grad()
+def test_compiled():
+    model, x = lively("mask_rcnn", torch.float32), torch.randn(1, 3, 64, 64)
+    expected, found = model(x)[0], torch.compile(model, backend="eager")(x)[0]
+    assert len(found) == len(expected) > 0 and found.labels.equal(expected.labels)
+    close(found.boxes.double(), expected.boxes.double(), torch.float32)
+
+
 # -- proposals ------------------------------------------------------------------------------------
 
 

@@ -267,6 +267,18 @@ def test_wrong_recipes(options, words):
         Preprocess(**{"input_size": (3, 32, 32), **options})
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_torchs_default_dtype_changes_nothing(dtype):
+    recipe = Preprocess(input_size=(3, 32, 32))
+    expected = recipe(photo())
+    torch.set_default_dtype(dtype)
+    try:
+        ours = recipe(photo())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert ours.dtype == torch.float32 and torch.equal(ours, expected)
+
+
 # -- on the model -------------------------------------------------------------------------------
 
 NUMBERS = {"embed_dim": 32, "depths": (1,), "num_heads": (1,), "kernel_size": 3, "num_classes": 2}

@@ -95,6 +95,24 @@ def test_pixel_loss():
     assert pixel_loss(logits, labels).item() == pytest.approx(total / 48)
 
 
+def test_pixel_loss_in_half_precision():
+    """The sum over a picture's pixels is beyond float16's range, the mean is not."""
+    labels = torch.randint(0, 3, (1, 320, 320))
+    logits = torch.randn(1, 3, 80, 80)
+    close(pixel_loss(logits.half(), labels), pixel_loss(logits.half().double(), labels),
+          torch.float32)  # fmt: skip
+
+
+def test_grey_pictures():
+    """The means and deviations of three channels stand for one by their average."""
+    model = create_dense_model("upernet_nat_mini", **TINY, in_chans=1).eval()
+    model.pretrained_cfg |= {"long_side": 96, "short_side": 48}
+    assert model.recipe.mean == pytest.approx((114.495,)) and len(model.recipe.std) == 1
+    assert model.predict(picture(40, 61)).labels.shape == (40, 61)
+    with pytest.raises(ValueError, match=r"batch, 1, .*; model.recipe.prepare\(image\).pixels"):
+        model(torch.zeros(1, 3, 32, 32))
+
+
 def test_losses():
     torch.manual_seed(0)
     model = tiny().train()

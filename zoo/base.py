@@ -33,6 +33,7 @@ class ImageModel(nn.Module):
     """
 
     stages_name: str  # where the stages live in the state dict: "levels" or "layers"
+    pictures_from: str = "model.preprocess(image)"  # for errors; within a dense model, its own way
     config: ModelConfig
     pretrained_cfg: dict[str, Any]
 
@@ -174,12 +175,12 @@ class ImageModel(nn.Module):
         if x.dim() != 4 or x.shape[1] != config.in_chans:
             raise ValueError(
                 f"{self.name} takes pictures [batch, {config.in_chans}, height, width], got shape "
-                f"{tuple(x.shape)}; model.preprocess(image) makes them."
+                f"{tuple(x.shape)}; {self.pictures_from} makes them."
             )
         if not x.is_floating_point():
             raise TypeError(
                 f"{self.name} takes floating-point pictures, got {x.dtype}; "
-                f"model.preprocess(image) makes them."
+                f"{self.pictures_from} makes them."
             )
         if config.img_size is not None and tuple(x.shape[2:]) != (config.img_size,) * 2:
             raise ValueError(

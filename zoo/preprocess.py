@@ -111,7 +111,11 @@ class Preprocess:
             for plane, band in zip(planes, bands, strict=True)
         ]
         pixels = torch.from_numpy(np.stack(scaled))
-        mean, std = (torch.tensor(v, device="cpu")[:, None, None] for v in (self.mean, self.std))
+        # Their dtype given: torch's default may be another one.
+        mean, std = (
+            torch.tensor(v, device="cpu", dtype=torch.float32)[:, None, None]
+            for v in (self.mean, self.std)
+        )
         return ((pixels - mean) / std).unsqueeze(0)
 
 

@@ -34,7 +34,7 @@ FIELDS: dict[str, tuple[type | None, str, str]] = {
     "decay_bias_tables": (None, "", "decay relative positional bias tables too"),
     "eps": (float, "X", "of AdamW (default: 1e-8)"),
     "clip_grad": (float, "NORM", "largest norm of the gradient, 0 for any (default: 5)"),
-    "layer_decay": (float, "X", "rate of a layer over the next one's (default: 0.8)"),
+    "layer_decay": (float, "X", "rate of a layer over the next one's (default: 0.8, dense 1)"),
     "ema_decay": (float, "X", "moving average of the weights, 0 for none (default: 0)"),
     "drop_path": (float, "RATE", "stochastic depth (default: the model's)"),
     "label_smoothing": (float, "X", "default: 0.1"),

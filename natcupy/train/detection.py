@@ -80,14 +80,14 @@ class Detection(Task):
         self, model: nn.Module, batches: Iterable[tuple[list[HeldOut], int]]
     ) -> list[dict[str, Any]]:
         """The detections of one process's share, in COCO's result format."""
-        bare = getattr(model, "module", model)
-        like = next(bare.parameters())
+        like = next(model.parameters())
         results = []
         for items, count in batches:
-            for item in items[:count]:
+            for number, item in enumerate(items):  # all: sharded processes wait for each other
                 pixels, frames = stack([item.prepared])
-                found = bare.detect(pixels.to(like), frames)[0]
-                results += as_results(found, self.val, item.index)
+                found = model(pixels.to(like.device, like.dtype), frames)[0]
+                if number < count:
+                    results += as_results(found, self.val, item.index)
         return results
 
     def score(self, found: list[list[dict[str, Any]]]) -> dict[str, float]:

@@ -88,13 +88,14 @@ class Segmentation(Task):
 
     def examine(self, model: nn.Module, batches: Iterable[tuple[list[HeldOut], int]]) -> np.ndarray:
         """Counts of pixels by true and predicted class, `[classes, classes]`."""
-        bare = getattr(model, "module", model)
-        like = next(bare.parameters())
+        like = next(model.parameters())
         total = np.zeros((len(self.classes),) * 2, dtype=np.int64)
         for items, count in batches:
-            for item in items[:count]:
-                frame = item.prepared.frame
-                logits = bare.decode(item.prepared.pixels.to(like))[0]
+            for number, item in enumerate(items):  # all: sharded processes wait for each other
+                frame, pixels = item.prepared.frame, item.prepared.pixels
+                logits = model(pixels.to(like.device, like.dtype), resized=False)[0]
+                if number >= count:
+                    continue
                 variant = Variant(logits, frame.size)
                 found = combine([variant], frame.original_size, self.classes).labels
                 total += confusion(found.cpu(), item.truth, len(self.classes)).numpy()

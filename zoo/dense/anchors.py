@@ -18,7 +18,7 @@ SCALE = 8  # side of the square anchor in strides
 
 def base_anchors(stride: int) -> Tensor:
     """The anchors around (0, 0): `[3, 4]` float32, all of the same area."""
-    root = torch.tensor(RATIOS, device="cpu").sqrt()
+    root = torch.tensor(RATIOS, device="cpu", dtype=torch.float32).sqrt()
     width, height = stride * (1 / root) * SCALE, stride * root * SCALE
     return torch.stack([-0.5 * width, -0.5 * height, 0.5 * width, 0.5 * height], dim=1)
 
@@ -48,6 +48,16 @@ def inside(
     )
     flags = rows[:, None] & columns[None]
     return flags.flatten().repeat_interleave(len(RATIOS))
+
+
+def within(anchors: Tensor, size: tuple[int, int], border: int) -> Tensor:
+    """Which anchors reach at most `border` pixels across the edges of a picture: bool `[n]`.
+
+    The released models' rule: the right and lower limits themselves are already outside.
+    """
+    height, width = size
+    x1, y1, x2, y2 = anchors.unbind(1)
+    return (x1 >= -border) & (y1 >= -border) & (x2 < width + border) & (y2 < height + border)
 
 
 def pyramid_anchors(

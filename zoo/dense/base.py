@@ -41,6 +41,7 @@ class DenseModel(nn.Module):
         self.name: str = self.pretrained_cfg["architecture"]
         self.num_classes = config.num_classes
         self.backbone = _CLASSES[config.backbone.family](config.backbone)
+        self.backbone.pictures_from = "model.recipe.prepare(image).pixels"
 
     @property
     def default_cfg(self) -> dict[str, Any]:
@@ -58,7 +59,8 @@ class DenseModel(nn.Module):
     @property
     def recipe(self) -> Recipe:
         """How this model's pictures are resized, padded and normalised."""
-        return Recipe.from_pretrained_cfg(self.pretrained_cfg, self.config.task)
+        config = self.config
+        return Recipe.from_pretrained_cfg(self.pretrained_cfg, config.task, config.in_chans)
 
     def load_classifier(self, state: dict[str, Tensor], config: ModelConfig) -> None:
         """Start the backbone from a classifier's tensors; its norms for the heads start fresh.
@@ -113,6 +115,14 @@ class DenseModel(nn.Module):
         names = (name for name, _ in self.named_parameters())
         return {name for name in names if "rpb" in name or "norm" in name}
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that put parameters into ordered layer groups, for layer-wise learning rates.
+
+        The backbone's own layers; what they do not name, neck and heads, is the last layer.
+        """
+        inner = self.backbone.group_matcher(coarse)
+        return {name: _under_backbone(patterns) for name, patterns in inner.items()}
+
     def save_pretrained(self, folder: Any, **kwargs: Any) -> Any:
         """Write `config.json` and `model.safetensors`; see `natcupy.hub.save_pretrained`."""
         return _hub().save_pretrained(self, folder, **kwargs)
@@ -127,6 +137,13 @@ class DenseModel(nn.Module):
             raise ValueError(
                 f"{self.name} takes pictures that are not empty, got {tuple(x.shape)}."
             )
+
+
+def _under_backbone(patterns: Any) -> Any:
+    """A group's pattern, or its list of (pattern, suffix), for names that begin with "backbone"."""
+    if isinstance(patterns, str):
+        return r"^backbone\." + patterns.removeprefix("^")
+    return [(_under_backbone(pattern), suffix) for pattern, suffix in patterns]
 
 
 def _default_pretrained_cfg(config: DenseConfig) -> dict[str, Any]:

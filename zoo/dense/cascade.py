@@ -32,6 +32,7 @@ class CascadeMaskRCNN(Detector):
     """Three box heads of four convolutions and one fully connected layer, three mask heads."""
 
     rpn_beta = 1 / 9
+    rpn_border = 0
     train_proposals = ProposalRules(per_level=2000, most=2000)
 
     def _make_roi_head(self, config: DenseConfig) -> RoIHead:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from natcupy.zoo.dense.anchors import inside, pyramid_anchors
+from natcupy.zoo.dense.anchors import inside, pyramid_anchors, within
 from natcupy.zoo.dense.boxes import decode, encode, giou
 from natcupy.zoo.dense.mask_heads import MASK_SIDE
 from natcupy.zoo.dense.roi_align import roi_align
@@ -40,6 +40,8 @@ def rpn_losses(
     objects: Sequence[Objects],
     beta: float = 0.0,
     generator: torch.Generator | None = None,
+    sizes: Sequence[tuple[int, int]] | None = None,
+    border: int = 0,
 ) -> dict[str, Tensor]:
     """Binary cross entropy and box regression over the sampled anchors of all pictures.
 
@@ -52,6 +54,9 @@ def rpn_losses(
         objects: per picture.
         beta: where smooth L1 turns quadratic; 0 is L1.
         generator: of the random choice.
+        sizes: per picture, height and width without padding; only anchors within them count, unless
+            there is none. None: anchors may reach across the edges.
+        border: pixels by which an anchor may still reach across.
     """
     shapes = [tuple(x.shape[2:]) for x in logits]
     flat_logits, flat_deltas = (torch.cat(x, 1).float() for x in flatten_levels(logits, deltas))
@@ -60,6 +65,8 @@ def rpn_losses(
     for index, (size, found) in enumerate(zip(padded_sizes, objects, strict=True)):
         pairs = zip(shapes, strides, strict=True)
         valid = torch.cat([inside(shape, stride, size, anchors.device) for shape, stride in pairs])
+        if sizes is not None:
+            valid = _narrowed(valid, within(anchors, sizes[index], border))
         assignment = torch.full((anchors.shape[0],), IGNORED, device=anchors.device)
         assignment[valid] = assign(anchors[valid], found.boxes.to(anchors), RPN_MATCHING)
         positive, negative = sample(assignment, RPN_SAMPLING, generator)
@@ -74,6 +81,14 @@ def rpn_losses(
     objectness = F.binary_cross_entropy_with_logits(score, truth, reduction="sum")
     regression = smooth_l1(torch.cat(picked_deltas), torch.cat(targets), beta)
     return {"loss_rpn_cls": objectness / total, "loss_rpn_bbox": regression / total}
+
+
+def _narrowed(valid: Tensor, wanted: Tensor) -> Tensor:
+    """Both; where that leaves nothing, as in a very small picture, all valid ones: a step needs
+    anchors to learn from.
+    """
+    both = valid & wanted
+    return torch.where(both.any(), both, valid)
 
 
 def class_targets(samples: Sequence[Sample], objects: Sequence[Objects], background: int) -> Tensor:

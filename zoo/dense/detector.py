@@ -44,6 +44,9 @@ class DetectionRules:
     proposals: ProposalRules = field(default_factory=ProposalRules)
 
 
+PAPERS = DetectionRules()  # made here, since torch 2.6's dynamo trips over one made while tracing
+
+
 class RoIHead(nn.Module):
     """The container of the box and mask heads, for the sake of their names."""
 
@@ -57,6 +60,7 @@ class Detector(DenseModel):
     """Pictures to boxes, classes and masks."""
 
     rpn_beta: float  # where the proposals' regression loss turns quadratic
+    rpn_border: int | None  # pixels that a trained anchor may reach across an edge; None: any
     train_proposals: ProposalRules
 
     def __init__(self, config: DenseConfig, pretrained_cfg: dict[str, Any] | None = None) -> None:
@@ -131,7 +135,7 @@ class Detector(DenseModel):
             rules: thresholds; None: the papers'.
             masks: whether the mask heads run.
         """
-        rules = rules or DetectionRules()
+        rules = rules or PAPERS
         frames = self._frames(x, frames)
         maps = self.pyramid(x)
         logits, deltas = (_exact(part) for part in self.rpn_head(maps))
@@ -214,7 +218,11 @@ class Detector(DenseModel):
         logits, deltas = self.rpn_head(maps)
         divisor = self.recipe.pad_divisor
         padded = [tuple(-(-side // divisor) * divisor for side in f.size) for f in frames]
-        total = rpn_losses(logits, deltas, self.strides, padded, objects, self.rpn_beta, generator)
+        sizes = None if self.rpn_border is None else [f.size for f in frames]
+        total = rpn_losses(
+            logits, deltas, self.strides, padded, objects, self.rpn_beta, generator, sizes,
+            self.rpn_border or 0,
+        )  # fmt: skip
         detached = (_exact([part.detach() for part in parts]) for parts in (logits, deltas))
         proposals = propose(*detached, self.strides, frames, self.train_proposals)
         return total | self.region_losses(maps[:-1], proposals, frames, objects, generator)

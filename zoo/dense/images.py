@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from natcupy.zoo.preprocess import MAX_RESIZED_PIXELS, _bands, _opened
+from natcupy.zoo.preprocess import MAX_RESIZED_PIXELS, _bands, _opened, _per_channel
 
 MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
 
+_STATISTICS = ("mean", "std")
 _BITS = 11  # of the fixed-point weights of `resize_bytes`
 
 
@@ -89,10 +90,20 @@ class Recipe:
         return cls(2048, 512) if task == "segmentation" else cls(1333, 800, pad_divisor=32)
 
     @classmethod
-    def from_pretrained_cfg(cls, cfg: dict[str, Any], task: str) -> Recipe:
-        """The recipe in a model's `pretrained_cfg`; what it does not say is the task's own."""
+    def from_pretrained_cfg(
+        cls, cfg: dict[str, Any], task: str, channels: int | None = None
+    ) -> Recipe:
+        """The recipe in a model's `pretrained_cfg`; what it does not say is the task's own.
+
+        `channels`: of the model's pictures; another number of means and deviations stands for all
+        channels by its average. None takes them as they are.
+        """
         own = asdict(cls.for_task(task))
-        return cls(**{name: cfg.get(name, value) for name, value in own.items()})
+        recipe = cls(**{name: cfg.get(name, value) for name, value in own.items()})
+        if channels is None:
+            return recipe
+        pair = {name: _per_channel(name, getattr(recipe, name), channels) for name in _STATISTICS}
+        return replace(recipe, **pair)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""
@@ -138,7 +149,10 @@ class Recipe:
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """`[H, W, C]` in 0..255 to `[1, C, H', W']`: normalised, then padded to the divisor."""
-        mean, std = (torch.tensor(v, device=pixels.device) for v in (self.mean, self.std))
+        mean, std = (
+            torch.tensor(v, device=pixels.device, dtype=torch.float32)
+            for v in (self.mean, self.std)
+        )
         x = ((pixels.float() - mean) / std).permute(2, 0, 1)[None]
         bottom, right = (-side % self.pad_divisor for side in x.shape[2:])
         return F.pad(x, (0, right, 0, bottom)).contiguous()

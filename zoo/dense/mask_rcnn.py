@@ -30,6 +30,7 @@ class MaskRCNN(Detector):
     """One box head of two fully connected layers, one mask head."""
 
     rpn_beta = 0.0
+    rpn_border = None
     train_proposals = ProposalRules(per_level=2000, most=1000)
 
     def _make_roi_head(self, config: DenseConfig) -> RoIHead:

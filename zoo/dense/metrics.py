@@ -9,6 +9,7 @@ treated.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -61,6 +62,8 @@ def average_precision(
     """
     if len(found) != len(truth):
         raise ValueError(f"there must be one truth per picture, got {len(found)}, {len(truth)}.")
+    found = [_on_cpu(detections) for detections in found]
+    truth = [objects.to(torch.device("cpu")) for objects in truth]
     classes = torch.cat([objects.labels for objects in truth]).unique().tolist()
     if not classes:
         raise ValueError("there must be at least one true object, got none in any picture.")
@@ -71,6 +74,18 @@ def average_precision(
         for iou in ious:
             values.append(_class_precision(found, truth, tables, label, iou, total))
     return sum(values) / len(values)
+
+
+def _on_cpu(found: Detections) -> Detections:
+    """The matching is many small steps: there, and all of it on one device."""
+    masks = found.mask_probabilities
+    return replace(
+        found,
+        boxes=found.boxes.cpu(),
+        scores=found.scores.cpu(),
+        labels=found.labels.cpu(),
+        mask_probabilities=None if masks is None else masks.cpu(),
+    )
 
 
 def _overlaps(found: Detections, truth: Objects, masks: bool) -> Tensor:
@@ -105,10 +120,10 @@ def _class_precision(
     if not hit.numel():
         return 0.0
     recall = hit.cumsum(0) / total
-    precision = hit.cumsum(0) / torch.arange(1, hit.numel() + 1)
+    precision = hit.cumsum(0) / torch.arange(1, hit.numel() + 1, device="cpu")
     # The best precision at this recall or beyond, read at 0, 0.01, ..., 1.
     envelope = precision.flip(0).cummax(0).values.flip(0)
-    points = torch.linspace(0, 1, 101, dtype=torch.float64)
+    points = torch.linspace(0, 1, 101, dtype=torch.float64, device="cpu")
     index = torch.searchsorted(recall, points)
     return (
         torch.where(index < hit.numel(), envelope[index.clamp(max=hit.numel() - 1)], 0.0)
@@ -120,7 +135,7 @@ def _class_precision(
 def _matches(table: Tensor, iou: float) -> Tensor:
     """Which detections of a picture, by falling score, take an object not yet taken: bool `[n]`."""
     table = table.clone()
-    hits = torch.zeros(table.shape[0], dtype=torch.bool)
+    hits = torch.zeros(table.shape[0], dtype=torch.bool, device="cpu")
     for row in range(table.shape[0] if table.shape[1] else 0):
         best, column = table[row].max(dim=0)
         if best >= iou:

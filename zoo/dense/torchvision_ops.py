@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 
 
+@torch.compiler.assume_constant_result  # dynamo cannot trace an import that fails
 def torchvision_ops(device: torch.device) -> ModuleType | None:
     """`torchvision.ops`; None where it is missing, for another torch, or not for this device.
 
@@ -25,9 +26,9 @@ def _tried(kind: str) -> ModuleType | None:
     try:
         import torchvision.ops as ops
 
-        box = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=kind)
-        kept = ops.nms(box, torch.ones(1, device=kind), 0.5).tolist()
-        pooled = ops.roi_align(torch.ones(1, 1, 2, 2, device=kind), [box], 1, 1.0, -1, True)
+        box = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=kind, dtype=torch.float32)
+        kept = ops.nms(box, box[0, 2:3], 0.5).tolist()
+        pooled = ops.roi_align(box.reshape(1, 1, 2, 2), [box], 1, 1.0, -1, True)
     except (ImportError, RuntimeError, OSError, AttributeError, NotImplementedError):
         return None
     return ops if kept == [0] and pooled.shape == (1, 1, 1, 1) else None

@@ -94,11 +94,21 @@ class UPerNet(DenseModel):
         self.decode_head = UPerHead(dims, config.channels, config.num_classes)
         self.auxiliary_head = FCNHead(dims[self.aux_index], config.aux_channels, config.num_classes)
 
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor | dict[str, Tensor]:
-        """Logits at the pictures' size; with labels, the losses (see `losses`)."""
+    def forward(
+        self, x: Tensor, labels: Tensor | None = None, resized: bool = True
+    ) -> Tensor | dict[str, Tensor]:
+        """Logits at the pictures' size, or those of `decode`; with labels, the losses.
+
+        Args:
+            x: prepared pictures `[B, 3, H, W]`.
+            labels: as for `losses`.
+            resized: False leaves logits at the finest map's size; a wrapped model (sharded, DDP)
+                must be called, so `decode` is not to be had there.
+        """
         if labels is not None:
             return self.losses(x, labels)
-        return resize(self.decode(x), x.shape[2:])
+        logits = self.decode(x)
+        return resize(logits, x.shape[2:]) if resized else logits
 
     def decode(self, x: Tensor) -> Tensor:
         """Logits at the finest map's size, `[B, num_classes, ceil(H/4), ceil(W/4)]`."""
@@ -153,7 +163,8 @@ def pixel_loss(logits: Tensor, labels: Tensor) -> Tensor:
         logits: `[B, classes, h, w]`, resized to the labels' size.
         labels: `[B, H, W]`.
     """
-    logits = resize(logits, labels.shape[1:])
+    exact = logits if logits.dtype == torch.float64 else logits.float()
+    logits = resize(exact, labels.shape[1:])  # a sum over pixels is beyond float16's range
     total = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
     return total / labels.numel()
 

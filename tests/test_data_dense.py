@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from natcupy.data import dense_augment as augment
-from natcupy.data.coco import CocoPictures
+from natcupy.data.coco import CocoPictures, decode_mask
 from natcupy.data.coco_ap import as_results, average_precision, encode_mask
 from natcupy.data.dense_augment import DetectionViews, SegmentationViews
 from natcupy.data.label_maps import LabelledMaps, find_maps
@@ -114,6 +114,12 @@ BAD = [
     (lambda v: v["annotations"][0].update(bbox=[1, 2, float("nan"), 3]), "finite"),
     (lambda v: v["annotations"][0].pop("segmentation"), "must have a segmentation"),
     (lambda v: v["annotations"][0].update(segmentation=[[1, 2, 3, 4]]), "three points"),
+    (lambda v: v["annotations"][0].update(category_id=[5]), r"category ids, got \[5\]"),
+    (lambda v: v["annotations"][0].update(area="9"), "a finite number, or none, got 9"),
+    (lambda v: v["annotations"][-1].pop("segmentation"), "92 must have a segmentation"),
+    (lambda v: v["annotations"][-1].update(segmentation=[]), "92 must have a segmentation"),
+    (lambda v: v["annotations"][0]["segmentation"].update(counts=""), "its 4800 pixels, got 0"),
+    (lambda v: v["annotations"][0]["segmentation"].update(counts="zzz~"), "pixels, got none"),
     (
         lambda v: v["annotations"][0].update(segmentation={"size": [80, 60], "counts": "x"}),
         r"picture's size \[60, 80\], got \[80, 60\]",
@@ -181,6 +187,65 @@ def test_average_precision(coco):
     assert average_precision(data, wrong)["box_ap"] < 1
 
 
+LEFT_OUT = [
+    {"bbox": [3, 3, 0, 0], "area": 0, "segmentation": []},
+    {"bbox": [3, 3, 0, 0], "area": 0, "segmentation": [[3, 3]]},
+    {"bbox": [3, 3, 9, 9], "area": 0, "segmentation": []},
+    {"bbox": [3, 3, 9, 9], "area": 0},
+]
+
+
+@pytest.mark.parametrize("change", LEFT_OUT)
+def test_objects_that_are_left_out_need_no_mask(coco, change):
+    """They are missed in the evaluation, as any that is not found."""
+    data = CocoPictures(coco)
+    results = as_results(exact(data[0].objects, torch.linspace(0.9, 0.5, 9)), data, 0)
+    before = average_precision(data, results)
+
+    def add(values):
+        values["annotations"].append({"id": 93, "image_id": 10, "category_id": 5, **change})
+
+    data = CocoPictures(edited(coco, add))
+    after = average_precision(data, results)
+    assert after.keys() == before.keys() and after["mask_ap"] <= before["mask_ap"]
+
+
+@pytest.mark.parametrize("key", ["iscrowd", "area"])
+def test_null_is_as_good_as_absent(coco, key):
+    CocoPictures(edited(coco, lambda v: v["annotations"][0].pop(key)))
+    data = CocoPictures(coco)
+    results = as_results(exact(data[0].objects, torch.linspace(0.9, 0.5, 9)), data, 0)
+    absent = average_precision(data, results)
+    edited(coco, lambda v: v["annotations"][0].update({key: None}))
+    assert average_precision(CocoPictures(coco), results) == absent
+
+
+def test_objects_of_other_classes_may_lack_anything(coco):
+    def add(values):
+        values["categories"].append({"id": 99, "name": "face"})
+        values["annotations"].append({"id": 93, "image_id": 10, "category_id": 99})
+
+    data = CocoPictures(edited(coco, add), classes=NAMES)
+    results = as_results(exact(data[0].objects, torch.linspace(0.9, 0.5, 9)), data, 0)
+    assert average_precision(data, results)["box_ap"] > 0
+
+
+@pytest.mark.parametrize("runs", ["", "0", "zzzz~~", "é"])
+def test_runs_that_end_early_are_no_mask(runs):
+    """What follows them would be whatever the memory held."""
+    with pytest.raises(DataError, match="must add up to its 400 pixels"):
+        decode_mask({"size": [20, 20], "counts": runs}, (20, 20))
+    with pytest.raises(DataError, match="must add up to its 400 pixels"):
+        decode_mask({"size": [20, 20], "counts": rle(torch.eye(8).bool())["counts"]}, (20, 20))
+
+
+def test_compressed_runs_are_added_up():
+    draw = torch.Generator().manual_seed(0)
+    for height, width, share in ((1, 1, 0.5), (7, 300, 0.1), (90, 90, 0.99), (300, 200, 0.0)):
+        mask = torch.rand(height, width, generator=draw) < share
+        assert torch.equal(decode_mask(rle(mask), (height, width)), mask)
+
+
 # -- maps -----------------------------------------------------------------------------------------
 
 
@@ -246,6 +311,11 @@ def test_wrong_maps(maps, tmp_path):
     Image.new("L", (70, 50), 9).save(path)
     with pytest.raises(DataError, match=r"0\.\.2 or 255.*got 9 in 3500"):
         find_maps(maps, classes=NAMES)["train"][0]
+    Image.fromarray(np.full((50, 70), -1, np.int32)).save(path.with_suffix(".tif"))
+    path.unlink()
+    with pytest.raises(DataError, match=r"0\.tif must hold numbers .* got -1 in 3500"):
+        find_maps(maps)["train"][0]
+    path.with_suffix(".tif").unlink()
     Image.new("RGB", (70, 50), 9).save(path)
     with pytest.raises(DataError, match="not their colours"):
         find_maps(maps, classes=NAMES)["train"][0]
@@ -261,6 +331,18 @@ def test_wrong_maps(maps, tmp_path):
         find_maps(maps)
     with pytest.raises(DataError, match="must hold a folder of pictures"):
         find_maps(tmp_path / "none")
+
+
+def test_numbers_that_no_pixel_has_are_told(maps):
+    for part, values in (("training", [0, 2]), ("validation", [0, 1, 2, 255])):
+        for path in (maps / "annotations" / part).iterdir():
+            Image.fromarray(np.resize(np.array(values, np.uint8), (50, 70))).save(path)
+    parts = find_maps(maps)
+    assert parts["train"].notes == ("no pixel has class 1",) and parts["val"].notes == ()
+    for path in (maps / "annotations/validation").iterdir():
+        Image.new("L", (70, 50), 4).save(path)
+    assert find_maps(maps)["train"].notes == ("no pixel has class 1, 3, 4",)
+    assert find_maps(maps, classes=tuple("abcde"))["train"].notes == ()
 
 
 def test_maps_without_any_class(tmp_path):

@@ -345,6 +345,25 @@ def test_augmented_pictures():
     assert torch.equal(one, same) and not torch.equal(one, other) and one.shape == (3, 16, 24)
 
 
+def test_a_fourth_channel_is_transparency_as_in_use():
+    """Band by band and unjittered: what is seen in training is what is seen afterwards."""
+    picture = Image.new("RGBA", (40, 30), (200, 40, 10, 0))
+    picture.paste((20, 90, 250, 255), (8, 5, 25, 20))
+    recipe = Preprocess((4, 30, 40), crop_pct=1.0, mean=(0.5,) * 4, std=(0.5,) * 4)
+    still = {"crop_scale": (1, 1), "crop_ratio": (4 / 3, 4 / 3), "flip": 0.0}
+    made = augmenting.Augment(recipe, config(color_jitter=0.0, **still))
+    for each in (picture, picture.convert("RGB"), picture.convert("L"), picture.convert("P")):
+        assert torch.equal(made(each), recipe(each)[0])
+    torch.manual_seed(0)
+    varied = augmenting.Augment(recipe, config(color_jitter=0.4, **still))(picture)
+    assert torch.equal(varied[3], recipe(picture)[0, 3])
+    assert not torch.allclose(varied[:3], recipe(picture)[0, :3])
+    for channels in (2, 5):
+        numbers = (0.5,) * channels
+        with pytest.raises(ConfigError, match=rf"1, 3 or 4 channels.*got {channels}"):
+            augmenting.Augment(Preprocess((channels, 9, 9), mean=numbers, std=numbers), config())
+
+
 def test_drawings_are_not_mirrored_or_cropped():
     ink = Preprocess((1, 32, 32), crop_mode="ink", mean=(0.2,), std=(0.35,), crop_pct=1.0)
     made = augmenting.Augment(ink, config(color_jitter=0.0))

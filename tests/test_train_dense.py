@@ -1,6 +1,12 @@
 """Training of segmentation and detection models: a few steps, what is written, what is refused."""
 
 import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,12 +15,15 @@ from PIL import Image
 
 import natcupy
 from natcupy.cli import main
+from natcupy.cli.finetune_dense import data_of
+from natcupy.cli.parser import build_parser
 from natcupy.data.coco import CocoPictures
 from natcupy.data.dense_augment import DetectionViews, SegmentationViews
 from natcupy.data.label_maps import find_maps
 from natcupy.data.source import DataError
 from natcupy.train import TrainConfig, TrainError
 from natcupy.train.dense_finetuning import finetune_dense, load_dense, prepare
+from natcupy.train.optimizer import make_optimizer
 from natcupy.zoo import ModelConfig, build_model
 from natcupy.zoo.config import ConfigError
 from natcupy.zoo.dense import DenseConfig, build_dense_model
@@ -141,6 +150,54 @@ def test_detection_learns_and_leaves_a_folder(architecture, objects, tmp_path):
     assert "Box AP" in (result.folder / "model/README.md").read_text()
 
 
+SHARDED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(1)
+import sharding
+import test_train_dense as own
+architecture, data, output = sys.argv[2:]
+sharding.on_gloo(2)
+if architecture == "upernet":
+    parts = own.find_maps(data)
+    train, val, names = parts["train"], parts["val"], own.SEGMENT_NAMES
+else:
+    pictures = own.CocoPictures(data)
+    train, val, names = pictures.subset(range(7)), pictures.subset([7, 8, 9]), own.NAMES
+model = own.small(architecture, len(names), names)
+settings = own.config(output, epochs=1, batch_size=2, channels_last=False)
+own.finetune_dense(model, train, val, settings, views=own.PLAIN[model.config.task])
+"""
+
+
+@pytest.mark.parametrize("architecture", ["upernet", "mask_rcnn"])
+def test_two_sharded_processes(architecture, maps, objects, tmp_path):
+    """They train and examine three held-out pictures, of which one process has only one."""
+    data = maps if architecture == "upernet" else objects
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    tests = Path(__file__).parent
+    words = ["-c", SHARDED, str(tests), architecture, str(data), str(tmp_path / "run")]
+    place |= {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tests.parent)}
+    started = [
+        subprocess.Popen(
+            [sys.executable, *words], stderr=subprocess.PIPE, text=True,
+            env={**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    try:
+        told = [process.communicate(timeout=180)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], told
+    (row,) = json.loads((tmp_path / "run/log.json").read_text())["epochs"]
+    assert 0 <= row["val_miou" if architecture == "upernet" else "val_box_ap"] <= 1
+
+
 def test_the_command(maps, objects, tmp_path, capsys):
     start = small("upernet", 4, SEGMENT_NAMES).save_pretrained(tmp_path / "start")
     few = ["--epochs", "1", "--workers", "0", "--batch-size", "2", "--json"]
@@ -180,6 +237,38 @@ def test_a_batch_of_one_is_refused_before_the_first_step(maps, objects, tmp_path
     )  # fmt: skip
 
 
+def test_cocos_own_layout(objects, tmp_path):
+    """Two files in `annotations`, a folder of pictures for each; or folders by any name."""
+    (tmp_path / "annotations").mkdir()
+    for part in ("train2017", "val2017"):
+        shutil.copytree(objects.parent, tmp_path / part)
+        (tmp_path / part / objects.name).unlink()
+        shutil.copy(objects, tmp_path / f"annotations/instances_{part}.json")
+    words = ["finetune", str(tmp_path / "annotations/instances_train2017.json"), "--val",
+             str(tmp_path / "annotations/instances_val2017.json"), "--task", "detection",
+             "--model", "m", "--output", "o"]  # fmt: skip
+
+    def folders(*more):
+        found = data_of(build_parser().parse_args([*words, *more]), 0)
+        return [data.folder.name for data in found]
+
+    assert folders() == ["train2017", "val2017"]
+    (tmp_path / "train2017").rename(tmp_path / "a")
+    (tmp_path / "val2017").rename(tmp_path / "b")
+    one, other = str(tmp_path / "a"), str(tmp_path / "b")
+    assert folders("--images", one, "--val-images", other) == ["a", "b"]
+    assert folders("--images", one) == ["a", "a"]
+
+
+def test_a_part_to_examine_is_not_trained_on(maps, tmp_path):
+    shutil.copytree(maps / "val", tmp_path / "val")
+    words = ["finetune", str(tmp_path), "--task", "segmentation", "--model", "m", "--output", "o"]
+    with pytest.raises(DataError, match="must have a part called train, got val"):
+        data_of(build_parser().parse_args(words), 0)
+    words[1] = str(tmp_path / "val")
+    assert [len(data) for data in data_of(build_parser().parse_args(words), 0)] == [2, 1]
+
+
 def test_other_classes_keep_the_rest():
     model = small("mask_rcnn", 5, tuple("abcde"))
     other = prepare(model, NAMES, config("x"))
@@ -194,10 +283,39 @@ def test_other_classes_keep_the_rest():
     assert (sized.recipe.short_side, sized.recipe.long_side) == (32, 32)
     assert sized.config.backbone.drop_path_rate == 0.4
     assert sized.backbone.levels[2].blocks[0].drop_path.rate == pytest.approx(0.4)
+    with pytest.raises(TrainError, match=r"in torch.float64\. Train model.float\(\)"):
+        prepare(small("upernet", 5, None).double(), NAMES, config("x"))
     with pytest.raises(ConfigError, match="a row per class"):
         prepare(small("upernet", 3, None), (*NAMES, "x"), config("x", head="keep"))
     with pytest.raises(ConfigError, match="mixup belongs to classification"):
         prepare(same, NAMES, config("x", mixup=0.2))
+
+
+def test_other_classes_keep_what_is_frozen():
+    model = small("upernet", 5, None)
+    model.backbone.requires_grad_(False)
+    model.set_grad_checkpointing(True)
+    other = prepare(model, NAMES, config("x"))
+    assert other is not model
+    trained = {name for name, each in other.named_parameters() if each.requires_grad}
+    assert trained == {name for name, each in model.named_parameters() if each.requires_grad}
+    assert any(getattr(each, "grad_checkpointing", False) for each in other.modules())
+
+
+@pytest.mark.parametrize("architecture", ["upernet", "mask_rcnn"])
+def test_layer_decay(architecture):
+    """Heads learn at the full rate, the backbone's layers below at ever smaller ones."""
+    model = small(architecture, 3, None)
+    made = make_optimizer(model, config("x", lr=1.0, layer_decay=0.5))
+    names = {id(p): name for name, p in model.named_parameters()}
+    rates = {names[id(p)]: group["lr"] for group in made.param_groups for p in group["params"]}
+    assert {r for name, r in rates.items() if not name.startswith("backbone.")} == {1.0}
+    blocks = [rates[f"backbone.levels.{i}.blocks.0.attn.qkv.weight"] for i in range(3)]
+    assert blocks == [0.125, 0.25, 0.5]
+    assert rates["backbone.patch_embed.proj.0.weight"] == 0.0625
+    assert rates["backbone.levels.0.downsample.reduction.weight"] == 0.125
+    assert rates["backbone.norm0.weight"] == 0.5
+    assert list(model.group_matcher(coarse=True)) == ["stem", "blocks"]
 
 
 def test_a_backbone_starts_from_a_classifier(tmp_path):
@@ -228,6 +346,9 @@ def test_data_that_does_not_belong(maps, objects, tmp_path):
         finetune_dense(
             small("mask_rcnn", 3, None), data.subset([9]), None, config(tmp_path / "run")
         )
+    one = find_maps(maps, classes=("a",))["train"]
+    with pytest.raises(DataError, match=r"at least two classes, got 1: a.*foreground as 1"):
+        finetune_dense(small("upernet", 1, None), one, None, config(tmp_path / "run"))
     other = find_maps(maps, classes=("a", "b", "c", "d"))["val"]
     with pytest.raises(DataError, match="in the same order"):
         finetune_dense(small("upernet", 4, None), parts["train"], other, config(tmp_path / "run"))

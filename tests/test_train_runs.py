@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import resource
 import shutil
@@ -17,7 +18,7 @@ from PIL import Image
 from runs import LONG, ROOT, config, draw_stripes, locks_of, same, settled, step_of, tiny, weights
 
 import natcupy
-from natcupy.data import DataError, find
+from natcupy.data import DataError, find, find_split
 from natcupy.hub import Corrupt
 from natcupy.train import Classification, TrainError, finetune, run
 from natcupy.train.optimizer import rate
@@ -349,6 +350,53 @@ def test_data_that_cannot_be_trained_on(stripes, tmp_path):
     shutil.copytree(stripes / "across", tmp_path / "data" / "across")
     shutil.copytree(stripes, tmp_path / "val")
     refused(r"among the 2 classes.*slanted \(16\)", tmp_path / "val")
+
+
+def test_weights_that_are_not_float32(stripes, tmp_path):
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        with pytest.raises(TrainError, match=rf"got weights in {dtype}\. Train model\.float\(\)"):
+            finetune(tiny().to(dtype), stripes, None, config(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_held_out_classes_are_matched_by_name(stripes, tmp_path):
+    """However both come: fewer classes count as they are called, others are refused."""
+    for part, names in (("val", ("down", "slanted")), ("more", ("across", "zigzag"))):
+        for name in names:
+            real = stripes / (name if name != "zigzag" else "down")
+            shutil.copytree(real, tmp_path / part / name)
+    train, val = find(stripes, val_fraction=0).train, find_split(tmp_path / "val").source
+    settings = {"epochs": 1, "keep": "last"}
+    scores = []
+    for number, (one, other) in enumerate(
+        ((train, val), (train, tmp_path / "val"), (stripes, val), (stripes, tmp_path / "val"))
+    ):
+        result = finetune(tiny(), one, other, config(tmp_path / f"{number}", **settings))
+        assert result.confusion.sum(1).tolist() == [0, 16, 16]
+        scores.append(result.scores)
+    assert all(each == scores[0] for each in scores)
+    for data in (find_split(tmp_path / "more").source, tmp_path / "more"):
+        with pytest.raises(DataError, match=r"among the 3 classes.*zigzag \(16\)"):
+            finetune(tiny(), train, data, config(tmp_path / "refused"))
+    assert not (tmp_path / "refused").exists()
+
+
+def test_a_score_that_is_none(stripes, tmp_path, monkeypatch, capsys):
+    """No epoch is lost to it, none is best by it, and the run may be continued."""
+    values = iter((0.5, math.nan, 0.4, math.nan, 0.3))  # three epochs, the kept one twice
+
+    def score(self, found):
+        return {"val_loss": 1.0, "val_accuracy": next(values)}
+
+    monkeypatch.setattr(Classification, "score", score)
+    settings = {"epochs": 3, "keep": "best"}
+    result = finetune(tiny(), stripes, None, config(tmp_path / "run", **settings))
+    assert result.epoch == 1 and len(result.history) == 3 and result.scores == {}
+    assert "val_loss" not in result.history[1] and (result.folder / "model").is_dir()
+    told = "scores must be finite, got val_accuracy nan: this examination does not count"
+    assert capsys.readouterr().err.count(told) == 2
+    again = finetune(tiny(), stripes, None, config(tmp_path / "run", resume=True, **settings))
+    assert again.scores == {"val_loss": 1.0, "val_accuracy": 0.3}
 
 
 def test_a_loss_that_is_none(stripes, tmp_path):

@@ -15,12 +15,14 @@ from natcupy.cli import console
 from natcupy.cli.finetune_arguments import given
 from natcupy.data.coco import CocoPictures
 from natcupy.data.label_maps import LabelledMaps, find_maps
+from natcupy.data.source import DataError
 from natcupy.train import TrainConfig
 from natcupy.train.dense_finetuning import DenseResult, finetune_dense, load_dense
 from natcupy.train.finetuning import CURVES_PNG, is_first
 
-# Where the command line sets nothing: smaller steps and a smaller rate than a classifier's.
-USUAL = {"batch_size": 8, "lr": 1e-4}
+# Where the command line sets nothing: smaller steps and a smaller rate than a classifier's, the
+# same for all layers.
+USUAL = {"batch_size": 8, "lr": 1e-4, "layer_decay": 1.0}
 Data = LabelledMaps | CocoPictures
 
 
@@ -63,7 +65,12 @@ def data_of(arguments: argparse.Namespace, seed: int) -> tuple[Data, Data | None
     """The pictures to train on and those held out, with the same classes."""
     if arguments.task == "segmentation":
         parts = find_maps(arguments.data, reduce_zero_label=arguments.reduce_zero_label)
-        train: Data = parts.get("train") or parts.get("") or next(iter(parts.values()))
+        train: Data | None = parts.get("train") or parts.get("")
+        if train is None:
+            raise DataError(
+                f"{arguments.data} must have a part called train, got {', '.join(parts)}. "
+                "Name the folder inside a part to train on it."
+            )
         val: Data | None = parts.get("val")
         if arguments.val is not None:
             others = find_maps(
@@ -74,7 +81,8 @@ def data_of(arguments: argparse.Namespace, seed: int) -> tuple[Data, Data | None
         train = CocoPictures(arguments.data, arguments.images)
         val = None
         if arguments.val is not None:
-            val = CocoPictures(arguments.val, arguments.images, classes=train.classes)
+            folder = arguments.val_images or arguments.images
+            val = CocoPictures(arguments.val, folder, classes=train.classes)
     if val is None and arguments.val_fraction > 0:
         return held_out(train, arguments.val_fraction, seed)
     return train, val

@@ -261,8 +261,14 @@ def _doctor(commands: argparse._SubParsersAction) -> None:
 
 
 def _finetune(commands: argparse._SubParsersAction) -> None:
-    add_finetune_arguments(
-        _command(commands, "finetune", "finetune", "train a model on labelled pictures of your own")
+    parser = _command(
+        commands, "finetune", "finetune", "train a model on labelled pictures of your own"
+    )
+    add_finetune_arguments(parser)
+    parser.add_argument(
+        "--val-images",
+        metavar="FOLDER",
+        help="detection: where the pictures of --val are (default: --images)",
     )
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,8 +48,8 @@ class CocoPictures:
 
     Args:
         annotations: the JSON file with `images`, `annotations`, `categories`.
-        images: the folder that `file_name` counts from; default: the file's own folder, or
-            `images` beside it.
+        images: the folder that `file_name` counts from; default: the file's own folder, `images`
+            beside it, or as COCO lies: `val2017` beside the folder of `instances_val2017.json`.
         classes: label names in the model's order, each a category's name; default: the file's
             categories by id.
 
@@ -167,8 +168,8 @@ class CocoPictures:
     def _reason(self, annotation: Annotation, size: tuple[int, int]) -> str:
         """Why an annotation is not learned from, "" if it is. Raises where it is wrong."""
         category = annotation.get("category_id")
-        if category not in self._labels:
-            if category in {c["id"] for c in self.dataset["categories"]}:
+        if not _is_number(category) or category not in self._labels:
+            if _is_number(category) and category in {c["id"] for c in self.dataset["categories"]}:
                 return "objects of other classes"
             raise DataError(
                 f"{self._what(annotation)} must have one of the file's category ids, got "
@@ -180,12 +181,19 @@ class CocoPictures:
                 f"{self._what(annotation)} must have bbox [x, y, width, height] of finite numbers, "
                 f"got {str(box)[:60]}."
             )
+        area = annotation.get("area")
+        if area is not None and not _is_number(area):
+            raise DataError(
+                f"{self._what(annotation)} must have an area that is a finite number, or none, "
+                f"got {str(area)[:40]}."
+            )
         if annotation.get("iscrowd"):
+            _check_mask(annotation.get("segmentation"), size, self._what(annotation))
             return "crowds (they count in the evaluation, as regions where nothing is wrong)"
         x1, y1, x2, y2 = _corners(box, size)
         if box[2] < 1 or box[3] < 1 or x2 <= x1 or y2 <= y1:
             return "boxes smaller than a pixel or outside their picture (in the evaluation: missed)"
-        if annotation.get("area", 1) <= 0:
+        if area is not None and area <= 0:
             return "objects of area 0"
         _check_mask(annotation.get("segmentation"), size, self._what(annotation))
         return ""
@@ -294,7 +302,8 @@ def _folder(
             raise DataError(f"the folder of pictures {shown(folder)} is not there.")
         return folder
     first = str(listed[0].get("file_name", "")) if listed else ""
-    near = (path.parent, path.parent / "images", path.parent.parent / "images", path.parent.parent)
+    above, part = path.parent.parent, path.stem.rpartition("_")[-1]
+    near = (path.parent, path.parent / "images", above / "images", above, above / part)
     return next((folder for folder in near if first and (folder / first).is_file()), path.parent)
 
 
@@ -323,10 +332,12 @@ def _check_mask(segmentation: object, size: tuple[int, int], what: str) -> None:
             )
         counts = segmentation.get("counts")
         runs = isinstance(counts, list) and all(type(n) is int and n >= 0 for n in counts)
-        if not isinstance(counts, str) and not (runs and sum(counts) == size[0] * size[1]):
+        total = sum(counts) if runs else _pixels(counts) if isinstance(counts, str) else None
+        if total != size[0] * size[1]:
+            got = "none" if total is None else f"{total:,}"
             raise DataError(
-                f"{what}: the runs of a mask must be text, or whole numbers that add up to its "
-                f"{size[0] * size[1]} pixels."
+                f"{what}: the runs of a mask, whole numbers or text, must add up to its "
+                f"{size[0] * size[1]} pixels, got {got}. Export the annotations again."
             )
         return
     polygons = isinstance(segmentation, list) and segmentation
@@ -340,8 +351,45 @@ def _check_mask(segmentation: object, size: tuple[int, int], what: str) -> None:
         )
 
 
+def is_mask(segmentation: object, size: tuple[int, int]) -> bool:
+    """Whether a segmentation is one that `decode_mask` takes."""
+    try:
+        _check_mask(segmentation, size, "")
+    except DataError:
+        return False
+    return True
+
+
+def _pixels(text: str) -> int | None:
+    """What the runs of compressed text add up to; None where it is no such text.
+
+    pycocotools does not look: with runs that end early it leaves the rest of a mask undefined.
+    A number is bytes of five bits, least first, with a mark where more follow; the last bit is its
+    sign. From the fourth on it is the difference to the number before the last.
+    """
+    codes = np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8).astype(np.int64) - 48
+    if not codes.size:
+        return 0
+    ends = np.flatnonzero(codes & 32 == 0)
+    if codes.min() < 0 or codes.max() > 63 or not ends.size or ends[-1] != codes.size - 1:
+        return None
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    lengths = ends - starts + 1
+    if lengths.max() > 7:  # more than 32 bits
+        return None
+    places = np.arange(codes.size) - np.repeat(starts, lengths)
+    runs = np.add.reduceat((codes & 31) << (5 * places), starts)
+    runs -= np.where(codes[ends] & 16, 1 << (5 * lengths), 0)
+    for first in (1, 2):
+        runs[first::2] = runs[first::2].cumsum()
+    return int(runs.sum()) if runs.min() >= 0 else None
+
+
 def decode_mask(segmentation: Any, size: tuple[int, int], what: str = "a mask") -> Tensor:
-    """A checked segmentation as bool `[H, W]`: run lengths exactly, polygons as COCO fills them."""
+    """A segmentation as bool `[H, W]`: run lengths exactly, polygons as COCO fills them.
+
+    Raises DataError for one that is none, or of another size.
+    """
     try:
         from pycocotools import mask as codec
     except ImportError:
@@ -349,6 +397,7 @@ def decode_mask(segmentation: Any, size: tuple[int, int], what: str = "a mask") 
             "masks in COCO's format need pycocotools: pip install 'natcupy[train]'."
         ) from None
     height, width = size
+    _check_mask(segmentation, size, what)
     try:
         if isinstance(segmentation, list):
             coded = codec.merge(codec.frPyObjects(segmentation, height, width))

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from natcupy.data.coco import CocoPictures
+from natcupy.data.coco import CocoPictures, is_mask
 from natcupy.zoo.dense import Detections
 
 _STATS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
@@ -58,14 +58,13 @@ def average_precision(
     scores: dict[str, float] = {}
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
         truth = COCO()
-        truth.dataset = _complete(pictures.dataset)
+        truth.dataset = _complete(pictures)
         truth.createIndex()
-        given = truth.loadRes([dict(each) for each in results]) if results else None
         for kind, prefix in (("bbox", "box_"), ("segm", "mask_"))[: 2 if masks else 1]:
-            if given is None:
+            if not results:
                 scores |= {f"{prefix}{name}": 0.0 for name in _STATS[:3]}
                 continue
-            examined = COCOeval(truth, given, kind)
+            examined = COCOeval(truth, truth.loadRes(_sized_by(kind, results)), kind)
             examined.params.catIds = sorted(map(pictures.category_id, range(len(pictures.classes))))
             examined.evaluate()
             examined.accumulate()
@@ -75,15 +74,39 @@ def average_precision(
     return scores
 
 
-def _complete(dataset: dict[str, Any]) -> dict[str, Any]:
-    """The data set with the keys that pycocotools reads but not every exporter writes."""
-    annotations = [
-        {
-            "iscrowd": 0,
-            "area": each["bbox"][2] * each["bbox"][3],
-            **each,
-            "id": number,  # 0 would count as not found
-        }
-        for number, each in enumerate(dataset["annotations"], 1)
+def _sized_by(kind: str, results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Copies of the results. `loadRes` writes into them, and where there is a box takes its area
+    for that of the mask: so masks come without."""
+    if kind == "bbox":
+        return [dict(each) for each in results]
+    return [
+        {k: v for k, v in each.items() if k != "bbox" or "segmentation" not in each}
+        for each in results
     ]
+
+
+def _complete(pictures: CocoPictures) -> dict[str, Any]:
+    """The data set as pycocotools can read all of it.
+
+    Objects of other classes are left out; so are keys that are null. Keys that not every exporter
+    writes are added, and a mask that cannot be used, which only objects that are not learned from
+    may have, is empty.
+    """
+    dataset = pictures.dataset
+    sizes = {image["id"]: (image["height"], image["width"]) for image in dataset["images"]}
+    wanted = set(map(pictures.category_id, range(len(pictures.classes))))
+    annotations = []
+    for each in dataset["annotations"]:
+        if each["category_id"] not in wanted:
+            continue
+        known = {key: value for key, value in each.items() if value is not None}
+        entry = {"iscrowd": 0, "area": each["bbox"][2] * each["bbox"][3], **known}
+        if not is_mask(each.get("segmentation"), sizes[each["image_id"]]):
+            entry["segmentation"] = _empty(sizes[each["image_id"]])
+        # an id of 0 would count as not found
+        annotations.append({**entry, "id": len(annotations) + 1})
     return {**dataset, "annotations": annotations, "info": dataset.get("info", {})}
+
+
+def _empty(size: tuple[int, int]) -> dict[str, Any]:
+    return {"size": list(size), "counts": [size[0] * size[1]]}

@@ -70,7 +70,7 @@ def find(
     *,
     seed: int = 0,
     val_fraction: float = 0.1,
-    val: str | os.PathLike[str] | None = None,
+    val: Source | str | os.PathLike[str] | None = None,
 ) -> Split:
     """The pictures to train on, and those to examine on.
 
@@ -80,7 +80,7 @@ def find(
             dataset's name on the Hub (`org/name`, `org/name:config`, `...@revision`).
         seed: of the split, where the data has no held-out part.
         val_fraction: of every class, held out where the data has no held-out part; in 0..0.9.
-        val: a part of the data by name, or other data, to hold out instead.
+        val: a part of the data by name, or other data, to hold out instead; or its pictures.
 
     Raises:
         DataError: no pictures, fewer than two classes, an empty class, a class in val that train
@@ -130,8 +130,10 @@ def find(
 
 
 def _held_out(
-    found: _Data, train_name: str | None, val: str | os.PathLike[str] | None
+    found: _Data, train_name: str | None, val: Source | str | os.PathLike[str] | None
 ) -> tuple[Source | None, tuple[str, ...]]:
+    if isinstance(val, Source):
+        return val, ()
     if val is not None and str(val).lower() in found.parts:
         if str(val).lower() == train_name:
             raise DataError(f"val must be another part than {train_name}, got {val}.")

@@ -44,6 +44,10 @@ class LabelledMaps:
             numbered ones as the maps need (which reads them all).
         reduce_zero_label: 0 in a map means "no class", 1 the first one, as in ADE20K.
 
+    Attributes:
+        classes: label names; a label is an index into them.
+        notes: what the reader of a log should know.
+
     Raises DataError for folders that do not fit together.
     """
 
@@ -58,7 +62,9 @@ class LabelledMaps:
         self.reduce_zero_label = reduce_zero_label
         self.notes: tuple[str, ...] = ()
         self._pairs = _paired(self.images, self.masks)
+        self._seen: set[int] | None = None  # numbers in the maps, where all were read
         self.classes = tuple(classes) if classes is not None else self._named()
+        self._note_absent()
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -92,7 +98,7 @@ class LabelledMaps:
                 f"{pixels.shape[1]} x {pixels.shape[0]}, got {labels.shape[1]} x "
                 f"{labels.shape[0]}. Export it again."
             )
-        wrong = (labels != IGNORE_INDEX) & (labels >= len(self.classes))
+        wrong = (labels < 0) | (labels >= len(self.classes)) & (labels != IGNORE_INDEX)
         if wrong.any():
             raise DataError(
                 f"{shown(self.masks / mask)} must hold numbers in 0..{len(self.classes) - 1} or "
@@ -126,17 +132,23 @@ class LabelledMaps:
             if path.is_file():
                 names = [line.strip() for line in path.read_text("utf-8").splitlines()]
                 return tuple(name for name in names if name)
-        largest = -1
+        seen: set[int] = set()
         for index in range(len(self)):
-            labels = self.labels(index)
-            known = labels[labels != IGNORE_INDEX]
-            largest = max(largest, int(known.max()) if known.numel() else -1)
+            seen |= set(self.labels(index).unique().tolist())
+        largest = max(seen - {IGNORE_INDEX}, default=-1)
         if largest < 0:
             raise DataError(
                 f"{shown(self.masks)} must name a class of some pixel, got maps of "
                 f"{IGNORE_INDEX} (no class) alone."
             )
+        self._seen = seen
         return tuple(f"class {number}" for number in range(largest + 1))
+
+    def _note_absent(self) -> None:
+        """Say which numbered classes no pixel has: perhaps the numbers were meant otherwise."""
+        numbers = range(len(self.classes)) if self._seen is not None else ()
+        absent = [str(number) for number in numbers if number not in self._seen]
+        self.notes = (f"no pixel has class {', '.join(absent[:10])}",) if absent else ()
 
 
 def find_maps(
@@ -175,6 +187,7 @@ def find_maps(
     names = max((part.classes for part in parts.values()), key=len)  # of numbered ones, all
     for part in parts.values():
         part.classes = names
+        part._note_absent()
     return parts
 
 

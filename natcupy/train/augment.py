@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from natcupy.train import timm_parts
 from natcupy.train.config import TrainConfig
 from natcupy.zoo.config import ConfigError
-from natcupy.zoo.preprocess import CROP_MODES, Preprocess, plain
+from natcupy.zoo.preprocess import CROP_MODES, Preprocess, _bands, plain
 
 LUMA = torch.tensor([0.299, 0.587, 0.114])[:, None, None]  # ITU-R 601
 ATTEMPTS = 10
@@ -40,6 +40,11 @@ class Augment:
     def __init__(self, recipe: Preprocess, config: TrainConfig) -> None:
         self.recipe, self.config = recipe, config
         drawn = recipe.crop_mode == "ink"
+        if recipe.input_size[0] not in (1, 3, 4) and not drawn:
+            raise ConfigError(
+                f"a model that is trained on pictures must take 1, 3 or 4 channels (grey, RGB, "
+                f"RGBA), got {recipe.input_size[0]}. Build it with another in_chans."
+            )
         self.flip = (0.0 if drawn else 0.5) if config.flip is None else config.flip
         self.affine = (0.05 if drawn else 0.0) if config.affine is None else config.affine
         if config.auto_augment and (recipe.input_size[0] != 3 or drawn):
@@ -54,7 +59,7 @@ class Augment:
         """`[C, H, W]`, float32, normalised."""
         x = self._unit(self._framed(picture))
         if self.config.color_jitter and self.policy is None:
-            x = jittered(x, self.config.color_jitter)
+            x = torch.cat([jittered(x[:3], self.config.color_jitter), x[3:]])  # but transparency
         if self.affine:
             x = wobbled(x, self.affine)
         mean, std = (torch.tensor(v)[:, None, None] for v in (self.recipe.mean, self.recipe.std))
@@ -66,22 +71,24 @@ class Augment:
         channels = self.recipe.input_size[0]
         if self.recipe.crop_mode == "ink":
             bands = CROP_MODES["ink"](picture, self.recipe)
+        elif channels == 4:  # band by band, since Pillow weighs whole RGBA by its transparency
+            bands = self._cropped(_bands(picture, channels))
         else:
-            cut = self._cropped(plain(picture).convert("L" if channels == 1 else "RGB"))
+            (cut,) = self._cropped([plain(picture).convert("L" if channels == 1 else "RGB")])
             bands = list((cut if self.policy is None else self.policy(cut)).split())
-            # A model of other numbers of channels sees the colours in turn.
-            bands = [bands[number % len(bands)] for number in range(channels)]
         if _chance() < self.flip:
             bands = [band.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for band in bands]
         return bands
 
-    def _cropped(self, picture: Image.Image) -> Image.Image:
+    def _cropped(self, bands: list[Image.Image]) -> list[Image.Image]:
+        """The same random part of every band or picture, at the input size."""
         _, height, width = self.recipe.input_size
-        box = random_box(picture.size, self.config.crop_scale, self.config.crop_ratio)
+        box = random_box(bands[0].size, self.config.crop_scale, self.config.crop_ratio)
         name = self.recipe.interpolation
         if self.config.interpolation == "random":
             name = ("bilinear", "bicubic")[int(_chance() < 0.5)]
-        return picture.resize((width, height), Image.Resampling[name.upper()], box)
+        filter = Image.Resampling[name.upper()]
+        return [band.resize((width, height), filter, box) for band in bands]
 
     def _unit(self, bands: list[Image.Image]) -> Tensor:
         planes = [np.asarray(band, dtype=np.float32) for band in bands]

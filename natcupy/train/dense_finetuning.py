@@ -18,7 +18,7 @@ from natcupy.data.label_maps import LabelledMaps
 from natcupy.data.source import DataError
 from natcupy.hub import dense as hub_dense
 from natcupy.hub import from_pretrained
-from natcupy.train import plots, randomness
+from natcupy.train import loading, plots, randomness
 from natcupy.train.config import TrainConfig, TrainError
 from natcupy.train.detection import Detection
 from natcupy.train.engine import Trained, train
@@ -26,6 +26,7 @@ from natcupy.train.finetuning import CURVES_PNG, _check_before, _statements, is_
 from natcupy.train.segmentation import Segmentation
 from natcupy.zoo.config import ConfigError
 from natcupy.zoo.dense import DenseModel, build_dense_model, create_dense_model
+from natcupy.zoo.dense.upernet import IGNORE_INDEX
 from natcupy.zoo.layers import Block, drop_path_rates
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ def prepare(model: nn.Module, classes: tuple[str, ...], config: TrainConfig) -> 
             )
     if not isinstance(model, DenseModel):
         raise TrainError(f"this task trains a dense model of the zoo, got {type(model).__name__}.")
+    loading.check_dtype(model, config)
     model = _with_classes(model, classes, config)
     if config.image_size is not None:
         recipe = model.recipe
@@ -137,21 +139,32 @@ def _with_classes(model: DenseModel, classes: tuple[str, ...], config: TrainConf
     same = fits and named is not None and tuple(named) == classes
     if config.head != "keep" and (config.head == "fresh" or not same):
         facts = {k: v for k, v in model.pretrained_cfg.items() if k not in ("tag", "label_names")}
-        source = getattr(model, "source", None)
-        state = {
-            name: tensor
-            for name, tensor in model.state_dict().items()
-            if not hub_dense.CLASSIFIERS.fullmatch(name)
-        }
         with randomness.drawn_from(config.seed, 3):
-            model = build_dense_model(
+            made = build_dense_model(
                 model.config.replace(num_classes=len(classes)),
                 {**facts, "num_classes": len(classes)},
             )
-        model.load_state_dict(state, strict=False)
-        model.source = source
+        _take_over(made, model)
+        model = made
     model.pretrained_cfg["label_names"] = classes
     return model
+
+
+def _take_over(made: DenseModel, model: DenseModel) -> None:
+    """Give a new model all that another has but its classifiers: weights, and how to train them."""
+    old = dict(model.named_parameters())
+    state = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not hub_dense.CLASSIFIERS.fullmatch(name)
+    }
+    made.load_state_dict(state, strict=False)
+    for name, parameter in made.named_parameters():
+        if name in state:
+            parameter.requires_grad_(old[name].requires_grad)
+    recomputes = any(getattr(m, "grad_checkpointing", False) for m in model.modules())
+    made.set_grad_checkpointing(recomputes)
+    made.source = getattr(model, "source", None)
 
 
 def finetune_dense(
@@ -209,6 +222,12 @@ def _check_data(model: nn.Module, train_data: Any, val_data: Any) -> None:
         raise DataError(
             f"a segmentation model is trained on LabelledMaps, a detection model on CocoPictures, "
             f"got {type(train_data).__name__} for {type(model).__name__}."
+        )
+    if kind == "segmentation" and len(train_data.classes) < 2:
+        raise DataError(
+            f"segmentation needs at least two classes, got {len(train_data.classes)}: "
+            f"{', '.join(train_data.classes)}. In a map {IGNORE_INDEX} means no class: save the "
+            "ground as 0 and the foreground as 1."
         )
     if val_data is not None and tuple(val_data.classes) != tuple(train_data.classes):
         raise DataError(

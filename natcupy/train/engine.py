@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -263,7 +264,17 @@ class _Engine:
         with self._kept_weights(), torch.no_grad(), self.accelerator.autocast():
             mine = self.task.examine(self.model, moved)
         found = self._gathered(mine)
-        return self.task.score(found), found
+        return self._usable(self.task.score(found)), found
+
+    def _usable(self, scores: dict[str, float]) -> dict[str, float]:
+        """The scores; none where one is NaN, since no epoch can be compared by it."""
+        wrong = [f"{name} {value}" for name, value in scores.items() if not math.isfinite(value)]
+        if wrong and self.main:
+            self.bar.say(
+                f"scores must be finite, got {', '.join(wrong)}: this examination does not count. "
+                "Check the held-out items (there must be something to score), or lower lr"
+            )
+        return {} if wrong else scores
 
     def _finish_epoch(self, row: dict[str, Any]) -> None:
         """Log the epoch, remember it if it is the best so far, and save."""

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
-from natcupy.data import Source, find
+from natcupy.data import Source, find, find_split
+from natcupy.data.find import aligned
 from natcupy.train import loading, plots
 from natcupy.train.classification import MODEL, Classification
 from natcupy.train.config import TrainConfig
@@ -82,8 +83,8 @@ def finetune(
             that PEFT wrapped trains its adapters, which are merged into the result.
         train_data: a `natcupy.data.Source`; or what `natcupy.data.find` understands, which then
             also gives the held-out pictures.
-        val_data: held-out pictures with the same classes; None for none, or with a path as
-            `train_data` for those that `find` sets apart.
+        val_data: held-out pictures, matched to the classes by name; None for none, or with a path
+            as `train_data` for those that `find` sets apart.
         config: how, and where to.
         data_name: of the data, for the card; default: the folder's.
         push: repository "owner/name" to push the finished model to, in one commit. Name, licence
@@ -100,6 +101,9 @@ def finetune(
     if not isinstance(train_data, Source):
         split = find(train_data, seed=config.seed, val=val_data)
         train_data, val_data, data_name = split.train, split.val, data_name or split.name
+    elif val_data is not None:
+        held_out = val_data if isinstance(val_data, Source) else find_split(val_data).source
+        val_data = aligned(held_out, tuple(train_data.classes))
     name = model if isinstance(model, str) else ""
     if isinstance(model, str):
         model = loading.load_model(model, config)

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from natcupy.hub import from_pretrained
@@ -65,6 +66,7 @@ def prepare(model: nn.Module, classes: Sequence[str], config: TrainConfig) -> Im
             f"classification trains a classifier of natcupy's zoo, got {type(bare).__name__}"
             f"{'' if not isinstance(bare, ImageModel) else ' that gives feature maps'}."
         )
+    check_dtype(bare, config)
     _fit_head(bare, tuple(classes), config, wrapped)
     _fit_pictures(bare, config)
     if config.drop_path is not None:
@@ -73,6 +75,16 @@ def prepare(model: nn.Module, classes: Sequence[str], config: TrainConfig) -> Im
         for block, rate in zip(blocks, drop_path_rates(bare.config), strict=True):
             block.drop_path.rate = rate
     return bare
+
+
+def check_dtype(model: nn.Module, config: TrainConfig) -> None:
+    """Raise TrainError where weights are not of the pictures' dtype, float32."""
+    dtype = next(model.parameters()).dtype
+    if dtype != torch.float32 and config.mixed_precision == "no":
+        raise TrainError(
+            f"a model is trained in float32, got weights in {dtype}. Train model.float(); "
+            "mixed_precision makes its computations narrower."
+        )
 
 
 def _made(name: str, pretrained: bool, wishes: dict[str, Any]) -> ImageModel:

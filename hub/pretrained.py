@@ -10,10 +10,10 @@ What the caller passes always wins over what a file says.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,11 +120,8 @@ def from_pretrained(
     wishes = {key: value for key, value in wishes.items() if value is not None} | overrides
     global_pool = wishes.pop("global_pool", None)
     access = Access(token, cache_dir, local_files_only)
-    found = locate(name, revision, access)
-    with contextlib.ExitStack() as stack:
-        if found.kind in ("folder", "file"):  # which another process may be saving into
-            stack.enter_context(steady(found.weights.parent))
-            found = locate(name, revision, access)
+    with _unchanged(name):
+        found = locate(name, revision, access)
         model = load(
             found,
             wishes,
@@ -139,6 +136,16 @@ def from_pretrained(
         model.set_global_pool(global_pool)
     model.source = _source(found, model.source.sha256, revision, name)
     return model.to(device=device).eval()
+
+
+def _unchanged(name: str | os.PathLike[str]) -> AbstractContextManager[None]:
+    """Keeps other processes from saving to a path that is loaded; names on the Hub need nothing."""
+    path = Path(os.path.expanduser(name)) if isinstance(name, str | os.PathLike) else Path()
+    if path.is_file():
+        path = path.parent
+    elif not path.is_dir():
+        return nullcontext()
+    return steady(path)
 
 
 def load(

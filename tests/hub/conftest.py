@@ -63,3 +63,25 @@ def hub(monkeypatch):
     monkeypatch.setattr(client.time, "sleep", HUB.pauses.append)
     yield HUB
     HUB.reset()
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """The client's cache, of this test's own."""
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def load(cache):
+    """`from_pretrained` with that cache."""
+    import natcupy
+
+    return lambda name, **how: natcupy.from_pretrained(name, cache_dir=cache, **how)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """The files of a small saved model, as a repository holds them."""
+    from small import folder_of, invented
+
+    return folder_of(invented("nat"), tmp_path / "files")

@@ -66,3 +66,9 @@ def same(one, other):
     for name in one:
         assert one[name].dtype == other[name].dtype, name
         assert torch.equal(one[name], other[name]), name
+
+
+def folder_of(model, place):
+    """The files of a saved model, as a repository holds them."""
+    folder = model.save_pretrained(place)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}

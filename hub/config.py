@@ -1,8 +1,8 @@
 """config.json in and out: a closed schema, so that a file can describe a model and nothing more.
 
-In: the bytes of a config.json, in natcupy's layout or in that of transformers' NAT and DiNAT. Out:
-`(ModelConfig, pretrained_cfg)`; and back, one text that natcupy, timm and transformers each find
-their own keys in.
+In: the bytes of a config.json, in natcupy's layout, in that of transformers' NAT and DiNAT or in
+the one that timm writes. Out: `(ModelConfig, pretrained_cfg)`; and back, one text that natcupy,
+timm and transformers each find their own keys in.
 
 Every key is known by name, either with its type and bounds or as one to be ignored; anything else
 is an error. In particular no key can name code, a module, a repository or an address: there is
@@ -14,11 +14,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
-from natcupy import zoo
-from natcupy.hub import dense_config, schema
+from natcupy.hub import dense_config, schema, timm_config
 from natcupy.hub.schema import PretrainedCfg
 from natcupy.zoo.config import MAX_PARAMETERS, SINGLE_LEVEL, ConfigError, ModelConfig
 from natcupy.zoo.dense import DenseConfig
@@ -77,7 +75,7 @@ _OWN_KEYS = frozenset(
 def parse_config(
     data: bytes, where: object = "config.json", max_parameters: int = MAX_PARAMETERS
 ) -> tuple[ModelConfig | DenseConfig, PretrainedCfg]:
-    """Read a config.json of either layout; natcupy's may describe a `DenseConfig`.
+    """Read a config.json of any of the layouts; natcupy's may describe a `DenseConfig`.
 
     Args:
         data: the file's bytes, at most 4 MB.
@@ -99,9 +97,13 @@ def parse_config(
             return _read_own(values, max_parameters)
         if values.get("model_type") in ("nat", "dinat"):
             return _read_theirs(values, max_parameters)
+        if timm_config.is_entry(values.get("architecture")):
+            return timm_config.read(values, max_parameters)
         raise ConfigError(
-            "a model config has 'natcupy_version', or model_type 'nat' or 'dinat', got model_type "
-            f"{str(values.get('model_type'))[:40]!r}"
+            "a model config has 'natcupy_version', or model_type 'nat' or 'dinat', or timm's "
+            "'architecture' with a name of natcupy.timm, got model_type "
+            f"{str(values.get('model_type'))[:40]!r} and architecture "
+            f"{str(values.get('architecture'))[:40]!r}"
         )
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
@@ -262,18 +264,13 @@ def _timm_keys(config: ModelConfig, name: str) -> dict[str, Any]:
 
     The name that natcupy calls the model by is in pretrained_cfg.
     """
-    known = _zoo_config(name)
+    known = timm_config.zoo_config(name)
     mine, base = config.to_dict(), known.to_dict() if known else {}
     if known is None or known.family != config.family:
         name, base = f"natcupy_{config.family}", {}
     aside = ("family", "num_classes", "in_chans", "out_indices")
     args = {k: v for k, v in mine.items() if k not in aside and (not base or v != base[k])}
     return {"architecture": name, **({"model_args": args} if args else {})}
-
-
-@cache
-def _zoo_config(name: str) -> ModelConfig | None:
-    return zoo.model_config(name) if name in zoo.MODELS else None
 
 
 def model_type(config: ModelConfig) -> str:

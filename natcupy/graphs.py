@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 WARM_UPS = 3  # runs before the capture: kernels are compiled, libraries choose their algorithms
 
@@ -28,8 +28,10 @@ class Graphed:
     Weights are read where they lay at the capture: changes in place count, replaced ones do not.
     """
 
-    def __init__(self, graph: Any, inputs: tuple[Tensor, ...], outputs: Any) -> None:
+    def __init__(self, graph: Any, model: nn.Module, inputs: tuple[Tensor, ...], outputs: Any):
         self._graph, self._inputs, self._outputs = graph, inputs, outputs
+        # what the graph reads must not be freed: the model's own, and what may be replaced in it
+        self._kept = model, _tensors(model)
 
     def __call__(self, *inputs: Tensor, copy: bool = True) -> Any:
         """What the model gives for `inputs`, as fresh tensors.
@@ -62,14 +64,16 @@ def graph(model: nn.Module, *example: Tensor) -> Graphed:
         example: CUDA tensors of the shapes and dtypes to come. They are copied, not kept.
 
     Returns a `Graphed`. Call this inside `torch.autocast` if the model shall run there. The graph
-    keeps the memory of one forward pass for as long as it lives.
+    keeps the model, and the memory of one forward pass, for as long as it lives.
 
     Raises TypeError for an example that is no tensor, ValueError for one that is not on a CUDA
     device or a model in training mode, and what the model raises.
     """
     _check(model, example)
     device = example[0].device
-    with torch.no_grad(), _cuda.device(device), _without_autocast_cache():
+    # A call writes to the inputs, which those made in inference mode allow only there.
+    ordinary = torch.inference_mode(False)
+    with ordinary, torch.no_grad(), _cuda.device(device), _without_autocast_cache():
         inputs = tuple(x.detach().clone() for x in example)
         side = _cuda.Stream(device)
         side.wait_stream(_cuda.current_stream(device))
@@ -80,7 +84,7 @@ def graph(model: nn.Module, *example: Tensor) -> Graphed:
         captured = _cuda.CUDAGraph()
         with _cuda.graph(captured, stream=side):  # torch's own belongs to one device, the first
             outputs = model(*inputs)
-    return Graphed(captured, inputs, outputs)
+    return Graphed(captured, model, inputs, outputs)
 
 
 @contextlib.contextmanager
@@ -106,7 +110,7 @@ def _check(model: nn.Module, example: tuple[Any, ...]) -> None:
             "graph captures inference, got a model in training mode; call model.eval() first, or "
             "use torch.cuda.make_graphed_callables for training."
         )
-    places = {x.device for x in (*example, *tree_leaves(dict(model.state_dict(keep_vars=True))))}
+    places = {x.device for x in (*example, *_tensors(model))}
     if len(places) != 1 or next(iter(places)).type != _DEVICE_TYPE:
         raise ValueError(
             "graph needs the model and its example on one CUDA device, got "
@@ -115,6 +119,10 @@ def _check(model: nn.Module, example: tuple[Any, ...]) -> None:
 
 
 _DEVICE_TYPE = "cuda"
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
 
 
 def _told(inputs: tuple[Any, ...]) -> str:

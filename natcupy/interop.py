@@ -40,10 +40,11 @@ def accepts_arrays(function: Callable[P, R]) -> Callable[P, R]:
     It then returns that library's arrays (in a tuple where it returned a tuple of tensors). Calls
     with tensors go straight through. Raises TypeError when arrays of two libraries, or arrays and
     tensors, meet in one call, or an array is not of floats, and ValueError for an array that torch
-    cannot take.
+    cannot take. Autocast is for tensors: an array's own dtype decides.
     """
 
-    names = tuple(inspect.signature(function).parameters)
+    signature = inspect.signature(function)
+    tensors = {name for name, p in signature.parameters.items() if "Tensor" in str(p.annotation)}
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -53,15 +54,18 @@ def accepts_arrays(function: Callable[P, R]) -> Callable[P, R]:
             and _USUAL.issuperset(map(type, kwargs.values()))
         ):
             return function(*args, **kwargs)
-        arrays = [x for x in (*args, *kwargs.values()) if is_foreign(x)]
+        if not any(map(is_foreign, (*args, *kwargs.values()))):
+            return function(*args, **kwargs)
+        given = signature.bind(*args, **kwargs).arguments
+        arrays = {name: x for name, x in given.items() if name in tensors and is_foreign(x)}
         if not arrays:
             return function(*args, **kwargs)
-        _check_one_library(function.__name__, (*args, *kwargs.values()))
-        _check_floats((*zip(names, args, strict=False), *kwargs.items()))
-        leave = _exporter(arrays[0])
-        result = function(
-            *(_enter(x) for x in args), **{name: _enter(x) for name, x in kwargs.items()}
-        )
+        _check_one_library(function.__name__, [x for name, x in given.items() if name in tensors])
+        _check_floats(arrays)
+        leave = _exporter(next(iter(arrays.values())))
+        entered = {name: _enter(x) for name, x in arrays.items()}
+        with torch.autocast(next(iter(entered.values())).device.type, enabled=False):
+            result = function(**(given | entered))
         return tuple(map(leave, result)) if isinstance(result, tuple) else leave(result)
 
     return wrapper
@@ -77,10 +81,10 @@ def _check_one_library(name: str, values: Sequence[Any]) -> None:
         )
 
 
-def _check_floats(named: Sequence[tuple[str, Any]]) -> None:
+def _check_floats(arrays: dict[str, Any]) -> None:
     """Said here, in the words of the array's own library: a tensor has no `astype`."""
-    for name, x in named:
-        if is_foreign(x) and getattr(getattr(x, "dtype", None), "kind", "f") in "biuc":
+    for name, x in arrays.items():
+        if getattr(getattr(x, "dtype", None), "kind", "f") in "biuc":
             raise TypeError(
                 f"{name} must be float16, float32 or float64, got {_library(x)}'s {x.dtype}; "
                 'convert it with .astype("float32").'
@@ -94,9 +98,7 @@ def _library(x: Any) -> str:
 
 
 def _enter(x: Any) -> Any:
-    """A tensor over the array's memory; anything else as it is."""
-    if not is_foreign(x):
-        return x
+    """A tensor over the array's memory."""
     if any(stride < 0 for stride in getattr(x, "strides", None) or ()):
         raise ValueError(  # torch has no such tensors, and some versions end the process on them
             f"an array must not run backward in memory, got strides {x.strides}; make it "

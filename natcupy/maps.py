@@ -66,13 +66,22 @@ def attention_map(
         picture: `[1, C, H, W]`, prepared for the model.
         layer: one of the model's attention layers.
         query: (x, y) of the place as fractions of width and height.
+
+    Raises TypeError for another kind of layer, ValueError for a place outside the picture or a
+    layer that the model does not run.
     """
+    _check(layer, query)
     seen: list[Tensor] = []
     hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:
         model(picture)
     finally:
         hook.remove()
+    if not seen:
+        raise ValueError(
+            "layer must be one that the model runs, got one that it did not; pass a layer of "
+            "model.modules()."
+        )
     height, width = seen[0].shape[1:3]
     row, column = min(int(query[1] * height), height - 1), min(int(query[0] * width), width - 1)
     weights = attention_weights(layer, seen[0])[0]
@@ -90,3 +99,16 @@ def attention_map(
         window=window.unflatten(0, padded)[:height, :width],
         outside=1 - full.sum((1, 2)),
     )
+
+
+def _check(layer: nn.Module, query: tuple[float, float]) -> None:
+    if not isinstance(layer, NeighborhoodAttention2D):
+        raise TypeError(
+            f"layer must be a NeighborhoodAttention2D, got {type(layer).__name__}; other layers "
+            "have no windows to show."
+        )
+    if not all(0 <= x <= 1 for x in query):
+        raise ValueError(
+            "query must be (x, y) as fractions of width and height, from 0 to 1 each, got "
+            f"{tuple(query)}."
+        )

@@ -96,9 +96,14 @@ class _NeighborhoodAttention(nn.Module):
         if rel_pos_bias:
             spans = (2 * k - 1 for k in self.hood.kernel_size)
             self.rpb = nn.Parameter(torch.empty(num_heads, *spans))
-            nn.init.trunc_normal_(self.rpb, std=0.02)
         else:
             self.register_parameter("rpb", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the bias table anew, as after `to_empty`; `qkv` and `proj` do so themselves."""
+        if self.rpb is not None:
+            nn.init.trunc_normal_(self.rpb, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[batch, *spatial, embed_dim]` to the same shape."""

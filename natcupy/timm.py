@@ -2,8 +2,9 @@
 
 In: timm's calls. Out: models of natcupy's zoo, registered under their names with the tags of the
 released weights; `natcupy_nat`, `natcupy_dinat_s`, `natcupy_isotropic` and `natcupy_vitrpb` build
-any other size from the fields of `natcupy.zoo.ModelConfig`. A natcupy repository or folder loads as
-`hf-hub:owner/name` or `local-dir:path`.
+any other size from the fields of `natcupy.zoo.ModelConfig`. A repository or folder that natcupy or
+timm saved loads as `hf-hub:owner/name` or `local-dir:path`, a bare file of weights as
+`pretrained_cfg_overlay={"file": path}` beside the numbers of its model.
 
 timm builds, wraps (`features_only`) and configures; weights come through `natcupy.hub`, so they are
 verified by hash, read from shards and other layouts, and adapted as `from_pretrained` does. Needs
@@ -13,6 +14,7 @@ the extra "timm".
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -38,18 +40,26 @@ except RuntimeError as error:  # a torchvision that was built for another torch
 import torch
 
 from natcupy import zoo
-from natcupy.hub import WEIGHTS
+from natcupy.hub import WEIGHTS, convert
 from natcupy.hub.client import Access
-from natcupy.hub.locate import locate
-from natcupy.hub.pretrained import load
+from natcupy.hub.errors import CheckpointError, some
+from natcupy.hub.files import sha256_file
+from natcupy.hub.likeness import FREE, HIDDEN, differences
+from natcupy.hub.locate import Located, locate
+from natcupy.hub.pretrained import Source, compare, load, read_state
+from natcupy.hub.timm_config import ZERO_RATES, entry_config
 from natcupy.zoo import ImageModel, ModelConfig
 from natcupy.zoo.config import FAMILIES, SINGLE_LEVEL
+
+log = logging.getLogger("natcupy.hub")
 
 __all__: list[str] = []  # register_model fills it
 
 _PASSED = ("interpolation", "crop_mode", "crop_pct", "mean", "std", "fixed_input_size",
            "first_conv", "classifier", "input_size", "num_classes")  # fmt: skip
-_ZERO = ("drop_rate", "attn_drop_rate", "proj_drop_rate")  # training scripts pass them as 0
+# With these a file's tensors are still those of the named model, but for what loading adapts.
+_ADAPTED = frozenset({"num_classes", "in_chans", "img_size", "drop_path_rate"})
+_MAYBE_NONE = ("dilations", "layer_scale")  # None is a number like another: without
 
 
 def _default_cfgs() -> dict[str, Any]:
@@ -64,7 +74,10 @@ def _default_cfgs() -> dict[str, Any]:
             # timm completes only names of its own organisation, so this is the whole one.
             **({"hf_hub_id": row.repo} if row.repo else {}),
         }
-    return rows | {f"natcupy_{family}": {"classifier": "head"} for family in FAMILIES}
+    return rows | {
+        f"natcupy_{family}": {"classifier": "head", "fixed_input_size": family in SINGLE_LEVEL}
+        for family in FAMILIES
+    }
 
 
 # What a file's model must have in common with the name it is loaded under.
@@ -73,9 +86,7 @@ _SAME = ("family", "embed_dim", "depths", "num_heads", "kernel_size", "dilations
 default_cfgs = generate_default_cfgs(_default_cfgs())
 
 
-def _entry(
-    name: str, base: Callable[[dict[str, Any]], ModelConfig], fixed: bool
-) -> Callable[..., Any]:
+def _entry(name: str, fixed: bool) -> Callable[..., Any]:
     """timm's constructor of one name; `fixed`: its models take one picture size only."""
 
     def create(pretrained: bool = False, **kwargs: Any) -> Any:
@@ -88,9 +99,9 @@ def _entry(
             _check_known(name, wishes)
             wishes = _understood(wishes, fixed)
             if pretrained:
-                model = _load(name, base, cfg, wishes, cache_dir)
+                model = _load(name, cfg, wishes, cache_dir)
             else:
-                model = zoo.build_model(base(wishes), {"architecture": name})
+                model = zoo.build_model(entry_config(name, wishes), {"architecture": name})
             if global_pool is not None:
                 model.set_global_pool(global_pool)
             return model
@@ -98,8 +109,11 @@ def _entry(
         cache_dir = kwargs.pop("cache_dir", None)
         features = {"feature_cls": "getter"}
         if kwargs.get("features_only") and "out_indices" not in kwargs:
-            features["out_indices"] = tuple(range(base(_understood(kwargs, fixed)).num_stages))
-        return build_model_with_cfg(build, name, False, feature_cfg=features, **kwargs)
+            config = entry_config(name, _understood(kwargs, fixed))
+            features["out_indices"] = tuple(range(config.num_stages))
+        model = build_model_with_cfg(build, name, False, feature_cfg=features, **kwargs)
+        _state_facts(model)
+        return model
 
     create.__name__ = create.__qualname__ = name
     create.__module__ = __name__
@@ -107,11 +121,30 @@ def _entry(
     return create
 
 
+def _state_facts(model: Any) -> None:
+    """Make timm's facts those of the model: it copies them from the weights it began with.
+
+    A model is prepared for and saved by its pretrained_cfg, so this must fit its numbers.
+    """
+    inner = model if isinstance(model, ImageModel) else model.model  # of features_only
+    config = inner.config
+    for cfg in (inner.pretrained_cfg, model.pretrained_cfg):
+        _, *sides = cfg["input_size"]
+        if config.img_size is not None:
+            sides = [config.img_size] * 2
+        cfg["input_size"] = (config.in_chans, *sides)
+        cfg["fixed_input_size"] = config.img_size is not None
+        if len(cfg.get("label_names") or ()) != config.num_classes:
+            cfg.pop("label_names", None)
+        if "num_classes" in cfg:  # timm leaves it out for features
+            cfg["num_classes"] = config.num_classes
+
+
 def _check_known(name: str, wishes: dict[str, Any]) -> None:
     """A misspelled argument would build another model than the one that was meant."""
     fields = ModelConfig.__dataclass_fields__
     for key, value in wishes.items():
-        if value is not None and key not in fields and key not in _ZERO:
+        if value is not None and key not in fields and key not in ZERO_RATES:
             near = difflib.get_close_matches(key, fields, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}."
             raise TypeError(f"{name} has no argument {key!r}; {hint}")
@@ -120,8 +153,12 @@ def _check_known(name: str, wishes: dict[str, Any]) -> None:
 def _understood(wishes: dict[str, Any], fixed: bool) -> dict[str, Any]:
     """The arguments that are fields of a ModelConfig; what cannot be honoured is an error."""
     fields = ModelConfig.__dataclass_fields__
-    given = {key: value for key, value in wishes.items() if key in fields and value is not None}
-    for key in _ZERO:
+    given = {
+        key: value
+        for key, value in wishes.items()
+        if key in fields and (value is not None or key in _MAYBE_NONE)
+    }
+    for key in ZERO_RATES:
         if wishes.get(key):
             raise ValueError(
                 f"natcupy's models have no {key}, got {wishes[key]}; use drop_path_rate."
@@ -136,13 +173,7 @@ def _understood(wishes: dict[str, Any], fixed: bool) -> dict[str, Any]:
     return given
 
 
-def _load(
-    name: str,
-    base: Callable[[dict[str, Any]], ModelConfig],
-    cfg: dict[str, Any],
-    wishes: dict[str, Any],
-    cache_dir: Any,
-) -> ImageModel:
+def _load(name: str, cfg: dict[str, Any], wishes: dict[str, Any], cache_dir: Any) -> ImageModel:
     """The model with the weights that a timm config points to."""
     where = cfg.get("file") or cfg.get("hf_hub_id")
     if not where:
@@ -150,11 +181,37 @@ def _load(
         raise RuntimeError(f"no weights were released for {name}; use pretrained=False.")
     found = locate(str(where), None, Access(cache_dir=cache_dir))
     of_zoo = name in zoo.MODELS
-    stated = None if found.config is not None or not of_zoo else name
-    model = load(found, wishes, stated, dtype=torch.float32)
+    if found.config is None and not (of_zoo and wishes.keys() <= _ADAPTED):
+        return _load_as_stated(name, found, wishes).train()
+    model = load(found, wishes, name if found.config is None else None, dtype=torch.float32)
     if of_zoo:
-        _check_same(name, base(wishes), model.config, where)
+        _check_same(name, entry_config(name, wishes), model.config, where)
     return model.train()
+
+
+def _load_as_stated(name: str, found: Located, wishes: dict[str, Any]) -> ImageModel:
+    """The model that the caller's numbers describe, where nothing else describes the file."""
+    state = read_state(found)
+    seen, want = convert.infer_config(state), entry_config(name, wishes)
+    # Loading adapts the tables to another window, if one was asked for.
+    free = (*FREE, "kernel_size") if "kernel_size" in wishes else FREE
+    wrong = differences(seen, want, (*HIDDEN, *free, "mlp_ratio"))
+    if wrong:
+        raise CheckpointError(
+            f"{found.weights} must hold the model whose numbers are given, it has "
+            f"{'; '.join(wrong)}. Give its numbers, or put its config.json beside it."
+        )
+    have = want.replace(**{field: getattr(seen, field) for field in free})
+    fitted, fresh = convert.fit(state, have, want)
+    model = zoo.build_model(want, {"architecture": name})
+    compare(fitted, model.state_dict(), fresh, found.weights)
+    model.load_state_dict(fitted, strict=False)  # the difference is exactly `fresh`
+    if fresh:
+        log.warning(
+            "not taken from %s, initialised afresh: %s.", found.weights.name, some(sorted(fresh))
+        )
+    model.source = Source(found.kind, str(found.weights), sha256_file(found.weights))
+    return model
 
 
 def _check_same(name: str, wanted: ModelConfig, got: ModelConfig, where: object) -> None:
@@ -171,25 +228,9 @@ def _check_same(name: str, wanted: ModelConfig, got: ModelConfig, where: object)
         )
 
 
-def _of_the_zoo(name: str) -> Callable[[dict[str, Any]], ModelConfig]:
-    return lambda wishes: zoo.model_config(name).replace(**wishes)
-
-
-def _of_family(family: str) -> Callable[[dict[str, Any]], ModelConfig]:
-    def config(wishes: dict[str, Any]) -> ModelConfig:
-        given = {"family": family, **wishes}
-        if family in SINGLE_LEVEL:
-            given.setdefault("img_size", 224)
-        if family == "vitrpb":
-            given["kernel_size"] = None
-        return ModelConfig.from_dict(given)
-
-    return config
-
-
 for _name in zoo.MODELS:
     _fixed = default_cfgs[_name].default.fixed_input_size
-    globals()[_name] = register_model(_entry(_name, _of_the_zoo(_name), _fixed))
+    globals()[_name] = register_model(_entry(_name, _fixed))
 for _family in FAMILIES:
     _name = f"natcupy_{_family}"
-    globals()[_name] = register_model(_entry(_name, _of_family(_family), _family in SINGLE_LEVEL))
+    globals()[_name] = register_model(_entry(_name, _family in SINGLE_LEVEL))

@@ -216,11 +216,22 @@ def _watch_model(model, sizes, backward, device, dtype, backend) -> list:
     place = next(iter(tensors.values())).device if tensors else torch.device("cpu")
     backward = model.training if backward is None else backward
     with _watching() as (fake, seen):
-        doubles = {name: fake.from_tensor(x) for name, x in tensors.items()}
+        doubles = {f"model.{name}": fake.from_tensor(x) for name, x in tensors.items()}
         for size in sizes:
             image = torch.empty(size, dtype=dtype, device=place)
-            _run(lambda image=image: torch.func.functional_call(model, doubles, (image,)), backward)
+            torch.func.functional_call(_Pass(model, backward), doubles, (image,))
         return seen
+
+
+class _Pass(nn.Module):
+    """A model's forward pass, and its gradients too: one with checkpoints runs again for them."""
+
+    def __init__(self, model: nn.Module, backward: bool) -> None:
+        super().__init__()
+        self.model, self.backward = model, backward
+
+    def forward(self, image: Tensor) -> None:
+        _run(lambda: self.model(image), self.backward)
 
 
 def _sizes(model: nn.Module, given) -> list[tuple[int, ...]]:

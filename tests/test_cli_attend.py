@@ -1,5 +1,7 @@
 """Attention maps: right to the last weight, and drawn where they belong."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -178,3 +180,14 @@ def test_what_cannot_be_drawn(picture_file, monkeypatch, capsys, arguments, word
     said = capsys.readouterr()
     assert status == 1 and said.out == "" and word in said.err
     assert said.err.startswith("natcupy: error: ") and said.err.count("\n") == 1
+
+
+def test_what_has_no_map(small):
+    picture, layer = torch.randn(1, 3, 64, 64), layers(small)[0]
+    for place in ((-0.5, 0.5), (0.5, 1.01), (float("nan"), 0.5)):
+        with pytest.raises(ValueError, match=r"query must be \(x, y\) as fractions.*from 0 to 1"):
+            attention_map(small, picture, layer, place)
+    with pytest.raises(ValueError, match="layer must be one that the model runs"):
+        attention_map(small, picture, copy.deepcopy(layer), (0.5, 0.5))
+    with pytest.raises(TypeError, match="must be a NeighborhoodAttention2D, got Linear"):
+        attention_map(small, picture, layer.qkv, (0.5, 0.5))

@@ -1,6 +1,8 @@
 """The graph helper without a GPU: what it says to torch.cuda, in which order, and its errors."""
 
 import contextlib
+import gc
+import weakref
 
 import pytest
 import torch
@@ -138,6 +140,35 @@ def test_calls_that_do_not_fit(cuda, given):
     with pytest.raises(ValueError, match=r"captured for \(\[2, 4\] float32 on cpu\), got .*model"):
         graphed(*given)
     assert "replay" not in cuda.log
+
+
+def test_what_the_graph_reads_is_not_freed(cuda, monkeypatch):
+    """Its caller may forget the model, or replace a weight in it."""
+    model = Net().eval()
+    monkeypatch.setattr(graphs, "_cuda", FakeCuda(model))
+    first, later = weakref.ref(model.linear.weight), weakref.ref(model.linear.bias)
+    graphed = natcupy.graph(model, torch.randn(2, 4))
+    model.linear.weight = nn.Parameter(torch.zeros(3, 4))
+    graphs._cuda.model = None
+    del model
+    gc.collect()
+    assert first() is not None and later() is not None
+    del graphed
+    graphs._cuda = None
+    gc.collect()
+    assert first() is None and later() is None
+
+
+def test_captured_in_inference_mode_and_called_outside(cuda):
+    with torch.inference_mode():
+        graphed = natcupy.graph(cuda.model, torch.randn(2, 4))
+    x = torch.randn(2, 4)
+    assert torch.equal(graphed(x)["out"], cuda.model(x)["out"])
+
+
+def test_a_model_with_a_state_of_its_own(cuda):
+    cuda.model.get_extra_state = lambda: 7
+    natcupy.graph(cuda.model, torch.randn(2, 4))
 
 
 def test_wrong_arguments():

@@ -73,7 +73,7 @@ def test_nothing_is_copied():
     seen = []
 
     @accepts_arrays
-    def keep(x, y=None):
+    def keep(x: torch.Tensor, y: torch.Tensor | None = None):
         seen.append((x, y))
         return x, x.new_ones(2)
 
@@ -159,6 +159,30 @@ def test_rules_are_those_of_tensors():
         na1d(q, k, v, 11)
     with pytest.raises(TypeError, match="float16"):
         na1d(*(x.astype(np.int32) for x in (q, k, v)), 3)
+
+
+def test_an_argument_that_is_no_tensor_makes_no_call_one_of_arrays(monkeypatch):
+    size = np.array([3, 3])
+    q, k, v = torch.randn(3, 1, 5, 6, 2, 4)
+    told = []
+    for call in (lambda: na2d(q, k, v, size), lambda: na2d(*map(np.asarray, (q, k, v)), size)):
+        try:
+            told.append(torch.as_tensor(call()))
+        except (TypeError, ValueError) as error:
+            told.append(str(error))
+    ours = natcupy.na2d.__wrapped__
+    try:
+        expected = ours(q, k, v, size)
+        assert all(torch.equal(x, expected) for x in told)
+    except (TypeError, ValueError) as error:
+        assert told == [str(error)] * 2 and "kernel_size" in told[0]
+
+
+def test_an_array_keeps_its_dtype_under_autocast():
+    q, k, v = arrays(1, 9, 2, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = na1d(q, k, v, 3)
+    assert out.dtype == np.float32 and np.array_equal(out, na1d(q, k, v, 3))
 
 
 def test_compiles_as_one_graph():

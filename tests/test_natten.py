@@ -254,6 +254,28 @@ def test_merged_attentions_are_one_over_all_keys():
         natten.merge_attentions([out, out[:, 1:]], [lse, lse])
 
 
+@pytest.mark.parametrize("fix", [{}, {"use_autograd_fix": True}, {"use_autograd_fix": False}])
+def test_gradients_go_through_a_merge(fix):
+    """Two fused calls over other keys each, merged, against one attention over all keys."""
+    length = SHAPES[1][0]
+    query, key, value, *_ = (t.movedim(1, -2) for t in tensors(1))
+    _, more_keys, more_values, *_ = (t.movedim(1, -2) for t in tensors(1, seed=1))
+    leaves = [t.clone().requires_grad_() for t in (query, key, more_keys, value, more_values)]
+    query, key, more_keys, value, more_values = leaves
+    parts = [natten.na1d(query, k, v, length, stride=1, return_lse=True)
+             for k, v in ((key, value), (more_keys, more_values))]  # fmt: skip
+    out, lse = natten.merge_attentions(*zip(*parts, strict=True), torch_compile=False, **fix)
+    keys, values = torch.cat([key, more_keys], 1), torch.cat([value, more_values], 1)
+    logits = torch.einsum("blhd,bmhd->blhm", query, keys) * query.shape[-1] ** -0.5
+    want = torch.einsum("blhm,bmhd->blhd", logits.softmax(-1), values)
+    close(out, want, torch.float64)
+    weight, lse_weight = torch.randn_like(out), torch.randn_like(lse)
+    got = torch.autograd.grad((out * weight).sum() + (lse * lse_weight).sum(), leaves)
+    total = (want * weight).sum() + (logits.logsumexp(-1) * lse_weight).sum()
+    for one, other in zip(got, torch.autograd.grad(total, leaves), strict=True):
+        close(one, other, torch.float64, backward=True)
+
+
 def test_switches_and_questions_have_answers():
     natten.use_fused_na(False)
     natten.use_kv_parallelism_in_fused_na(True)
@@ -397,6 +419,34 @@ def test_layers_of_0_17_and_0_20_by_position():
     assert two(8, 2, 3, stride=3)(x).shape == x.shape
 
 
+def test_layers_have_the_attributes_of_old_ones():
+    two = natten.NeighborhoodAttention2D(8, 2, (3, 5), dilation=2, is_causal=(True, False),
+                                         attn_drop=0.1)  # fmt: skip
+    assert (two.kernel_size, two.dilation) == ((3, 5), (2, 2))
+    assert (two.stride, two.is_causal) == ((1, 1), (True, False))
+    assert (two.num_heads, two.head_dim, two.scale) == (2, 4, 0.5)
+    assert (two.embed_dim, two.na_dim, two.attn_drop_rate) == (8, 2, 0.1) and two.rpb is None
+    one = natten.NeighborhoodAttention1D(embed_dim=8, num_heads=2, kernel_size=3, stride=2)
+    assert (one.kernel_size, one.stride, one.na_dim) == ((3,), (2,), 1)
+
+
+def test_an_attribute_that_is_set_counts():
+    class Mine(natten.NeighborhoodAttention2D):
+        def __init__(self, dim, kernel_size):
+            super().__init__(dim, 2, kernel_size, stride=1)
+            self.kernel_size = kernel_size
+
+    torch.manual_seed(0)
+    layer, wide = Mine(8, 3).eval(), Mine(8, 5).eval()
+    wide.load_state_dict(layer.state_dict())
+    x = torch.randn(1, 7, 8, 8)
+    assert not torch.equal(layer(x), wide(x))
+    layer.kernel_size = 5
+    assert layer.kernel_size == (5, 5) and torch.equal(layer(x), wide(x))
+    with pytest.raises(ValueError, match="kernel_size"):
+        layer.kernel_size = 0
+
+
 def test_layers_equal_natcupys_own():
     torch.manual_seed(0)
     old = natten.NeighborhoodAttention2D(dim=8, num_heads=2, kernel_size=3, dilation=2).eval()
@@ -409,4 +459,6 @@ def test_layers_equal_natcupys_own():
 def test_everything_named_is_there():
     assert all(hasattr(natten, name) for name in natten.__all__)
     assert "natten" not in sys.modules
+    release = tuple(int(part) for part in natten.__version__.split("."))
+    assert (0, 21) <= release < (0, 22)  # its docstring says up to which version
     assert natten.has_cuda() == torch.cuda.is_available() and natten.use_fused_na(True) is None

@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import natcupy
 from natcupy import backends, cache
@@ -213,6 +214,22 @@ def test_the_mode_decides_about_gradients(driver):
     again = warmup(model, (1, 11, 11, 16), backward=True, quiet=True)
     assert again.cached == len(forward) and again.compiled == again.kernels - len(forward)
     assert {spec.entry for spec in driver.prepared} >= {"na_fwd", "na_bwd_dq", "na_bwd_dkv"}
+
+
+@needs_nvrtc
+def test_a_model_that_runs_again_for_its_gradients(driver):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = Net()
+
+        def forward(self, x):
+            return checkpoint(lambda x: self.net(x)["out"], x, use_reentrant=False)
+
+    plain = warmup(Net(), (1, 11, 11, 16), quiet=True)
+    again = warmup(Twice(), (1, 11, 11, 16), quiet=True)
+    assert again.kernels == again.cached == plain.kernels
+    assert again.calls > plain.calls
 
 
 @needs_nvrtc

@@ -425,6 +425,30 @@ def test_drop_path():
 
 
 @each_family
+@pytest.mark.parametrize("layer_scale", [None, 0.5])
+def test_a_model_without_memory_is_filled_by_its_modules(family, layer_scale):
+    """As sharded training begins: made on `meta`, given memory, each module asked to reset."""
+    with torch.device("meta"):
+        empty = small(family, layer_scale=layer_scale)
+    filled = empty.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*filled.parameters(), *filled.buffers()):
+            tensor.fill_(77)
+    for module in filled.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    drawn = dict(small(family, layer_scale=layer_scale).named_parameters())
+    for name, p in filled.named_parameters():
+        assert not (p == 77).any(), name
+        if "gamma" in name:
+            assert torch.equal(p, drawn[name])
+    for (name, x), (_, y) in zip(
+        filled.named_buffers(), small(family).named_buffers(), strict=True
+    ):
+        assert torch.equal(x, y), name
+
+
+@each_family
 def test_initialisation(family):
     model = small(family, embed_dim=64 if family in HIERARCHICAL else 128)
     for name, p in model.named_parameters():

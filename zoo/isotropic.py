@@ -45,13 +45,20 @@ class DenseAttention(nn.Module):
     def __init__(self, embed_dim: int, num_heads: int, side: int) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.side = side
         self.rpb = nn.Parameter(torch.empty(num_heads, 2 * side - 1, 2 * side - 1))
-        nn.init.trunc_normal_(self.rpb, std=0.02)
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
         self.proj = nn.Linear(embed_dim, embed_dim)
         self.relative_position_index: Tensor
         self.register_buffer("relative_position_index", _pair_index(side))
         self.register_load_state_dict_pre_hook(_check_pair_index)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the bias table anew and write the index again, as after `to_empty`."""
+        nn.init.trunc_normal_(self.rpb, std=0.02)
+        with torch.no_grad():
+            self.relative_position_index.copy_(_pair_index(self.side))
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, side, side, embed_dim]` to the same shape."""

@@ -70,7 +70,35 @@ class ConvDownsampler(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, C]` to `[B, ceil(H/2), ceil(W/2), 2C]`."""
+        if _is_laid_out_anew(x):
+            return self.norm(self._as_product(x))
         return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+    def _as_product(self, x: Tensor) -> Tensor:
+        """The convolution as a matrix product: for each token, its nine neighbours in a row."""
+        rows, columns = (-(-side // 2) for side in x.shape[1:3])
+        x = F.pad(x, (0, 0, 1, 1, 1, 1))
+        taps = [
+            x[:, row : row + 2 * rows - 1 : 2, column : column + 2 * columns - 1 : 2]
+            for row in range(3)
+            for column in range(3)
+        ]
+        return F.linear(torch.cat(taps, -1), self.reduction.weight.permute(0, 2, 3, 1).flatten(1))
+
+
+def _is_laid_out_anew(x: Tensor) -> bool:
+    """Whether Inductor would choose memory layouts for a convolution of these tokens.
+
+    It then takes all maps before it for `[B, C, H, W]`: those kept for the backward pass are copied
+    to transposed ones, and it fails on sizes it does not know.
+    """
+    if not torch.compiler.is_compiling() or _is_exporting():
+        return False
+    return torch.is_grad_enabled() or x.device.type == "cpu"
+
+
+def _is_exporting() -> bool:
+    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()  # not in 2.6
 
 
 class PatchMerging(nn.Module):
@@ -148,10 +176,18 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
         self.grad_checkpointing = False  # recompute activations in the backward pass
+        self.layer_scale = layer_scale
         self.gamma1 = self.gamma2 = None
         if layer_scale is not None:
-            self.gamma1 = nn.Parameter(torch.full((dim,), layer_scale))
-            self.gamma2 = nn.Parameter(torch.full((dim,), layer_scale))
+            self.gamma1 = nn.Parameter(torch.empty(dim))
+            self.gamma2 = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the gammas to `layer_scale`, as after `to_empty`."""
+        if self.layer_scale is not None:
+            nn.init.constant_(self.gamma1, self.layer_scale)
+            nn.init.constant_(self.gamma2, self.layer_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, C]` to the same shape."""

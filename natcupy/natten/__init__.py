@@ -22,6 +22,9 @@ that names nothing is 0.14's (with a bias), one value after `kernel_size` of a f
 dilation; both are said in a warning. Modules: `natten`, `natten.functional`, `natten.modules`. Not
 here: `attention`, the operators by backend, `natten.utils` and other inner modules, the FLOP
 counter, the profiler.
+
+`__version__` is not natcupy's own: it is the newest version whose calls are understood, for code
+that chooses its calls by it.
 """
 
 from typing import Any
@@ -58,6 +61,8 @@ from natcupy.natten.modules import (
     NeighborhoodAttention2D,
     NeighborhoodAttention3D,
 )
+
+__version__ = "0.21.7"
 
 
 def has_cuda() -> bool:

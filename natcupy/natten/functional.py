@@ -312,13 +312,26 @@ def neighborhood_attention_generic(
 
 
 def merge_attentions(
-    outputs: Sequence[Tensor], lse_tensors: Sequence[Tensor], torch_compile: bool = True
+    outputs: Sequence[Tensor],
+    lse_tensors: Sequence[Tensor],
+    torch_compile: bool = True,
+    use_autograd_fix: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """One attention over the keys of several, from their outputs and log-sum-exps.
 
-    Outputs `[..., heads, D]` and natural log-sum-exps `[..., heads]`, of the same queries over
-    keys that no two share; out come the same two of all keys. `torch_compile` means nothing here.
-    Raises ValueError for lists of different lengths or shapes.
+    Args:
+        outputs: `[..., heads, D]`, of the same queries over keys that no two share.
+        lse_tensors: their natural log-sum-exps, `[..., heads]`.
+        torch_compile: accepted, with nothing to switch.
+        use_autograd_fix: accepted, with nothing to switch. The gradient goes through outputs and
+            log-sum-exps, and is right for every attention whose log-sum-exp has one, as
+            natcupy's have; a log-sum-exp without a gradient is a constant.
+
+    Returns:
+        The same two of all keys. Older versions returned the output alone: take the first.
+
+    Raises:
+        ValueError: lists of different lengths or shapes.
     """
     if not outputs or len(outputs) != len(lse_tensors):
         raise ValueError(

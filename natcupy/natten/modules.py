@@ -1,22 +1,54 @@
 """The old layers, with the constructor arguments of 0.14, 0.15, 0.17 and of 0.20 and newer.
 
 In: `[batch, *spatial, dim]`. Out: the same shape, from natcupy's layers; state-dict keys `qkv`,
-`proj`, `rpb` as they always were.
+`proj`, `rpb` as they always were, and the attributes of 0.17 and newer.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from natcupy import functional as F
 from natcupy import modules as ours
 from natcupy.natten import arguments
 
+_WINDOW = ("kernel_size", "stride", "dilation", "is_causal")
+
+
+def _of_the_window(name: str, text: str) -> property:
+    """One parameter of the window; what is assigned to it counts from the next call on."""
+
+    def get(self: Any) -> Any:
+        return getattr(self.hood, name)
+
+    def put(self: Any, value: Any) -> None:
+        window = {each: getattr(self.hood, each) for each in _WINDOW}
+        self.hood = F.neighborhood(self.rank, **{**window, name: value})
+
+    return property(get, put, doc=text)
+
 
 class _Legacy:
-    """The constructors of all versions in front of natcupy's layer."""
+    """The constructors and attributes of all versions in front of natcupy's layer."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(**arguments.layer(type(self).__name__, self.rank, args, kwargs))
+
+    # One value per axis, as from 0.17 on; before, one int for all.
+    kernel_size = _of_the_window("kernel_size", "Window per axis.")
+    stride = _of_the_window("stride", "Queries per shared window, per axis.")
+    dilation = _of_the_window("dilation", "Gap between the keys of a window, per axis.")
+    is_causal = _of_the_window("is_causal", "Per axis, whether later keys are hidden.")
+
+    @property
+    def na_dim(self) -> int:
+        """Number of spatial axes."""
+        return self.rank
+
+    @property
+    def attn_drop_rate(self) -> float:
+        """Dropout of attention weights."""
+        return self.attn_drop.p
 
 
 class NeighborhoodAttention1D(_Legacy, ours.NeighborhoodAttention1D):
@@ -33,6 +65,10 @@ class NeighborhoodAttention1D(_Legacy, ours.NeighborhoodAttention1D):
     * 0.20 and newer: `(embed_dim, num_heads, kernel_size, stride=1, dilation=1, is_causal=False,
       qkv_bias=True, qk_scale=None, proj_drop=0.0)`. Known by `stride` or `embed_dim`, or by an
       int in the fifth place.
+
+    `kernel_size`, `stride`, `dilation` and `is_causal` are attributes, tuples of one value per
+    axis however they were given; so are `embed_dim`, `num_heads`, `head_dim`, `scale`, `na_dim`,
+    `attn_drop_rate`, and `rpb` (None without a bias).
     """
 
 

@@ -30,7 +30,8 @@ class NatcupyConfig(BackboneConfigMixin, PreTrainedConfig):
             as in `natcupy.zoo.ModelConfig`.
         layer_scale_init_value: 0 leaves the layer scale out.
         num_channels: of the picture.
-        out_features, out_indices: stages of a backbone; `stage1` is the first, with index 1.
+        out_features, out_indices: stages of a backbone; `stage1` is the first, with index 1, and
+            negative indices count from the end.
         num_classes: natcupy's word for `num_labels`.
     """
 
@@ -73,7 +74,7 @@ class NatcupyConfig(BackboneConfigMixin, PreTrainedConfig):
         """What is saved: natcupy's config.json and transformers' bookkeeping in one."""
         theirs = super().to_dict()
         kind = (self.architectures or ["ForImageClassification"])[0]
-        stages = tuple(i - 1 for i in self.out_indices) if kind.endswith("Backbone") else None
+        stages = stages_of(self) if kind.endswith("Backbone") else None
         config = zoo_config(self, 0 if kind.endswith("Model") else self.num_labels, stages)
         ours = json.loads(config_text(config, _pretrained_cfg(self, config), __version__))
         ours = {key: value for key, value in ours.items() if key not in _WRITTEN_BY_THEM}
@@ -149,6 +150,14 @@ def zoo_config(
         img_size=getattr(config, "img_size", None),
         out_indices=out_indices,
     )
+
+
+def stages_of(config: PreTrainedConfig) -> tuple[int, ...]:
+    """The stages in `out_features`, counted from 0; the stem is -1.
+
+    By name, since `out_indices` may count from the end.
+    """
+    return tuple(config.stage_names.index(name) - 1 for name in config.out_features)
 
 
 def _pretrained_cfg(config: PreTrainedConfig, numbers: ModelConfig) -> dict[str, Any]:

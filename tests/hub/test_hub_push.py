@@ -368,7 +368,7 @@ def test_passing_trouble_is_waited_out(hub):
 
 
 def test_without_network_it_fails_at_once(hub, no_sockets):
-    from test_hub_download import _close_connections
+    from test_hub_cache import _close_connections
 
     _close_connections()
     with pytest.raises(Offline):

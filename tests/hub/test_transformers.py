@@ -160,7 +160,7 @@ def test_a_backbone_out_of_a_classifier(hub, tmp_path, name):
         want = torch.nn.functional.layer_norm(raw.movedim(1, -1), raw.shape[1:2]).movedim(-1, 1)
         got = net(x, output_hidden_states=True)
     torch.testing.assert_close(got.feature_maps[0], want)
-    assert torch.equal(got.hidden_states[1], raw)
+    assert torch.equal(got.hidden_states[2], raw)  # the stem's is the first
     with pytest.raises(ValueError, match="stem"):
         AutoBackbone.from_pretrained("me/mine", out_features=["stem"], cache_dir=tmp_path / "c")
 

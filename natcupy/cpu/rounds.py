@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from natcupy.cpu.kernels import Kernel
     from natcupy.cpu.launch import Call
 
-TASKS = 4  # of a phase for each thread, at least
-BYTES = 1 << 20  # of sums; rounds of fewer would take longer to begin than to work on
+TASKS = 1  # of a phase for each thread, at least; four were no faster, and take more memory
+BYTES = 1 << 20  # of sums, about; many smaller rounds would take longer to begin than to work on
 
 Span = tuple[int, int]  # first, end
 
@@ -32,7 +32,7 @@ def run(call: Call, use: Kernel, grads: dict[str, Tensor], workers: int) -> None
     pair = sum(prod(x.shape[1:-2]) * x.shape[-1] for x in grads.values()) * use.compute.itemsize
     items = min(items for _, items in use.plan.phases)
     least = 1 if workers == 1 else -(-TASKS * workers // items)
-    spans = cut_rounds(batch, heads, max(least, -(-BYTES // pair)))
+    spans = cut_rounds(batch, heads, max(least, BYTES // pair))
     entries, some = (max(end - first for first, end in axis) for axis in zip(*spans, strict=True))
     sums = {
         name: memory.empty((entries, *lengths, some, x.shape[-1]), use.compute)

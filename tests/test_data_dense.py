@@ -333,6 +333,21 @@ def test_wrong_maps(maps, tmp_path):
         find_maps(tmp_path / "none")
 
 
+def test_names_of_classes_are_looked_for_in_the_data_alone(maps, tmp_path, monkeypatch):
+    (tmp_path / "classes.txt").write_text("a\nb\nc\nd\n")
+    monkeypatch.chdir(tmp_path)
+    pair = ("set/images/training", "set/annotations/training")
+    for found in (find_maps("set")["train"], LabelledMaps(*pair)):
+        assert found.classes[0] == "class 0" and "names from" not in "".join(found.notes)
+    (maps / "classes.txt").write_bytes(b"\xef\xbb\xbfground\ncircle\nsquare\ntriangle\n")
+    for found in (find_maps("set")["train"], LabelledMaps(*pair)):
+        assert found.classes == ("ground", "circle", "square", "triangle")
+        assert found.notes == (f"4 class names from {maps / 'classes.txt'}",)
+    (maps / "classes.txt").write_bytes("Stra\u00dfe\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"set/classes\.txt must be UTF-8 text"):
+        find_maps("set")
+
+
 def test_numbers_that_no_pixel_has_are_told(maps):
     for part, values in (("training", [0, 2]), ("validation", [0, 1, 2, 255])):
         for path in (maps / "annotations" / part).iterdir():

@@ -180,6 +180,50 @@ def test_exif_orientation(orientation):
         assert torch.equal(small()(opened), small()(scene))
 
 
+def with_exif(block):
+    """A JPEG of a scene with such an EXIF block."""
+    file = io.BytesIO()
+    Image.fromarray(photo(40, 30)).save(file, "JPEG")
+    whole, segment = file.getvalue(), b"Exif\0\0" + block
+    length = (len(segment) + 2).to_bytes(2, "big")
+    return io.BytesIO(whole[:2] + b"\xff\xe1" + length + segment + whole[2:])
+
+
+@pytest.mark.parametrize(
+    ("block", "size"),
+    [
+        (b"garbage garbage garbage", (40, 30)),
+        # orientation 6, and a number stored as text
+        (
+            b"II*\0\x08\0\0\0\2\0\x12\1\3\0\1\0\0\0\6\0\0\0\0\1\2\0\2\0\0\0ab\0\0\0\0\0\0",
+            (30, 40),
+        ),
+    ],
+)
+def test_damaged_exif_loses_no_picture(block, size):
+    picture = open_picture(with_exif(block))
+    assert picture.size == size
+    with Image.open(with_exif(block)) as stored:
+        assert torch.equal(small()(stored), small()(picture))
+
+
+XMP = b"""<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>"""
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "XMP"])
+def test_a_picture_is_turned_once(kind):
+    """What was turned when it was opened is not turned again by the recipe."""
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    if kind == "XMP":
+        Image.fromarray(photo(40, 30)).save(file, "JPEG", xmp=XMP)
+    else:
+        Image.fromarray(photo(40, 30)).save(file, kind, exif=exif)
+    picture = open_picture(file)
+    assert picture.size == (30, 40)
+    assert torch.equal(small()(picture), small()(np.asarray(picture)))
+
+
 def test_torchs_default_device_moves_nothing():
     expected = small()(photo())
     with torch.device("meta"):

@@ -35,6 +35,19 @@ def test_the_command(stripes, tmp_path, capsys):
     assert main([*words[:4], "--output", str(tmp_path / "x"), "--recipe", "nat-in1"]) == 2
 
 
+@pytest.mark.parametrize("fraction", ["0", "0.1"])
+def test_the_end_names_the_files_that_are_there(stripes, tmp_path, capsys, fraction):
+    from natcupy.cli import main
+
+    words = ["finetune", str(stripes), "--model", "nat-digits", "--output", str(tmp_path / "run"),
+             "--epochs", "1", "--workers", "0", "--val-fraction", fraction]  # fmt: skip
+    assert main(words) == 0
+    files, folder = re.search(r"^logs +(.+) in (\S+)$", capsys.readouterr().out, re.M).groups()
+    there = {path.name for path in (tmp_path / "run").iterdir() if path.suffix}
+    assert folder == str(tmp_path / "run")
+    assert set(files.split(", ")) == there - {"run.json"}
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

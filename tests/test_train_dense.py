@@ -269,6 +269,49 @@ def test_a_part_to_examine_is_not_trained_on(maps, tmp_path):
     assert [len(data) for data in data_of(build_parser().parse_args(words), 0)] == [2, 1]
 
 
+@pytest.mark.parametrize("fraction", ["-0.5", "nan", "0.95", "inf"])
+def test_a_share_to_hold_out_that_is_none(maps, tmp_path, capsys, fraction):
+    """Said before anything is begun, also where other pictures are held out."""
+    command = ["finetune", str(maps), "--task", "segmentation", "--model", "m"]
+    for data in (str(maps), str(maps / "train")):
+        command[1] = data
+        assert main([*command, "--output", str(tmp_path / "a"), "--val-fraction", fraction]) == 1
+        told = f"--val-fraction must lie in 0..0.9, got {float(fraction)}. Name a share"
+        assert told in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.fixture(params=["{part}/{kind}", "{kind}/{part}"])
+def four_parts(request, maps, tmp_path):
+    """train, validation, Test and other."""
+    root = tmp_path / "parts"
+    for part, count in {"train": 4, "validation": 1, "Test": 2, "other": 3}.items():
+        for kind in ("images", "masks"):
+            place = root / request.param.format(part=part, kind=kind)
+            place.mkdir(parents=True)
+            for seed in range(count):
+                shutil.copy(maps / "train" / kind / f"{seed}.png", place)
+    shutil.copy(maps / "classes.txt", root)
+    return root
+
+
+def test_a_part_named_to_be_held_out(four_parts, maps):
+    """In capitals or not, by a part's own name or by what it is; not the one trained on."""
+    words = ["finetune", str(four_parts), "--task", "segmentation", "--model", "m", "--output", "o"]
+
+    def counts(*val):
+        return [len(each) for each in data_of(build_parser().parse_args([*words, *val]), 0)]
+
+    assert counts("--val", "test") == counts("--val", "Test") == [4, 2]
+    assert counts("--val", "other") == [4, 3]
+    assert counts("--val", "validation") == counts("--val", "val") == [4, 1]
+    assert counts("--val", str(maps)) == [4, 3]  # its part val
+    with pytest.raises(DataError, match="another part than the one to train on, got Train"):
+        counts("--val", "Train")
+    with pytest.raises(DataError, match="nowhere must hold a folder of pictures"):
+        counts("--val", "nowhere")
+
+
 def test_other_classes_keep_the_rest():
     model = small("mask_rcnn", 5, tuple("abcde"))
     other = prepare(model, NAMES, config("x"))

@@ -59,6 +59,8 @@ def shared(stripes, tmp_path_factory):
         together(2, stripes, place / "taken", {}),
         together(2, stripes, place / "sharded", pieces, sharded=True, kill=7),
         together(2, stripes, place / "sharded", {**pieces, "resume": True}, sharded=True),
+        together(2, stripes, place / "fewer", {**settings, "batch_size": 4}, kill=7),
+        together(1, stripes, place / "fewer", {**settings, "batch_size": 8, "resume": True}),
     )
     return place, results
 
@@ -97,6 +99,16 @@ def test_a_sharded_run(shared):
     whole, pieces = (weights(place / name) for name in ("2", "sharded"))
     for name, tensor in whole.items():
         torch.testing.assert_close(pieces[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_a_run_continued_on_fewer_processes(shared):
+    """Begun by two with batches of 4, ended by one with batches of 8, which sees the same."""
+    place, results = shared
+    assert all(code for code, _ in results[6])
+    assert [code for code, _ in results[7]] == [0], results[7]
+    one, other = (weights(place / name) for name in ("1", "fewer"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_an_odd_number_of_held_out_pictures(shared):

@@ -32,6 +32,17 @@ INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming")
 MAX_RESIZED_PIXELS = 100_000_000  # a very long picture would otherwise grow without bound
 # Formats that Pillow hands to a program or library outside it: EPS to Ghostscript, for one.
 OUTSIDE_FORMATS = ("EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG")
+# By EXIF orientation: Pillow's name of the transposition that turns a picture upright.
+TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+ORIENTATION_KEYS = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")  # in `info`
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's conversion to grey
 
 # natcupy.data, which tells why pictures are left out, and the command line say the same.
@@ -199,7 +210,7 @@ def open_picture(file: str | os.PathLike[str] | BinaryIO) -> Image.Image:
     (an OSError) for what is empty or not an ordinary file, Pillow's UnidentifiedImageError (also an
     OSError) for no picture, and whatever else Pillow raises for broken data.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     if isinstance(file, str | os.PathLike):
         _check_file(os.fspath(file))
@@ -207,11 +218,35 @@ def open_picture(file: str | os.PathLike[str] | BinaryIO) -> Image.Image:
     formats = [name for name in Image.OPEN if name not in OUTSIDE_FORMATS]
     try:
         with Image.open(file, formats=formats) as opened:
-            return ImageOps.exif_transpose(opened)
+            return _upright(opened)
     except UnidentifiedImageError:
         if not isinstance(file, str | os.PathLike):
             raise
         raise UnidentifiedImageError(f"{os.fspath(file)}: {UNKNOWN}.") from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """A copy, turned as the EXIF orientation says, that no longer says so.
+
+    Unlike Pillow's `exif_transpose`, which writes the whole block anew and fails where any of it is
+    damaged; orientation is all that is needed here.
+    """
+    from PIL import Image
+
+    image.load()
+    turn = TURNS.get(_orientation(image))
+    upright = image.transpose(Image.Transpose[turn]) if turn else image.copy()
+    for key in ORIENTATION_KEYS:
+        upright.info.pop(key, None)
+    return upright
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1, upright, where none can be read."""
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except Exception:  # a damaged block raises nearly anything, and says nothing of the pixels
+        return 1
 
 
 def _check_file(path: str) -> None:
@@ -245,12 +280,12 @@ def plain(image: Image.Image) -> Image.Image:
 def _opened(image: Any, channels: int) -> Source:
     """An upright PIL picture, or an array `[H, W, C]` of uint8 or float32 in 0..1."""
     import numpy as np
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     if isinstance(image, str | os.PathLike):
         return open_picture(image)
     if isinstance(image, Image.Image):
-        return ImageOps.exif_transpose(image)
+        return _upright(image)
     if isinstance(image, Tensor):
         return _checked_array(_channels_last(image.detach().cpu(), channels))
     if isinstance(image, np.ndarray):

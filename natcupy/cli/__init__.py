@@ -23,8 +23,12 @@ DEBUG_VARIABLE = "NATCUPY_DEBUG"
 # Anything else is a fault of natcupy's own and keeps its traceback.
 _EXPECTED = (OSError, ValueError, ImportError, RuntimeError, MemoryError, Warning)
 
-# Arguments that name a model, a file or a folder.
-_PLACES = ("model", "backbone", "name", "source", "folder", "output", "labels", "out")
+# Arguments that name a model, data, a file or a folder, or several of them.
+_PLACES = (
+    "model", "backbone", "name", "names", "source", "folder", "output", "labels", "out", "data",
+    "images", "image", "val", "val_images", "class_map", "repo", "push", "org", "against",
+    "originals", "cache_dir",
+)  # fmt: skip
 
 _USUAL_FORMAT = warnings.formatwarning
 
@@ -62,9 +66,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _refuse_empty(arguments: Mapping[str, Any]) -> None:
     """A variable of the shell that is not set names no model, nor the current folder."""
     for name in _PLACES:
-        value = arguments.get(name)
-        if isinstance(value, str) and not value.strip():
-            raise ValueError(f"{name.upper()} must be a name or a path, got {value!r}.")
+        given = arguments.get(name)
+        for value in given if isinstance(given, list) else [given]:
+            if isinstance(value, str) and not value.strip():
+                raise ValueError(
+                    f"{name.upper().replace('_', '-')} must be a name or a path, got {value!r}. "
+                    "If it comes from a variable of the shell, set that."
+                )
 
 
 def _prepare_streams() -> None:

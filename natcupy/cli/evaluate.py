@@ -9,9 +9,12 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
+import torch
+
 from natcupy import inference
 from natcupy.cli import console, runtime
-from natcupy.inference import Result, ranks
+from natcupy.inference import Result
+from natcupy.zoo import ImageModel
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -27,14 +30,19 @@ def run(arguments: argparse.Namespace) -> int:
         class_map=arguments.class_map,
         progress=not arguments.quiet,
     )
-    if ranks.world_rank() == 0:
-        running = runtime.describe(model, arguments.model, device)
-        if arguments.json:
-            console.print_json(_as_json(result, arguments, str(device)))
-        else:
-            print(_text(result, running, arguments.per_class))
-        console.list_bad(result.bad)
+    runtime.print_once(lambda: _show(result, arguments, model, device), device)
     return 1 if result.bad else 0
+
+
+def _show(
+    result: Result, arguments: argparse.Namespace, model: ImageModel, device: torch.device
+) -> None:
+    if arguments.json:
+        console.print_json(_as_json(result, arguments, str(device)))
+    else:
+        running = runtime.describe(model, arguments.model, device)
+        print(_text(result, running, arguments.per_class))
+    console.list_bad(result.bad)
 
 
 def _text(result: Result, running: str, per_class: bool) -> str:

@@ -114,7 +114,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kernel-size", type=int, metavar="K", help="another window; bias tables are resized"
     )
-    parser.add_argument("--resume", action="store_true", help="continue the run, if there is one")
+    parser.add_argument(
+        "--resume", action="store_true",
+        help="continue the run, if there is one; with the same pictures and numbers, but --epochs, "
+        "and --batch-size and --accumulate for another number of processes",
+    )  # fmt: skip
     parser.add_argument("--push", metavar="REPO", help="to the Hub at the end: owner/name")
     parser.add_argument("--private", action="store_true", default=None, help="if it has to be made")
     parser.add_argument("--license", metavar="ID", help="of the new weights (default: the model's)")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def data_of(arguments: argparse.Namespace, seed: int) -> tuple[Data, Data | None]:
     """The pictures to train on and those held out, with the same classes."""
+    _check_fraction(arguments.val_fraction)
     if arguments.task == "segmentation":
         parts = find_maps(arguments.data, reduce_zero_label=arguments.reduce_zero_label)
         train: Data | None = parts.get("train") or parts.get("")
@@ -73,28 +75,57 @@ def data_of(arguments: argparse.Namespace, seed: int) -> tuple[Data, Data | None
             )
         val: Data | None = parts.get("val")
         if arguments.val is not None:
-            others = find_maps(
-                arguments.val, classes=train.classes, reduce_zero_label=arguments.reduce_zero_label
-            )
-            val = others.get("val") or next(iter(others.values()))
+            val = _maps_named(arguments, parts, train)
     else:
         train = CocoPictures(arguments.data, arguments.images)
         val = None
         if arguments.val is not None:
             folder = arguments.val_images or arguments.images
             val = CocoPictures(arguments.val, folder, classes=train.classes)
-    if val is None and arguments.val_fraction > 0:
+    if val is None and arguments.val_fraction:
         return held_out(train, arguments.val_fraction, seed)
     return train, val
 
 
-def held_out(data: Data, fraction: float, seed: int) -> tuple[Data, Data | None]:
-    """A fraction of the pictures set apart, by their names and the seed alone.
+def _maps_named(
+    arguments: argparse.Namespace, parts: Mapping[str, LabelledMaps], train: LabelledMaps
+) -> LabelledMaps:
+    """What `--val` names: a part of the data, or other data."""
+    options = {"classes": train.classes, "reduce_zero_label": arguments.reduce_zero_label}
+    name = arguments.val.lower()
+    outside = train.images.parent != train.masks.parent  # images/train, not train/images
+    place = train.images.parent if outside else Path(arguments.data).expanduser()
+    folder = _folder_named(place, name)
+    itself = folder in (train.images, train.images.parent)
+    if itself or (folder is None and parts.get(name) is train):
+        raise DataError(
+            f"--val must be another part than the one to train on, got {arguments.val}. Name "
+            "another, or other data."
+        )
+    if folder is not None and outside:
+        return LabelledMaps(folder, train.masks.with_name(folder.name), **options)
+    if folder is None and name in parts:  # such as val, which is called validation here
+        return parts[name]
+    others = find_maps(folder or arguments.val, **options)
+    return others.get("val") or next(iter(others.values()))
 
-    Raises ValueError for a fraction that leaves nothing to train on.
-    """
-    if not 0 < fraction <= 0.9:
-        raise ValueError(f"--val-fraction must lie in 0..0.9, got {fraction}.")
+
+def _folder_named(folder: Path, name: str) -> Path | None:
+    """The folder in another one of that name, in capitals or not."""
+    inside = sorted(folder.iterdir()) if folder.is_dir() else []
+    return next((each for each in inside if each.name.lower() == name and each.is_dir()), None)
+
+
+def _check_fraction(fraction: float) -> None:
+    if not 0 <= fraction <= 0.9:  # so for NaN, too
+        raise ValueError(
+            f"--val-fraction must lie in 0..0.9, got {fraction}. Name a share of the pictures, or "
+            "0 to hold none out."
+        )
+
+
+def held_out(data: Data, fraction: float, seed: int) -> tuple[Data, Data | None]:
+    """A fraction of the pictures set apart, by their names and the seed alone."""
     count = min(max(round(len(data) * fraction), 1), len(data) - 1)
     if count < 1:
         return data, None

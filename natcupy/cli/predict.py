@@ -1,6 +1,7 @@
 """`natcupy predict`: any number of pictures in, a table of answers on disk out.
 
-Exit status 1 if any picture could not be read; the others are in the table all the same.
+Exit status 1 if any picture could not be read; the others are in the table all the same. Under
+torchrun, the first process prints, and all exit alike.
 """
 
 from __future__ import annotations
@@ -32,12 +33,16 @@ def run(arguments: argparse.Namespace) -> int:
         part_pictures=arguments.part_pictures,
         progress=not arguments.quiet,
     )
-    if arguments.json:
+    runtime.print_once(lambda: _show(report, arguments.json), device)
+    return 1 if report.bad else 0
+
+
+def _show(report: Report, as_json: bool) -> None:
+    if as_json:
         console.print_json({**asdict(report), "out": str(report.out)})
     else:
         print(_text(report))
     console.list_bad(report.bad)
-    return 1 if report.bad else 0
 
 
 def _text(report: Report) -> str:

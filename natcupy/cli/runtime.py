@@ -6,8 +6,9 @@ In: names and paths from the command line. Out: a model on its device, and the `
 from __future__ import annotations
 
 import os
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,6 +80,17 @@ def load_classifier(name: str, device: torch.device, dtype: str | None = None) -
     if model.num_classes < 1 or model.config.out_indices is not None:
         raise ValueError(f"--model must be a classifier, got {name!r}, which gives features only.")
     return model
+
+
+def print_once(show: Callable[[], None], device: torch.device) -> None:
+    """Let the first process print while the others wait.
+
+    Once a process exits with 1, torchrun ends the others, whatever they are about to say.
+    """
+    if ranks.world_rank() == 0:
+        show()
+        sys.stdout.flush()
+    ranks.group(device).gather(None)
 
 
 def why_not(backend: str, device: torch.device) -> str | None:

@@ -2,7 +2,7 @@
 
 In: a folder of pictures or a Hugging Face dataset. Out: a `Split` of `Source`s, which know every
 picture's label and open it when asked, and `Pictures`, a torch `Dataset` over one. `files` lists
-and opens, `folders` and `hf` make sources, `find` decides which.
+and opens, `folders`, `metadata` and `hf` make sources, `find` decides which.
 """
 
 from natcupy.data.files import list_pictures, named_files, why

@@ -95,7 +95,19 @@ def list_pictures(
             raises OSError. One that vanishes meanwhile is none.
         beyond: folders that links must not lead back into, such as the one above.
     """
-    found: list[str] = []
+    return list(_walk(folder, problems, beyond))
+
+
+def has_pictures(folder: str | os.PathLike[str]) -> bool:
+    """Whether there is a picture, by its suffix, in a folder or below."""
+    return next(_walk(folder, [], ()), None) is not None
+
+
+def _walk(
+    folder: str | os.PathLike[str],
+    problems: list[tuple[str, str]] | None,
+    beyond: Iterable[str | os.PathLike[str]],
+) -> Iterator[str]:
     seen = {_identity(path) for path in beyond}
     waiting = [""]
     while waiting:  # a list, since Python's own recursion ends before the longest path does
@@ -115,9 +127,8 @@ def list_pictures(
             problems.append((inside, why(error)))
             continue
         prefix = f"{inside}/" if inside else ""
-        found += [prefix + name for name in files]
+        yield from (prefix + name for name in files)
         waiting += [prefix + name for name in reversed(folders)]
-    return found
 
 
 def _entries(path: str) -> tuple[list[str], list[str]]:

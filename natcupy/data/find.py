@@ -1,7 +1,7 @@
 """What DATA means: a folder per class, a folder with parts, or a Hugging Face dataset.
 
-In: what the user typed. Out: a `Split` to train on, one part to look at (`find_split`), or pictures
-without labels (`find_pictures`).
+In: what the user typed, or a dataset in memory. Out: a `Split` to train on, one part to look at
+(`find_split`), or pictures without labels (`find_pictures`).
 """
 
 from __future__ import annotations
@@ -10,15 +10,18 @@ import copy
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 import numpy as np
 
-from natcupy.data import folders, hf
+from natcupy.data import folders, hf, metadata
 from natcupy.data.files import is_picture_name, shown
 from natcupy.data.folders import HELD_OUT_NAMES, TRAIN_NAMES, Files
 from natcupy.data.source import DataError, PictureSet, Source, stratified
+
+Data = Union[str, "os.PathLike[str]", hf.Tables]
 
 
 @dataclass(frozen=True)
@@ -63,21 +66,24 @@ class _Data:
     parts: dict[str, Callable[[], Source]]
     whole: Callable[[], Source] | None  # data without parts
     notes: tuple[str, ...] = ()
+    alone: str = ""  # what a dataset calls its only part, which is the whole
 
 
 def find(
-    data: str | os.PathLike[str],
+    data: Data,
     *,
     seed: int = 0,
     val_fraction: float = 0.1,
-    val: Source | str | os.PathLike[str] | None = None,
+    val: Source | Data | None = None,
 ) -> Split:
     """The pictures to train on, and those to examine on.
 
     Args:
         data: a folder with one folder of pictures per class; a folder with `train` and `val` (or
-            `validation`, `test`) that hold such folders; a folder saved by `datasets`; or a
-            dataset's name on the Hub (`org/name`, `org/name:config`, `...@revision`).
+            `validation`, `test`) that hold such folders; either with a `metadata.csv` (or
+            `.jsonl`, `.parquet`) of file names and labels instead of class folders; a folder saved
+            by `datasets`; a dataset's name on the Hub (`org/name`, `org/name:config`,
+            `...@revision`); or a `datasets.Dataset` or `DatasetDict`.
         seed: of the split, where the data has no held-out part.
         val_fraction: of every class, held out where the data has no held-out part; in 0..0.9.
         val: a part of the data by name, or other data, to hold out instead; or its pictures.
@@ -130,11 +136,11 @@ def find(
 
 
 def _held_out(
-    found: _Data, train_name: str | None, val: Source | str | os.PathLike[str] | None
+    found: _Data, train_name: str | None, val: Source | Data | None
 ) -> tuple[Source | None, tuple[str, ...]]:
     if isinstance(val, Source):
         return val, ()
-    if val is not None and str(val).lower() in found.parts:
+    if isinstance(val, str | os.PathLike) and str(val).lower() in found.parts:
         if str(val).lower() == train_name:
             raise DataError(f"val must be another part than {train_name}, got {val}.")
         return found.parts[str(val).lower()](), ()
@@ -150,7 +156,7 @@ def _held_out(
         raise DataError(f"{error} Without {name}, a share of every class is held out.") from None
 
 
-def find_split(data: str | os.PathLike[str], split: str | None = None) -> Part:
+def find_split(data: Data, split: str | None = None) -> Part:
     """One part of the data, for evaluation.
 
     Args:
@@ -161,8 +167,8 @@ def find_split(data: str | os.PathLike[str], split: str | None = None) -> Part:
     Raises DataError where there is no such part.
     """
     found = _look(data)
-    names = list(found.parts)
-    if split is None and found.whole is not None:
+    names = [found.alone] if found.alone else list(found.parts)
+    if found.whole is not None and (split is None or split.lower() == found.alone):
         return Part(found.whole(), found.name, found.notes)
     if split is None:
         split = next((name for name in HELD_OUT_NAMES if name in found.parts), None)
@@ -178,27 +184,23 @@ def find_split(data: str | os.PathLike[str], split: str | None = None) -> Part:
 
 
 def find_pictures(
-    data: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], split: str | None = None
+    data: Data | Iterable[str | os.PathLike[str]], split: str | None = None
 ) -> PictureSet:
     """Pictures without labels.
 
     Args:
-        data: files and folders (with what is below), or one dataset, saved or on the Hub.
+        data: files and folders (with what is below), or one dataset: saved, on the Hub, or a
+            `datasets.Dataset` or `DatasetDict`.
         split: the part of a dataset with several.
 
     Raises DataError where there are none.
     """
+    tables = hf.given(data)
+    if tables is not None:
+        return _table_pictures(_name(tables), _lowered(tables), split)
     paths = [data] if isinstance(data, str | os.PathLike) else list(data)
     if len(paths) == 1 and _is_dataset(os.fspath(paths[0])):
-        name, tables = _tables(paths[0])
-        if split is None and len(tables) == 1:
-            split = next(iter(tables))
-        if split is None or split.lower() not in tables:
-            raise DataError(
-                f"a split must be one of the data's parts, got {split or 'none'}; {name} has the "
-                f"parts {', '.join(tables)}."
-            )
-        return hf.hf_pictures(f"{name}, {split.lower()}", tables[split.lower()])
+        return _table_pictures(*_tables(paths[0]), split)
     if split is not None:
         raise DataError(f"a split is of a dataset, got {split} with files or folders.")
     if len(paths) == 1 and not os.path.lexists(paths[0]):
@@ -207,6 +209,17 @@ def find_pictures(
     if not len(files) and not files.problems:
         raise DataError("there must be pictures, got none.")
     return files
+
+
+def _table_pictures(name: str, tables: dict[str, Any], split: str | None) -> PictureSet:
+    if split is None and len(tables) == 1:
+        split = next(iter(tables))
+    if split is None or split.lower() not in tables:
+        raise DataError(
+            f"a split must be one of the data's parts, got {split or 'none'}; {name} has the "
+            f"parts {', '.join(tables)}."
+        )
+    return hf.hf_pictures(f"{name}, {split.lower()}", tables[split.lower()])
 
 
 def _is_dataset(text: str) -> bool:
@@ -238,47 +251,69 @@ def aligned(source: Source, classes: tuple[str, ...]) -> Source:
     return other
 
 
-def _look(data: str | os.PathLike[str]) -> _Data:
+def _look(data: Data) -> _Data:
     """What the data is."""
+    tables = hf.given(data)
+    if tables is not None:
+        return _dataset(_name(tables), _lowered(tables))
+    if not isinstance(data, str | os.PathLike):
+        raise TypeError(
+            "data must be a folder, a dataset's name, a datasets.Dataset or a DatasetDict, got "
+            f"{type(data).__name__}."
+        )
     path = Path(data)
     if path.is_dir():
         if hf.is_saved(path):
-            return _dataset(path)
+            return _dataset(*_tables(path))
         return _folder(path)
     if path.exists():
         raise DataError(f"DATA must be a folder or a dataset's name, got the file {shown(path)}.")
     text = os.fspath(data)
     if not hf.is_name(text):
         raise DataError(f"there is no folder {shown(path)}. Check the path.")
-    return _dataset(text)
+    return _dataset(*_tables(text))
 
 
 def _folder(path: Path) -> _Data:
     name = shown(path.resolve().name)
     try:
         parts = folders.parts(path)
-        loose = folders.loose_pictures(path)
+        table = metadata.table_in(path)
+        tables = {part: table or metadata.table_in(place) for part, place in parts.items()}
+        loose = 0 if table else folders.loose_pictures(path)
     except OSError as error:
         raise DataError(f"{shown(path)} cannot be listed: {error.strerror or error}.") from None
     notes = (f"{loose:,} pictures in {shown(path)} itself were left out",) if loose else ()
+    named = dict.fromkeys(shown(found) for found in (table, *tables.values()) if found)
+    notes += tuple(f"pictures and labels are those that {each} lists" for each in named)
     if not parts:
-        return _Data(name, {}, lambda: folders.class_folders(path), notes)
-    listed = {
-        part: lambda place=place: folders.class_folders(place, (path,))
-        for part, place in parts.items()
-    }
+        whole = partial(metadata.listed, table) if table else partial(folders.class_folders, path)
+        return _Data(name, {}, whole, notes)
+    listed = {part: partial(_part, path, place, tables[part]) for part, place in parts.items()}
     return _Data(name, listed, None, notes)
 
 
-def _dataset(data: str | Path) -> _Data:
-    name, tables = _tables(data)
+def _part(path: Path, place: Path, table: Path | None) -> Source:
+    """A part of a folder, as the table in it or beside it lists it, if there is one."""
+    if table is None:
+        return folders.class_folders(place, (path,))
+    return metadata.listed(table, place.name if table.parent == path else "")
+
+
+def _dataset(name: str, tables: dict[str, Any]) -> _Data:
     parts = {
         part: lambda part=part, table=table: hf.hf_source(f"{name}, {part}", table)
         for part, table in tables.items()
     }
     if len(parts) == 1:  # such as a single saved Dataset: nothing is set apart in it
-        return _Data(name, {}, next(iter(parts.values())))
+        ((alone, whole),) = parts.items()
+        return _Data(name, {}, whole, alone=alone)
     return _Data(name, parts, None)
+
+
+def _name(tables: dict[str, Any]) -> str:
+    """What a dataset in memory is called; one made by hand has no name."""
+    return next(iter(tables.values())).info.dataset_name or "the dataset"
 
 
 def _tables(data: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:

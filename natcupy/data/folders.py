@@ -103,15 +103,14 @@ class Files(PictureSet):
 def parts(folder: Path) -> dict[str, Path]:
     """The parts of a data folder by their names in lower case; {} if it is not split.
 
-    It is split if `train` and a held-out part are there, or nothing but parts, and these hold
-    folders; else `train` is a class like any other.
+    It is split where there is nothing but parts; or `train` and a held-out part among other
+    folders, if these two hold folders. Else `train` is a class like any other.
     """
     names = subfolders(folder)
     known = [n for n in names if n.lower() in (*TRAIN_NAMES, *HELD_OUT_NAMES)]
     both = {n.lower() in TRAIN_NAMES for n in known} == {True, False}
-    if not known or not (both or len(known) == len(names)):
-        return {}
-    if not any(subfolders(folder / name) for name in known):
+    alone = len(known) == len(names)
+    if not known or not (alone or (both and any(subfolders(folder / name) for name in known))):
         return {}
     found = {name.lower(): folder / name for name in known}
     if len(found) < len(known):
@@ -168,7 +167,8 @@ def _no_classes(folder: Path, part: bool) -> str:
     split = "" if part else " (or `train` and `val` with such folders)"
     return (
         f"{shown(folder)} must hold one folder per class with the class's pictures in it{split}, "
-        f"got {got}."
+        f"got {got}. Sort the pictures so, or list them in a metadata.csv beside them with the "
+        "columns file_name and label."
     )
 
 

@@ -1,21 +1,31 @@
 """Hugging Face datasets, through the `datasets` library where it is installed.
 
-In: a name on the Hub (`org/name`, `org/name:config`, each with `@revision`) or a saved folder. Out:
-its splits by name, each an `HfSource`. Pictures are decoded here, not by the library, so that they
-are read and refused as those in folders are.
+In: a name on the Hub (`org/name`, `org/name:config`, each with `@revision`), a saved folder, or the
+library's own objects. Out: the splits by name, each an `HfSource`. Pictures are decoded here, not
+by the library, so that they are read and refused as those in folders are.
 """
 
 from __future__ import annotations
 
 import io
 import re
+import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 from PIL import Image
 
-from natcupy.data.source import DataError, PictureSet, Source
+from natcupy.data.files import has_pictures
+from natcupy.data.source import (
+    LABEL_COLUMNS,
+    DataError,
+    PictureSet,
+    Source,
+    indexed,
+    refuse_unlabelled,
+)
 from natcupy.hub import client
 from natcupy.hub.errors import HubError
 from natcupy.zoo.preprocess import open_picture
@@ -23,11 +33,14 @@ from natcupy.zoo.preprocess import open_picture
 if TYPE_CHECKING:
     import datasets
 
+Tables = Union["datasets.Dataset", "datasets.DatasetDict"]
+
 _NAME = re.compile(
     r"(?P<path>[\w-][\w.-]*(/[\w-][\w.-]*)?)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?"
 )
 _PICTURE_COLUMNS = ("image", "img", "picture", "jpg", "png")
-_LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "class")
+_SAVED = ("dataset_dict.json", "state.json")  # by `save_to_disk`
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\b")  # in a file's name, by `push_to_hub`
 
 
 class HfPictures(PictureSet):
@@ -43,7 +56,7 @@ class HfPictures(PictureSet):
         import datasets
 
         self.name, self.column = name, column
-        only = table.select_columns([column])
+        only = table.with_format(None).select_columns([column])  # a format may hide columns
         self._table = only.cast_column(column, datasets.Image(decode=False))
 
     def __len__(self) -> int:
@@ -89,10 +102,20 @@ class HfSource(HfPictures, Source):
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether `datasets` wrote this folder, or it holds a dataset's tables."""
-    if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+    """Whether `datasets` wrote this folder, or it holds a dataset's tables.
+
+    Beside pictures a table is somebody's results, unless its name is that of a dataset's shard.
+    """
+    if any((folder / name).is_file() for name in _SAVED):
         return True
-    return any(any(place.glob("*.parquet")) for place in (folder, folder / "data"))
+    near = [path for pattern in ("*.parquet", "data/*.parquet") for path in folder.glob(pattern)]
+    if any(_SHARD.search(path.name) for path in near):
+        return True
+    if has_pictures(folder):
+        return False
+    deep = (path for pattern in ("*/*.parquet", "*/*/*.parquet") for path in folder.glob(pattern))
+    shown = (path for path in deep if not path.relative_to(folder).parts[0].startswith("."))
+    return bool(near) or any(shown)
 
 
 def is_name(text: str) -> bool:
@@ -114,10 +137,36 @@ def splits(data: str | Path) -> dict[str, datasets.Dataset]:
             f"{found}; {what} read by the `datasets` library, which is not installed: "
             "pip install 'natcupy[data]'."
         ) from None
+    kinds = (HubError, OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
     try:
         loaded = _load(datasets, data)
-    except (HubError, OSError, ValueError, RuntimeError) as error:
+    except kinds as error:
         raise DataError(_not_loaded(data, error)) from None
+    return _by_name(datasets, loaded)
+
+
+def given(data: object) -> dict[str, datasets.Dataset] | None:
+    """The splits of a `Dataset` or `DatasetDict`, by name; None for anything else.
+
+    Raises DataError for a streamed one, or one without splits.
+    """
+    datasets = sys.modules.get("datasets")  # where it was not imported, nothing is of its kinds
+    if not hasattr(datasets, "IterableDatasetDict"):  # or a user's own module has that name
+        return None
+    if isinstance(data, datasets.IterableDataset | datasets.IterableDatasetDict):
+        raise DataError(
+            f"a dataset must be whole, so that pictures can be counted and taken by number, got "
+            f"the streamed {type(data).__name__}. Load it without streaming=True."
+        )
+    if not isinstance(data, datasets.Dataset | datasets.DatasetDict):
+        return None
+    found = _by_name(datasets, data)
+    if not found:
+        raise DataError("a DatasetDict must have a split, got none.")
+    return found
+
+
+def _by_name(datasets: Any, loaded: Any) -> dict[str, datasets.Dataset]:
     if isinstance(loaded, datasets.Dataset):
         return {str(loaded.split or "all"): loaded}
     return {str(name): part for name, part in loaded.items()}
@@ -125,7 +174,7 @@ def splits(data: str | Path) -> dict[str, datasets.Dataset]:
 
 def _load(datasets: Any, data: str | Path) -> Any:
     if isinstance(data, Path):
-        if any((data / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        if any((data / name).is_file() for name in _SAVED):
             return datasets.load_from_disk(str(data))
         return datasets.load_dataset(str(data))
     named = _NAME.fullmatch(data)
@@ -144,6 +193,21 @@ def _not_loaded(data: str | Path, error: Exception) -> str:
     )
 
 
+def parquet_rows(path: Path) -> Iterable[dict[str, Any]]:
+    """The rows of a Parquet file that is no dataset. Raises ImportError without `datasets`."""
+    try:
+        import datasets
+    except ImportError:
+        raise ImportError(
+            f"{path} is read by the `datasets` library, which is not installed: "
+            "pip install 'natcupy[data]'."
+        ) from None
+    try:
+        return datasets.Dataset.from_parquet(str(path))
+    except datasets.exceptions.DatasetsError as error:
+        raise ValueError(str(error)) from None
+
+
 def hf_pictures(name: str, table: datasets.Dataset) -> HfPictures:
     """A split as pictures without labels. Raises DataError without one column of pictures."""
     return HfPictures(name, table, _picture_column(name, table))
@@ -157,9 +221,10 @@ def hf_source(name: str, table: datasets.Dataset) -> HfSource:
     import datasets
 
     kinds = table.features
+    plain = (datasets.ClassLabel, datasets.Value)  # not masks or boxes, which may be called label
+    usual = [key for key in LABEL_COLUMNS if isinstance(kinds.get(key), plain)]
     named = [key for key, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)]
-    usual = [key for key in _LABEL_COLUMNS if key in kinds]
-    labelled = _one(name, "labels", named or usual[:1], _LABEL_COLUMNS, kinds)
+    labelled = _one(name, "labels", usual[:1] or named, LABEL_COLUMNS, kinds)
     values = table.select_columns([labelled]).with_format("arrow")[:][labelled].to_pylist()
     labels, classes = _labels(f"{name}, column {labelled!r}", values, kinds[labelled])
     return HfSource(name, table, _picture_column(name, table), labels, classes)
@@ -189,17 +254,8 @@ def _one(name: str, what: str, found: list[str], usual: tuple[str, ...], kinds: 
 
 def _labels(where: str, values: list[Any], kind: Any) -> tuple[np.ndarray, tuple[str, ...]]:
     """Labels as indices, and the classes' names."""
-    bad = sum(v is None or v == -1 for v in values)
-    if bad:
-        raise DataError(
-            f"every picture must have a label, got {bad:,} of {len(values):,} without in {where}. "
-            "Use a split with labels."
-        )
     names = getattr(kind, "names", None)
-    if names is not None:
-        return np.asarray(values, dtype=np.int64), tuple(names)
-    if not all(isinstance(v, str | int) for v in values):
-        raise DataError(f"labels must be whole numbers or texts, got other values in {where}.")
-    known = sorted(set(values))
-    place = {value: index for index, value in enumerate(known)}
-    return np.array([place[v] for v in values], dtype=np.int64), tuple(map(str, known))
+    if names is None:
+        return indexed(where, values)
+    refuse_unlabelled(where, values)
+    return np.asarray(values, dtype=np.int64), tuple(names)

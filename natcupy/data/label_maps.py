@@ -40,9 +40,11 @@ class LabelledMaps:
 
     Args:
         images, masks: folders; a picture's map has its name, but for the suffix.
-        classes: label names; None: the lines of `classes.txt` beside the folders, else as many
-            numbered ones as the maps need (which reads them all).
+        classes: label names; None: the lines of `classes.txt` in `images` or above it, else as
+            many numbered ones as the maps need (which reads them all).
         reduce_zero_label: 0 in a map means "no class", 1 the first one, as in ADE20K.
+        root: the highest folder where `classes.txt` is looked for; default: the lowest that holds
+            both folders.
 
     Attributes:
         classes: label names; a label is an index into them.
@@ -57,14 +59,17 @@ class LabelledMaps:
         masks: str | os.PathLike[str],
         classes: Sequence[str] | None = None,
         reduce_zero_label: bool = False,
+        root: str | os.PathLike[str] | None = None,
     ) -> None:
         self.images, self.masks = Path(images).expanduser(), Path(masks).expanduser()
         self.reduce_zero_label = reduce_zero_label
-        self.notes: tuple[str, ...] = ()
         self._pairs = _paired(self.images, self.masks)
         self._seen: set[int] | None = None  # numbers in the maps, where all were read
+        self._names_file: Path | None = None
+        if classes is None:
+            self._names_file = _names_file(self.images, self.masks, root)
         self.classes = tuple(classes) if classes is not None else self._named()
-        self._note_absent()
+        self.notes = self._told()
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -127,11 +132,8 @@ class LabelledMaps:
         return labels
 
     def _named(self) -> tuple[str, ...]:
-        for folder in (self.images, *self.images.parents[:3]):
-            path = folder / CLASSES
-            if path.is_file():
-                names = [line.strip() for line in path.read_text("utf-8").splitlines()]
-                return tuple(name for name in names if name)
+        if self._names_file is not None:
+            return _read_names(self._names_file)
         seen: set[int] = set()
         for index in range(len(self)):
             seen |= set(self.labels(index).unique().tolist())
@@ -144,11 +146,29 @@ class LabelledMaps:
         self._seen = seen
         return tuple(f"class {number}" for number in range(largest + 1))
 
-    def _note_absent(self) -> None:
-        """Say which numbered classes no pixel has: perhaps the numbers were meant otherwise."""
+    def _told(self) -> tuple[str, ...]:
+        """Where names come from, or which numbers no pixel has, perhaps meant otherwise."""
+        if self._names_file is not None:
+            return (f"{len(self.classes)} class names from {shown(self._names_file)}",)
         numbers = range(len(self.classes)) if self._seen is not None else ()
         absent = [str(number) for number in numbers if number not in self._seen]
-        self.notes = (f"no pixel has class {', '.join(absent[:10])}",) if absent else ()
+        return (f"no pixel has class {', '.join(absent[:10])}",) if absent else ()
+
+
+def _names_file(images: Path, masks: Path, root: str | os.PathLike[str] | None) -> Path | None:
+    """The nearest `classes.txt` from the pictures' folder up to the root, and no higher."""
+    images, masks = Path(os.path.abspath(images)), Path(os.path.abspath(masks))
+    root = Path(os.path.commonpath([images, masks]) if root is None else os.path.abspath(root))
+    within = (each for each in (images, *images.parents) if each.is_relative_to(root))
+    return next((each / CLASSES for each in within if (each / CLASSES).is_file()), None)
+
+
+def _read_names(path: Path) -> tuple[str, ...]:
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{shown(path)} must be UTF-8 text, got {error}. Save it so.") from None
+    return tuple(line.strip() for line in lines if line.strip())
 
 
 def find_maps(
@@ -165,7 +185,7 @@ def find_maps(
         classes, reduce_zero_label: as for `LabelledMaps`.
     """
     root = Path(data).expanduser()
-    options = {"classes": classes, "reduce_zero_label": reduce_zero_label}
+    options = {"classes": classes, "reduce_zero_label": reduce_zero_label, "root": root}
     pair = _pair_in(root)
     if pair is not None:
         parts = {p.name for p in pair[0].iterdir() if p.is_dir() and (pair[1] / p.name).is_dir()}
@@ -187,7 +207,7 @@ def find_maps(
     names = max((part.classes for part in parts.values()), key=len)  # of numbered ones, all
     for part in parts.values():
         part.classes = names
-        part._note_absent()
+        part.notes = part._told()
     return parts
 
 

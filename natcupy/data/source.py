@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from natcupy.data.files import why
 from natcupy.zoo.preprocess import plain
+
+LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "class")  # in tables; preferred first
 
 
 class DataError(ValueError):
@@ -104,6 +107,32 @@ class Subset(Source):
     def decode(self, index: int) -> Image.Image:
         """A picture as it is stored."""
         return self._source.decode(int(self._indices[index]))
+
+
+def refuse_unlabelled(where: str, values: list[Any]) -> None:
+    """Raises DataError where a picture has no label; `where` says which table and column."""
+    bad = sum(v is None or v == -1 for v in values)
+    if bad:
+        raise DataError(
+            f"every picture must have a label, got {bad:,} of {len(values):,} without in {where}. "
+            "Use a split with labels."
+        )
+
+
+def indexed(where: str, values: list[Any]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Labels, whole numbers or texts, as indices into their sorted names.
+
+    Raises DataError for other values and missing ones; `where` says which table and column.
+    """
+    refuse_unlabelled(where, values)
+    kinds = {str if isinstance(v, str) else int if isinstance(v, int) else None for v in values}
+    if None in kinds or len(kinds) > 1:
+        raise DataError(
+            f"labels must be whole numbers or texts, got other values, or both, in {where}."
+        )
+    known = sorted(set(values))
+    place = {value: index for index, value in enumerate(known)}
+    return np.array([place[v] for v in values], dtype=np.int64), tuple(map(str, known))
 
 
 def stratified(source: Source, fraction: float, seed: int) -> tuple[Subset, Subset]:

@@ -12,12 +12,17 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from natcupy.data import DataError
 
 MAX_MAP_BYTES = 16 << 20
+NONE = -1  # stands for the model's class of a class without pictures
+IN_ORDER = (
+    "no class name is one of the model's, so the classes in the data's order are taken as the "
+    "model's classes 0, 1, ..."
+)
 
 
 def match(
@@ -25,8 +30,9 @@ def match(
     labels: Sequence[str] | None,
     num_classes: int,
     class_map: Path | None = None,
+    empty: Collection[int] = (),
 ) -> tuple[list[int], str]:
-    """The model's class for every class of the data.
+    """The model's class for every class of the data, and how it was found.
 
     Args:
         classes: of the data, in its order (folders: sorted).
@@ -34,36 +40,52 @@ def match(
         num_classes: of the model.
         class_map: a file that says it: JSON `{"folder": 3}`, or lines of folder, tab or comma,
             and class; a class is an index or one of the model's label names.
+        empty: indices of the data's classes without pictures: they need no match and get `NONE`.
 
     Raises DataError where a class has no match.
     """
     known = _by_name(labels or ())
+    filled = [index for index in range(len(classes)) if index not in empty]
+    names = [classes[index] for index in filled]
     if class_map is not None:
-        return _mapped(classes, known, num_classes, class_map), f"classes by {class_map}"
-    found = [known.get(_plain(name)) for name in classes]
-    if None not in found:
-        _refuse_twins(classes, found)
-        return found, "classes matched by name"
-    if any(index is not None for index in found):
-        lost = [n for n, index in zip(classes, found, strict=True) if index is None]
+        indices, how = _mapped(names, known, num_classes, class_map), f"classes by {class_map}"
+    elif any(known.get(_plain(name)) is not None for name in names):
+        indices, how = _named(names, known, num_classes), "classes matched by name"
+    elif _are_numbers(names, num_classes):
+        indices, how = list(map(int, names)), "class names taken as the model's class numbers"
+        _refuse_twins(names, indices)
+    elif len(classes) == num_classes:
+        indices, how = filled, IN_ORDER
+    else:
+        raise _no_match(names, labels, num_classes)
+    found = [NONE] * len(classes)
+    for place, index in zip(filled, indices, strict=True):
+        found[place] = index
+    return found, how
+
+
+def _named(names: Sequence[str], known: dict[str, int | None], num_classes: int) -> list[int]:
+    found = [known.get(_plain(name)) for name in names]
+    lost = [name for name, index in zip(names, found, strict=True) if index is None]
+    if lost:
         raise DataError(
             f"every class of the data must be one of the model's {num_classes}, got {len(lost)} "
-            f"of {len(classes)} that are not: {', '.join(lost[:10])}. Rename them or say which "
+            f"of {len(names)} that are not: {', '.join(lost[:10])}. Rename them or say which "
             "they are with a class map."
         )
-    if labels is None and all(re.fullmatch(r"\d{1,6}", name) for name in classes):
-        numbers = [int(name) for name in classes]
-        if max(numbers) < num_classes:
-            _refuse_twins(classes, numbers)
-            return numbers, "class names taken as the model's class numbers"
-    if len(classes) == num_classes:
-        return list(range(num_classes)), (
-            "no class name is one of the model's, so the classes in the data's order are taken as "
-            "the model's classes 0, 1, ..."
-        )
-    raise DataError(
-        f"the data must have the model's classes, got {len(classes)} ({', '.join(classes[:5])}"
-        f"{', ...' if len(classes) > 5 else ''}) for a model with {num_classes}"
+    _refuse_twins(names, found)
+    return found
+
+
+def _are_numbers(names: Sequence[str], num_classes: int) -> bool:
+    """Whether all names are class numbers, with or without zeros in front."""
+    return all(re.fullmatch(r"\d{1,6}", name) and int(name) < num_classes for name in names)
+
+
+def _no_match(names: Sequence[str], labels: Sequence[str] | None, num_classes: int) -> DataError:
+    return DataError(
+        f"the data must have the model's classes, got {len(names)} ({', '.join(names[:5])}"
+        f"{', ...' if len(names) > 5 else ''}) for a model with {num_classes}"
         f"{' (' + ', '.join(labels[:5]) + ', ...)' if labels else ''}. Say which is which with a "
         "class map: lines of folder, tab, class."
     )
@@ -115,7 +137,8 @@ def _read_map(path: Path) -> dict[str, object]:
             entries = json.loads(text)
         else:
             lines = [line for line in text.splitlines() if line.strip() and line[0] != "#"]
-            pairs = [re.split(r"\t|,", line, maxsplit=1) for line in lines]
+            # A name may have commas where tabs part the columns.
+            pairs = [line.split("\t" if "\t" in line else ",", maxsplit=1) for line in lines]
             if any(len(pair) != 2 for pair in pairs):
                 raise ValueError("a line without tab or comma")
             entries = {name.strip(): value for name, value in pairs}

@@ -15,11 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from natcupy.data import DataError, Source, find_split
+from natcupy.data.find import Data
 from natcupy.inference import classes, ranks
 from natcupy.inference.feed import feed, loaded, outputs, pick_workers, placed, recipe_of, warm
 from natcupy.zoo import ImageModel
@@ -97,7 +99,7 @@ class _Counts:
 
 def evaluate(
     model: ImageModel | str | os.PathLike[str],
-    source: Source | str | os.PathLike[str],
+    source: Source | Data,
     *,
     split: str | None = None,
     batch_size: int = 64,
@@ -142,6 +144,7 @@ def evaluate(
         model.pretrained_cfg.get("label_names"),
         model.num_classes,
         Path(class_map) if class_map is not None else None,
+        empty=np.flatnonzero(source.counts() == 0).tolist(),
     )
     group = ranks.group(placed(model)["device"])
     found = _run(model, source, torch.tensor(mapping), batch_size, workers, progress, group)

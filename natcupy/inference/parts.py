@@ -158,9 +158,12 @@ class Run:
 
     def put(self, number: int, write: Callable[[IO[bytes]], Any], bad: Bad) -> None:
         """Make a part appear, complete; its bad pictures before it."""
+        listed = self.folder / f"{number}.bad"
         if bad:
             text = json.dumps(bad, ensure_ascii=False)
-            self._put(self.folder / f"{number}.bad", lambda file: file.write(text.encode()))
+            self._put(listed, lambda file: file.write(text.encode()))
+        else:  # one that a failed run left names pictures that have been repaired since
+            listed.unlink(missing_ok=True)
         self._put(self.folder / str(number), write)
 
     def _put(self, path: Path, write: Callable[[IO[bytes]], Any]) -> None:

@@ -50,11 +50,11 @@ class Report:
     Attributes:
         out: the table.
         complete: False while other shards are still at work; then there is no table yet.
-        pictures: how many this process looked at now.
+        pictures: how many were looked at now, by all of torchrun's processes.
         bad: (path, reason) of pictures that could not be read: the whole table's once it is
-            complete, else this process's.
+            complete, else this shard's.
         parts, parts_done: of the whole table.
-        seconds: wall time, without loading and warming the model.
+        seconds: wall time of the slowest process, without loading and warming the model.
     """
 
     out: Path
@@ -117,7 +117,8 @@ def predict(
 ) -> Report:
     """Write a model's answers to any number of pictures.
 
-    Under torchrun, processes share the work through the folder of the output, which all must see.
+    Under torchrun, processes share the work through the folder of the output, which all must see;
+    they wait for each other at the end, and all return the same report.
 
     Args:
         model: in eval mode, on its device, in its dtype; or a name for `from_pretrained`.
@@ -161,7 +162,8 @@ def predict(
     settings = _settings(model, pictures, columns, plan, out.suffix.lower())
     problems = tuple(getattr(pictures, "problems", ()))  # of folders that cannot be listed
     run = Run(out, settings, plan.parts, problems)
-    share, finished = _begin(run, placed(model)["device"], shard, resume, overwrite)
+    group = ranks.Group() if shard is not None else ranks.group(placed(model)["device"])
+    share, finished = _begin(run, group, shard, resume, overwrite)
     if finished:
         return Report(out, True, 0, tuple(run.bad()), plan.parts, plan.parts, 0.0)
     begun = time.perf_counter()
@@ -174,15 +176,24 @@ def predict(
             f"{plan.parts:,} parts are kept in {run.folder}. Remedy that, then go on with --resume."
         ) from error
     seconds = time.perf_counter() - begun
-    if complete:
-        bad = run.bad()
+    bad = run.bad() if complete else bad
     have = plan.parts if complete else len(run.done())
-    return Report(out, complete, done, tuple(bad), plan.parts, have, seconds)
+    # Not before all have ended: torchrun kills the others once one process exits with an error.
+    reports = group.gather(Report(out, complete, done, tuple(bad), plan.parts, have, seconds))
+    return _together(reports)
+
+
+def _together(reports: Sequence[Report]) -> Report:
+    """What the processes of one run report, as one."""
+    last = max(reports, key=lambda report: report.complete)  # it has seen the whole table
+    pictures = sum(report.pictures for report in reports)
+    seconds = max(report.seconds for report in reports)
+    return dataclasses.replace(last, pictures=pictures, seconds=seconds)
 
 
 def _begin(
     run: Run,
-    device: torch.device,
+    group: ranks.Group,
     shard: tuple[int, int] | None,
     resume: bool,
     overwrite: bool,
@@ -190,7 +201,6 @@ def _begin(
     """This process's parts, and whether all is done. Rank 0 looks at the folder, all hear of it."""
     if shard is not None:
         return range(shard[0], run.count, shard[1]), run.begin(True, False)
-    group = ranks.group(device)
     finished: bool | Exception = False
     if group.rank == 0:
         try:

@@ -20,7 +20,7 @@ from natcupy.hub import save_pretrained
 from natcupy.train import plots, timm_parts
 from natcupy.train.augment import Augment, describe
 from natcupy.train.config import TrainConfig
-from natcupy.train.task import Loss, Task
+from natcupy.train.task import Loss, Task, facts_of_pictures
 from natcupy.zoo.preprocess import Preprocess
 
 MODEL, CONFUSION_PNG = "model", "confusion.png"
@@ -57,9 +57,9 @@ class Classification(Task):
         self.statements = dict(statements or {})
 
     def facts(self) -> dict[str, Any]:
-        """What a continuation must share: the classes and how many pictures there are."""
-        held_out = 0 if self.held_out_items is None else len(self.held_out_items)
-        return {**super().facts(), "held-out items": held_out, "classes": list(self.classes)}
+        """What a continuation must share: the classes, which pictures there are and how many."""
+        shared = facts_of_pictures(self.classes, self.training_items, self.held_out_items)
+        return {**super().facts(), **shared}
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Loss:
         """Cross entropy against labels, smoothed, or against those of mixed pictures."""

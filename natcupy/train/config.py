@@ -18,9 +18,10 @@ from natcupy.zoo.config import ConfigError
 
 PRECISIONS = ("no", "fp16", "bf16")
 SCHEDULES = ("cosine", "linear", "constant")
-# What may differ between a run and its continuation: nothing that the numbers depend on. (And
-# `epochs`, of a finished run.)
+# What may differ between a run and its continuation: nothing that the numbers depend on.
 FREE = ("output", "resume", "workers", "progress")
+# What the checkpoint rules on: `epochs` may grow, the others change but for the items of a step.
+RESTORED = ("epochs", "batch_size", "accumulate")
 
 
 class TrainError(RuntimeError):
@@ -134,7 +135,8 @@ class TrainConfig:
         workers: processes that read pictures, per process that trains; 0 for none; None: one for
             each processor that it may use, up to 8, beside a GPU; on a CPU only for processors that
             torch's threads leave free, so none where these take all.
-        resume: continue the run in `output`, or start it where there is none.
+        resume: continue the run in `output`, or start it where there is none. On another number of
+            processes, change `batch_size` or `accumulate` so that a step sees as many pictures.
         progress: show a bar; None: where the output is a terminal.
     """
 

@@ -20,7 +20,7 @@ from natcupy.data.dense_augment import DetectionViews
 from natcupy.hub import Metric, save_pretrained
 from natcupy.train.config import TrainConfig
 from natcupy.train.dense_items import HeldOut, HeldOutPictures, ObjectViews, batch_of
-from natcupy.train.task import Loss, Task
+from natcupy.train.task import Loss, Task, facts_of_pictures
 from natcupy.zoo.dense.images import Frame, Recipe, stack
 from natcupy.zoo.dense.targets import Objects
 
@@ -61,9 +61,9 @@ class Detection(Task):
         self.statements = dict(statements or {})
 
     def facts(self) -> dict[str, Any]:
-        """What a continuation must share: the classes and how many pictures there are."""
-        held_out = 0 if self.held_out_items is None else len(self.held_out_items)
-        return {**super().facts(), "held-out items": held_out, "classes": list(self.classes)}
+        """What a continuation must share: the classes, which pictures there are and how many."""
+        shared = facts_of_pictures(self.classes, self.training_items, self.held_out_items)
+        return {**super().facts(), **shared}
 
     def collate(self, items: list[Any]) -> Any:
         """Items to a batch."""

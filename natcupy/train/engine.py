@@ -184,6 +184,8 @@ class _Engine:
         config, progress = self.config, self.progress
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+        if progress.history:
+            self._on_main(lambda: run.complete_logs(self.folder, progress.history, config))
         epochs = config.epochs + config.cooldown_epochs
         for epoch in range(len(progress.history), epochs):
             row = self._epoch(epoch)

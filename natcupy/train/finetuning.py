@@ -19,10 +19,10 @@ from torch import nn
 from natcupy.data import Source, find, find_split
 from natcupy.data.find import aligned
 from natcupy.train import loading, plots
-from natcupy.train.classification import MODEL, Classification
+from natcupy.train.classification import CONFUSION_PNG, MODEL, Classification
 from natcupy.train.config import TrainConfig
 from natcupy.train.engine import Trained, train
-from natcupy.train.run import environment
+from natcupy.train.run import LOG_CSV, LOG_JSON, environment
 from natcupy.zoo import ImageModel
 from natcupy.zoo.preprocess import Preprocess
 
@@ -227,6 +227,8 @@ def is_first() -> bool:
 
 def describe(result: Result, classes: Sequence[str]) -> list[tuple[str, str]]:
     """What a person wants to know at the end."""
+    logs = [LOG_CSV, LOG_JSON, CURVES_PNG]
+    logs += [] if result.confusion is None else [CONFUSION_PNG]
     rows = []
     if result.scores:
         rows.append(("accuracy", f"{100 * result.scores['val_accuracy']:.2f} % held out"))
@@ -238,7 +240,7 @@ def describe(result: Result, classes: Sequence[str]) -> list[tuple[str, str]]:
         ("time", f"{result.seconds:.0f} s"),
         ("peak memory", f"{result.peak_bytes / 2**20:,.0f} MiB"),
         ("model", f"{result.folder / MODEL}"),
-        ("logs", f"log.csv, log.json, {CURVES_PNG}, confusion.png in {result.folder}"),
+        ("logs", f"{', '.join(logs)} in {result.folder}"),
     ]
     if result.pushed:
         rows.append(("pushed", result.pushed.url))

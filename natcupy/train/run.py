@@ -36,7 +36,8 @@ import torch
 from natcupy.hub.errors import Corrupt
 from natcupy.hub.files import write_folder
 from natcupy.train import checkpoint
-from natcupy.train.config import TrainConfig, TrainError
+from natcupy.train.config import RESTORED, TrainConfig, TrainError
+from natcupy.train.task import PICTURES
 
 RUN, LOG_CSV, LOG_JSON, CHECKPOINT = "run.json", "log.csv", "log.json", "checkpoint"
 MODEL = "model"
@@ -236,6 +237,16 @@ def write_logs(folder: Path, rows: Sequence[Mapping[str, Any]], config: TrainCon
     )
 
 
+def complete_logs(folder: Path, rows: Sequence[Mapping[str, Any]], config: TrainConfig) -> None:
+    """Write the logs anew unless they have these rows: a run may end before it could."""
+    try:
+        had = json.loads((folder / LOG_JSON).read_bytes())["epochs"]
+    except (OSError, ValueError, KeyError, TypeError):
+        had = None
+    if had != list(rows) or not (folder / LOG_CSV).exists():
+        write_logs(folder, rows, config)
+
+
 def peak_memory(device: torch.device) -> int:
     """Most bytes that this process held: on the GPU, or, training on the CPU, in all."""
     if device.type == "cuda":
@@ -300,7 +311,8 @@ def _differences(had: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]
         for before, now in ((had[part], wanted[part]),)
         for name in dict.fromkeys((*before, *now))
         if before.get(name) != now.get(name)
-        and name != "epochs"  # a finished run may be extended: the checkpoint tells
+        and name not in RESTORED
+        and (name != PICTURES or name in before)  # older runs did not keep it
     ]
 
 

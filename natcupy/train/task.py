@@ -8,14 +8,17 @@ derives from `Task`, gives `training_items`, `loss`, `examine` and `score`, and 
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+PICTURES = "names and labels of the pictures"  # a fact of a run
 
 
 @dataclass
@@ -114,6 +117,38 @@ class Task(ABC):
             found: what `examine` gave for them.
             told: data, recipe and versions, as plain text for a card.
         """
+
+
+def facts_of_pictures(
+    classes: Sequence[str], training_items: Any, held_out_items: Any | None
+) -> dict[str, Any]:
+    """What a continuation must share: the classes, which pictures there are and how many.
+
+    Args:
+        classes: label names.
+        training_items, held_out_items: as of a `Task`, each over the data set `source`.
+    """
+    held_out = [] if held_out_items is None else [held_out_items.source]
+    return {
+        "held-out items": sum(map(len, held_out)),
+        "classes": list(classes),
+        PICTURES: _fingerprint(training_items.source, *held_out),
+    }
+
+
+def _fingerprint(*sets: Any) -> str:
+    """A hash over the pictures' names and, where each has one, their labels.
+
+    The names are those within a set, so its folder may be moved between two runs.
+    """
+    digest = hashlib.sha256()
+    for pictures in sets:
+        label = getattr(pictures, "label", lambda index: "")
+        for index in range(len(pictures)):
+            line = f"{label(index)}/{pictures.key(index)}\0"
+            digest.update(line.encode("utf-8", "surrogateescape"))
+        digest.update(b"\n")
+    return digest.hexdigest()[:16]
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -1,5 +1,6 @@
 """evaluate: right counts, however it runs; the classes of a dataset and of a model."""
 
+import io
 import os
 
 import numpy as np
@@ -13,7 +14,7 @@ from natcupy.inference.classes import match
 from natcupy.inference.evaluation import LOSS_UNIT
 from tests.hub.small import invented
 from tests.inference.cases import LABELS, small
-from tests.pictures import broken, class_folders
+from tests.pictures import broken, class_folders, noise
 
 
 def by_hand(model, source, mapping):
@@ -104,6 +105,9 @@ def test_what_cannot_be_evaluated(model, tmp_path, seven):
         (["honey-bee", "bee"][:1], LABELS, 7, [1]),
         (["tench"], ["tench, Tinca tinca", "crane", "crane"], 3, [0]),
         (["10", "2"], None, 11, [10, 2]),
+        (["0", "1", "10", "2"], ["zero", "one", "two", *"abcdefgh"], 11, [0, 1, 10, 2]),
+        (["00", "02"], ["cat", "dog", "eel"], 3, [0, 2]),
+        (["1", "2"], ["cat", "dog"], 2, [0, 1]),  # no numbers of classes: there is no 2
         (["n01", "n02", "n03"], None, 3, [0, 1, 2]),
         (["n01", "n02"], ["cat", "dog"], 2, [0, 1]),
     ],
@@ -125,6 +129,48 @@ def test_classes_match(names, labels, count, expected):
 def test_classes_that_do_not_match(names, labels, count, text):
     with pytest.raises(DataError, match=text):
         match(names, labels, count)
+
+
+def test_classes_without_pictures_need_no_match(tmp_path):
+    assert match(["none", "dog", "n/a", "ant"], LABELS, 7, None, [0, 2])[0] == [-1, 3, -1, 0]
+    assert match(["x", "y", "z"], ["cat", "dog", "eel"], 3, None, [1])[0] == [0, -1, 2]
+    (tmp_path / "map").write_text("y\tdog\n")
+    assert match(["x", "y"], LABELS, 7, tmp_path / "map", [0])[0] == [-1, 3]
+
+
+def test_a_source_with_a_class_without_pictures(model, seven):
+    source = find_split(seven).source
+    usual = evaluate(model, source, workers=0)
+    source.classes = (*source.classes, "nothing of the model's")
+    found = evaluate(model, source, workers=0)
+    assert (found.top1, found.top5, found.loss) == (usual.top1, usual.top5, usual.loss)
+    assert found.classes[:-1] == usual.classes and found.classes[-1].pictures == 0
+
+
+def test_names_with_commas_in_a_class_map(tmp_path):
+    (tmp_path / "map").write_text("cat, tabby\tcat\ndog,dog\nbee\tbee, honey bee\n")
+    assert match(["cat, tabby", "dog", "bee"], LABELS, 7, tmp_path / "map")[0] == [2, 3, 1]
+
+
+def test_a_dataset_in_memory(model):
+    datasets = pytest.importorskip("datasets")
+    kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["dog", "ant"])}
+    rows = {"image": [noise(i) for i in range(6)], "label": [0, 1] * 3}
+    table = datasets.Dataset.from_dict(rows, features=datasets.Features(kinds))
+    parts = datasets.DatasetDict(train=table, test=table.select([0, 1]))
+    assert evaluate(model, parts, split="train", workers=0).pictures == 6
+    assert [c.name for c in evaluate(model, parts["test"], workers=0).classes] == ["dog", "ant"]
+
+
+def test_damaged_exif_stops_no_evaluation(model, seven):
+    usual = evaluate(model, seven, workers=0)
+    file = io.BytesIO()
+    noise(7).save(file, "JPEG")
+    block = b"Exif\0\0garbage garbage garbage"
+    head = b"\xff\xd8\xff\xe1" + (len(block) + 2).to_bytes(2, "big") + block
+    (seven / "dog" / "odd.jpg").write_bytes(head + file.getvalue()[2:])
+    found = evaluate(model, seven, workers=0)
+    assert found.bad == () and found.pictures == usual.pictures + 1
 
 
 @pytest.mark.parametrize(

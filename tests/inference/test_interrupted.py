@@ -103,6 +103,19 @@ def test_a_damaged_record_is_told(model, tmp_path, seven, monkeypatch):
         predict(model, seven, out, resume=True, **SETTINGS)
 
 
+def test_a_picture_repaired_before_resuming_is_not_told_of(model, tmp_path, seven, monkeypatch):
+    """Also where the part failed when its list of bad pictures was there already."""
+    out, first = tmp_path / "out.csv", sorted((seven / "GNU").iterdir())[0]
+    whole = first.read_bytes()
+    first.write_bytes(b"not a picture")
+    interrupted(model, seven, out, 2, monkeypatch, **SETTINGS)
+    assert (tmp_path / "out.csv.parts" / "0.bad").exists()
+    first.write_bytes(whole)
+    report = predict(model, seven, out, resume=True, **SETTINGS)
+    assert report.complete and report.bad == ()
+    assert json.loads((tmp_path / "out.csv.run.json").read_text())["bad"] == []
+
+
 def test_a_full_disk_loses_nothing(model, tmp_path, seven, monkeypatch):
     whole, out = tmp_path / "whole.csv", tmp_path / "out.csv"
     predict(model, seven, whole, **SETTINGS)

@@ -117,6 +117,25 @@ def test_a_dataset_without_labels(model, tmp_path):
         predict(model, tmp_path / "set", tmp_path / "no.jsonl")
 
 
+def test_a_table_among_the_pictures_changes_no_name(model, tmp_path, seven):
+    pytest.importorskip("pyarrow")
+    first = seven / "answers.parquet"
+    predict(model, seven, first, workers=0)
+    predict(model, seven, seven / "more.parquet", workers=0)
+    assert lines(seven / "more.parquet") == lines(first)
+    assert predict(model, seven, first, resume=True, workers=0).pictures == 0
+
+
+def test_a_dataset_in_memory(model, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_dict(
+        {"image": [noise(1), noise(2)]}, features=datasets.Features({"image": datasets.Image()})
+    )
+    predict(model, table, tmp_path / "out.jsonl", workers=0)
+    paths = [row["path"] for row in lines(tmp_path / "out.jsonl")]
+    assert paths == ["the dataset, all, row 0", "the dataset, all, row 1"]
+
+
 def test_a_model_without_classes_gives_features(tmp_path, seven):
     model = small(None, 0)
     with pytest.raises(ValueError, match="features=True"):

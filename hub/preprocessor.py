@@ -33,26 +33,49 @@ def parse_preprocessor(data: bytes, where: object) -> PretrainedCfg:
 
 
 def _preprocessor(values: dict[str, Any]) -> PretrainedCfg:
-    out: PretrainedCfg = {}
-    size = values.get("size", 224)
     crops = values.get("do_center_crop") is True
-    if isinstance(size, dict):
-        size = size.get("height", size.get("shortest_edge"))
-    size = schema.integer("size", size, 1, 8192)
-    final = size
+    out: PretrainedCfg = {"crop_mode": "center" if crops else "squash"}
+    sides = resized = _sides("size", values.get("size", 224))
     if crops:
-        crop = values.get("crop_size", size)
-        final = schema.integer(
-            "crop_size", crop.get("height") if isinstance(crop, dict) else crop, 1, 8192
-        )
-        out["crop_pct"] = min(1.0, final / size)
-    out["crop_mode"] = "center" if crops else "squash"
-    out["input_size"] = (3, final, final)
+        sides = _sides("crop_size", values.get("crop_size", resized[0]))
+        out["crop_pct"] = _crop_pct(min(sides), min(resized))
+    out["input_size"] = (3, *sides)
+    out |= _scales(values)
+    if values.get("resample") is not None:
+        out["interpolation"] = _FILTERS[schema.integer("resample", values["resample"], 0, 5)]
+    return out
+
+
+def _sides(name: str, value: object) -> tuple[int, int]:
+    """Height and width, of which a number, or the shorter side, stands for both."""
+    if not isinstance(value, dict):
+        value = {"shortest_edge": value}
+    height, width = (value.get(side, value.get("shortest_edge")) for side in ("height", "width"))
+    return schema.integer(name, height, 1, 8192), schema.integer(name, width, 1, 8192)
+
+
+def _crop_pct(crop: int, resized: int) -> float:
+    """The quotient, or the next number below that `Preprocess` finds the same size by."""
+    found = min(1.0, crop / resized)
+    while math.floor(crop / found) < resized:
+        found = math.nextafter(found, 0)
+    return found
+
+
+def _scales(values: dict[str, Any]) -> PretrainedCfg:
+    """Mean and deviation for values in 0..1, by which everything after the crop can be said."""
+    factor = values.get("rescale_factor")
+    scale = 1.0 if factor is None else 255 * schema.number("rescale_factor", factor, 1e-6, 1e4)
+    if values.get("do_rescale") is False:
+        scale = 255.0
+    out: PretrainedCfg = {}
     for theirs, ours in (("image_mean", "mean"), ("image_std", "std")):
         if values.get(theirs) is not None:
             out[ours] = schema.per_channel(theirs, values[theirs], None)
-    if values.get("resample") is not None:
-        out["interpolation"] = _FILTERS[schema.integer("resample", values["resample"], 0, 5)]
+    if values.get("do_normalize") is False:
+        out |= {"mean": (0.0,), "std": (1.0,)}
+    if not math.isclose(scale, 1):
+        out = {name: tuple(x / scale for x in numbers) for name, numbers in out.items()}
     return out
 
 

@@ -1,6 +1,7 @@
 """config.json: what is written reads back; foreign files read; anything else is one error."""
 
 import json
+import math
 import sys
 
 import pytest
@@ -243,3 +244,38 @@ def test_their_preprocessors():
                 {"size": 10**9}, {"image_mean": "x"}):  # fmt: skip
         with pytest.raises(ConfigError, match=r"^p"):
             parse_preprocessor(json.dumps(bad).encode(), "p")
+
+
+@pytest.mark.parametrize("crop, resized", [(9, 14), (224, 256), (49, 50), (224, 200), (3, 7)])
+def test_their_crops_are_cut_from_pictures_of_their_size(crop, resized):
+    file = {"size": {"shortest_edge": resized}, "do_center_crop": True, "crop_size": crop}
+    cfg = parse_preprocessor(json.dumps(file).encode(), "p")
+    assert math.floor(crop / cfg["crop_pct"]) == max(crop, resized)
+
+
+def test_their_pictures_need_not_be_square():
+    file = {"size": {"height": 192, "width": 640}}
+    assert parse_preprocessor(json.dumps(file).encode(), "p")["input_size"] == (3, 192, 640)
+    file = {"size": {"shortest_edge": 200}, "do_center_crop": True,
+            "crop_size": {"height": 150, "width": 100}}  # fmt: skip
+    cfg = parse_preprocessor(json.dumps(file).encode(), "p")
+    assert cfg["input_size"] == (3, 150, 100) and math.floor(100 / cfg["crop_pct"]) == 200
+
+
+@pytest.mark.parametrize(
+    "told, wanted",
+    [
+        ({}, lambda x: (x - 0.4) / 0.2),
+        ({"do_normalize": False}, lambda x: x),
+        ({"do_rescale": False}, lambda x: (255 * x - 0.4) / 0.2),
+        ({"rescale_factor": 1 / 127.5}, lambda x: (2 * x - 0.4) / 0.2),
+        ({"do_rescale": False, "do_normalize": False}, lambda x: 255 * x),
+        ({"rescale_factor": 1 / 255}, lambda x: (x - 0.4) / 0.2),
+    ],
+)
+def test_their_switches_count(told, wanted):
+    file = {"size": 8, "image_mean": [0.4] * 3, "image_std": [0.2] * 3, **told}
+    cfg = parse_preprocessor(json.dumps(file).encode(), "p")
+    x = 0.7
+    for mean, std in zip(cfg["mean"], cfg["std"], strict=True):
+        assert (x - mean) / std == pytest.approx(wanted(x))

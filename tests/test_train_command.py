@@ -35,6 +35,38 @@ def test_the_command(stripes, tmp_path, capsys):
     assert main([*words[:4], "--output", str(tmp_path / "x"), "--recipe", "nat-in1"]) == 2
 
 
+def test_a_fresh_classifier_is_told(stripes, tmp_path, caplog):
+    from natcupy.cli import main
+
+    words = ["finetune", str(stripes), "--model", "nat-digits", "--epochs", "1", "--workers", "0"]
+    assert main([*words, "--output", str(tmp_path / "one")]) == 0
+    assert re.search(r"begins anew: .*slanted.* are not the model's 10\.", caplog.text)
+    card = (tmp_path / "one" / "model" / "README.md").read_text()
+    assert "1, number 1 kept" in card and re.search(r"\d s on 1 process\b", card)
+    caplog.clear()
+    words[3] = str(tmp_path / "one" / "model")
+    assert main([*words, "--output", str(tmp_path / "two")]) == 0
+    assert "begins anew" not in caplog.text
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_run_that_is_stopped_says_how_to_go_on(stripes, tmp_path, capsys, monkeypatch, begun):
+    """By Ctrl-C, once there is something to go on from."""
+    from natcupy.cli import finetune, main
+    from natcupy.train import engine
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(*((engine._Engine, "_step") if begun else (finetune, "load_model")), stop)
+    words = ["finetune", str(stripes), "--model", "nat-digits", "--output", str(tmp_path / "run"),
+             "--epochs", "1", "--workers", "0"]  # fmt: skip
+    assert main(words) == 130
+    assert ("--resume goes on from the last checkpoint" in capsys.readouterr().err) == begun
+    monkeypatch.undo()
+    assert main([*words, "--resume"]) == 0
+
+
 @pytest.mark.parametrize("fraction", ["0", "0.1"])
 def test_the_end_names_the_files_that_are_there(stripes, tmp_path, capsys, fraction):
     from natcupy.cli import main

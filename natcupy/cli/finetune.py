@@ -8,23 +8,35 @@ together.
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 
 from natcupy.cli import console
 from natcupy.cli.finetune_arguments import given
 from natcupy.cli.finetune_errors import with_flags
 from natcupy.data import find
 from natcupy.train import TrainConfig, finetune, load_model
+from natcupy.train.checkpoint import STATE
 from natcupy.train.finetuning import describe, is_first
+from natcupy.train.run import CHECKPOINT
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Do it; errors about a number name its flag."""
-    with with_flags(arguments):
-        if arguments.task == "classification":
-            return _classifier(arguments)
-        from natcupy.cli import finetune_dense
+    try:
+        with with_flags(arguments):
+            if arguments.task == "classification":
+                return _classifier(arguments)
+            from natcupy.cli import finetune_dense
 
-        return finetune_dense.run(arguments)
+            return finetune_dense.run(arguments)
+    except KeyboardInterrupt:
+        if is_first() and (Path(arguments.output) / CHECKPOINT / STATE).is_file():
+            print(
+                "natcupy: the same command with --resume goes on from the last checkpoint",
+                file=sys.stderr,
+            )
+        raise
 
 
 def _classifier(arguments: argparse.Namespace) -> int:

@@ -83,9 +83,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "data",
         metavar="DATA",
-        help="folder with a folder of pictures per class, or with train and val; or a Hugging Face "
-        "dataset (org/name, or a folder it was saved to). For segmentation: a folder with images "
-        "and masks; for detection: a COCO file",
+        help="folder with a folder of pictures per class, or a metadata.csv of file_name and label "
+        "beside them, or train and val of either kind; or a Hugging Face dataset (org/name, or a "
+        "folder it was saved to). For segmentation: a folder with images and masks; for detection: "
+        "a COCO file",
     )
     parser.add_argument("--model", required=True, metavar="MODEL", help="name, folder or org/name")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="of the run")

@@ -139,8 +139,9 @@ def _add_dense(parser: argparse.ArgumentParser, head: str, what: str) -> None:
 
 
 _DATA_HELP = (
-    "a folder with one folder per class, such folders below train, val ..., or a Hugging Face "
-    "dataset: a saved folder, or org/name, org/name:config, each with @revision"
+    "a folder with one folder per class or a metadata.csv of file_name and label, either below "
+    "train, val ... too, or a Hugging Face dataset: a saved folder, or org/name, org/name:config, "
+    "each with @revision"
 )
 
 

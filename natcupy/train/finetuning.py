@@ -22,6 +22,7 @@ from natcupy.train import loading, plots
 from natcupy.train.classification import CONFUSION_PNG, MODEL, Classification
 from natcupy.train.config import TrainConfig
 from natcupy.train.engine import Trained, train
+from natcupy.train.loading import is_first
 from natcupy.train.run import LOG_CSV, LOG_JSON, environment
 from natcupy.zoo import ImageModel
 from natcupy.zoo.preprocess import Preprocess
@@ -167,6 +168,7 @@ def told_of(
     optimizer = f"AdamW, learning rate {config.lr:g}, weight decay {config.weight_decay:g}"
     if config.layer_decay < 1:
         optimizer += f", layer decay {config.layer_decay:g}"
+    processes = "processes" if trained.processes > 1 else "process"
     regular = f"label smoothing {config.label_smoothing:g}"
     regular += f", clipping at {config.clip_grad:g}" if config.clip_grad else ""
     regular += f", weight average {config.ema_decay:g}" if config.ema_decay else ""
@@ -174,7 +176,7 @@ def told_of(
         "data": f"{data_name}, {len(task.classes)} classes",
         "pictures": f"{len(task.training_items):,} to train on, {held_out:,} held out",
         "recipe": config.recipe or "own numbers",
-        "epochs": f"{epochs}; kept: epoch {trained.epoch}".replace(";", ","),
+        "epochs": f"{epochs}, number {trained.epoch} kept",
         "pictures per step": f"{trained.step_size}",
         "optimizer": optimizer,
         "schedule": f"{config.schedule}, {config.warmup:g} epochs of warm-up",
@@ -182,7 +184,7 @@ def told_of(
         "augmentation": task.described(),
         "precision": {"no": "float32"}.get(config.mixed_precision, config.mixed_precision),
         "seed": f"{config.seed}",
-        "time": f"{trained.seconds:.0f} s on {trained.processes} processes",
+        "time": f"{trained.seconds:.0f} s on {trained.processes} {processes}",
         "software": f"natcupy {versions['natcupy']}, torch {versions['torch']}",
     }
     return {name: plain(text) for name, text in rows.items()}
@@ -218,11 +220,6 @@ def _check_before(
         pack(model, stated)
     if push:
         check_push(push, stated, private=private, token=token)
-
-
-def is_first() -> bool:
-    """Whether this is the first process of a run, or the only one."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def describe(result: Result, classes: Sequence[str]) -> list[tuple[str, str]]:

@@ -7,6 +7,8 @@ tables, input size and label names are those of the run. Nothing is replaced tha
 from __future__ import annotations
 
 import dataclasses
+import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,11 +16,14 @@ import torch
 from torch import nn
 
 from natcupy.hub import from_pretrained
+from natcupy.hub.errors import some
 from natcupy.train import randomness
 from natcupy.train.config import TrainConfig, TrainError
 from natcupy.zoo import ImageModel, create_model
 from natcupy.zoo.config import SINGLE_LEVEL, ConfigError
 from natcupy.zoo.layers import Block, drop_path_rates
+
+log = logging.getLogger("natcupy.train")
 
 UNCROPPED_FROM = 384  # pixels: the released models of this size take the whole picture
 
@@ -77,6 +82,11 @@ def prepare(model: nn.Module, classes: Sequence[str], config: TrainConfig) -> Im
     return bare
 
 
+def is_first() -> bool:
+    """Whether this is the first process of a run, or the only one."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def check_dtype(model: nn.Module, config: TrainConfig) -> None:
     """Raise TrainError where weights are not of the pictures' dtype, float32."""
     dtype = next(model.parameters()).dtype
@@ -123,6 +133,11 @@ def _fit_head(
     keeps = wrapped or config.head == "keep"
     same = named is not None and tuple(named) == classes and fits
     if not keeps and (config.head == "fresh" or not same):
+        if config.head == "auto" and getattr(model, "source", None) is not None and is_first():
+            log.warning(
+                "the classifier begins anew: the data's classes (%s) are not the model's %d.",
+                some(list(classes)), model.num_classes,
+            )  # fmt: skip
         with randomness.drawn_from(config.seed, 3):
             model.reset_classifier(len(classes))
         model.pretrained_cfg["tag"] = ""  # the tag named complete weights

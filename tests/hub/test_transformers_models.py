@@ -8,6 +8,7 @@ from ecosystem import library
 from small import CONFIGS, folder_of, invented, picture, same
 
 import natcupy
+from natcupy.train.machine import own_state
 
 transformers = library("transformers")
 if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 5):
@@ -218,11 +219,12 @@ def test_the_trainer_checkpoints(tmp_path):
     pytest.importorskip("accelerate")
     net = AutoClassifier.from_config(config_of(num_labels=2))
     data = [{"pixel_values": x, "labels": torch.tensor(0)} for x in pictures()]
-    args = transformers.TrainingArguments(
-        tmp_path, max_steps=1, gradient_checkpointing=True, report_to=[], save_strategy="no",
-        use_cpu=True, disable_tqdm=True,
-    )  # fmt: skip
-    transformers.Trainer(net, args, train_dataset=data).train()
+    with own_state():  # or accelerate's stays for the tests that follow
+        args = transformers.TrainingArguments(
+            tmp_path, max_steps=1, gradient_checkpointing=True, report_to=[], save_strategy="no",
+            use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+        transformers.Trainer(net, args, train_dataset=data).train()
     assert enabled(net) == ([True] * 3, True)
 
 

@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from natcupy.modules import NeighborhoodAttention2D
 from natcupy.zoo.config import ModelConfig
 
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 has none
+
 
 class ConvTokenizer(nn.Module):
     """Two overlapping 3x3 convolutions of stride 2, then LayerNorm. NAT (arXiv 2204.07143), 3.2.
@@ -95,10 +97,6 @@ def _is_laid_out_anew(x: Tensor) -> bool:
     if not torch.compiler.is_compiling() or _is_exporting():
         return False
     return torch.is_grad_enabled() or x.device.type == "cpu"
-
-
-def _is_exporting() -> bool:
-    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()  # not in 2.6
 
 
 class PatchMerging(nn.Module):

@@ -12,25 +12,13 @@ import sys
 
 import pytest
 import torch
-from runs import LONG, ROOT, config, draw_stripes, locks_of, same, settled, step_of, tiny, weights
+from runs import LONG, ROOT, config, locks_of, same, settled, step_of, tiny, weights
 
 from natcupy.data import Subset, find
 from natcupy.train import TrainError, finetune, run
 from natcupy.train.optimizer import rate
 
 pytest.importorskip("accelerate", reason="training needs accelerate: pip install 'natcupy[train]'")
-
-
-@pytest.fixture(scope="module")
-def stripes(tmp_path_factory):
-    return draw_stripes(tmp_path_factory.mktemp("data") / "stripes")
-
-
-@pytest.fixture(scope="module")
-def done(stripes, tmp_path_factory):
-    """One finished run."""
-    output = tmp_path_factory.mktemp("done") / "run"
-    return finetune(tiny(), stripes, None, config(output, **LONG))
 
 
 # ---------------------------------------------------------------- interrupted and continued

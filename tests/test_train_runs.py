@@ -22,18 +22,6 @@ from natcupy.train import Classification, TrainError, finetune, run
 pytest.importorskip("accelerate", reason="training needs accelerate: pip install 'natcupy[train]'")
 
 
-@pytest.fixture(scope="module")
-def stripes(tmp_path_factory):
-    return draw_stripes(tmp_path_factory.mktemp("data") / "stripes")
-
-
-@pytest.fixture(scope="module")
-def done(stripes, tmp_path_factory):
-    """One finished run."""
-    output = tmp_path_factory.mktemp("done") / "run"
-    return finetune(tiny(), stripes, None, config(output, **LONG))
-
-
 # ---------------------------------------------------------------- a run
 
 

@@ -21,10 +21,12 @@ from natcupy.hub.dense_weights import DenseRow
 from natcupy.hub.errors import CheckpointError
 from natcupy.hub.files import read_bytes
 from natcupy.hub.likeness import FREE, differences, shape_differences
-from natcupy.hub.locate import Located
-from natcupy.hub.weights import Row, embedded
+from natcupy.hub.locate import CONFIG, Located
+from natcupy.hub.weights import Row, embedded, embedded_names
 from natcupy.zoo.config import ConfigError, ModelConfig
 from natcupy.zoo.dense import DENSE_MODELS, DenseConfig
+
+_OF_WEIGHTS = ("architecture", "tag", "license", "label_names")  # no checkpoint of others has these
 
 
 def describe(
@@ -80,7 +82,7 @@ def _facts(
     config: Config, name: str | None, row: Row | DenseRow | None, stated: Mapping[str, Any]
 ) -> dict[str, Any]:
     """pretrained_cfg: the architecture's own, the table's, then what the file states."""
-    facts = dict(_default_facts(name)) if name in zoo.MODELS else {}
+    facts = _facts_of(name)
     if row is not None and row.arch == name:
         facts |= {"architecture": row.arch, "tag": row.data, "license": row.license}
     facts |= stated
@@ -95,6 +97,14 @@ def _facts(
     return facts
 
 
+def _facts_of(name: str | None) -> dict[str, Any]:
+    """What is usual for an architecture, of a bundled one all but what belongs to its weights."""
+    if name in zoo.MODELS:
+        return dict(_default_facts(name))
+    _, stated = _bundled().get(name, (None, {}))
+    return {key: value for key, value in stated.items() if key not in _OF_WEIGHTS}
+
+
 @cache
 def _default_facts(name: str) -> dict[str, Any]:
     with torch.device("meta"):
@@ -102,13 +112,28 @@ def _default_facts(name: str) -> dict[str, Any]:
 
 
 @cache
-def _named_configs() -> dict[str, ModelConfig]:
+def _zoo_configs() -> dict[str, ModelConfig]:
     return {name: zoo.model_config(name) for name in zoo.MODELS}
+
+
+def _bundled() -> dict[str, tuple[ModelConfig, dict[str, Any]]]:
+    """The models in the package by name: their numbers, and what their config.json states."""
+    found = {}
+    for name in embedded_names():
+        path = embedded(name) / CONFIG
+        data = read_bytes(path, schema.MAX_CONFIG_BYTES)
+        found[name.replace("-", "_")] = parse_config(data, path)
+    return found
+
+
+def _named_configs() -> dict[str, ModelConfig]:
+    """The classifiers that weights without a config may be of: the zoo's, and those bundled."""
+    return _zoo_configs() | {name: config for name, (config, _) in _bundled().items()}
 
 
 def _named(config: ModelConfig) -> str | None:
     """The zoo's name for these numbers, whatever the head and the drop path rate."""
-    for name, known in _named_configs().items():
+    for name, known in _zoo_configs().items():
         if differences(config, known, (*FREE, "drop_path_rate", "layer_scale")) == [] and (
             (config.layer_scale is None) == (known.layer_scale is None)
         ):
@@ -123,13 +148,13 @@ def _from_shapes(
     backbone_only: bool,
 ) -> tuple[Config, str | None]:
     name = architecture or (found.row.arch if found.row else None)
-    if name is not None and (embedded(name) or not zoo.is_model(name)):
+    if name is not None and not zoo.is_model(name):
         raise ValueError(
-            f"architecture must be one of natcupy.list_models() (`natcupy models`), got {name!r}; "
-            "weights of other numbers need a config.json beside them."
+            f"architecture must be one of natcupy.list_models(task=None) (`natcupy models`), got "
+            f"{name!r}; weights of other numbers need a config.json beside them."
         )
     name = None if name is None else name.strip().lower().replace("-", "_").partition(".")[0]
-    if dense.architecture_of(shapes) and name not in zoo.MODELS:
+    if dense.architecture_of(shapes) and name not in _named_configs():
         config, name = _dense_from_shapes(found, shapes, name)
         return (config.backbone, None) if backbone_only else (config, name)
     if name in DENSE_MODELS:

@@ -30,6 +30,7 @@ from natcupy.hub.files import sha256_of, steady
 from natcupy.hub.locate import Located, Shard, locate
 from natcupy.hub.pickles import SUFFIXES, read_pickle
 from natcupy.hub.tensors import Weights, read_header, read_tensors
+from natcupy.hub.weights import embedded
 from natcupy.zoo import MODELS, ImageModel, build_model
 from natcupy.zoo.config import MAX_PARAMETERS, SINGLE_LEVEL, ModelConfig
 from natcupy.zoo.dense import DenseConfig
@@ -225,7 +226,7 @@ def _backbone_only(wishes: Mapping[str, Any], architecture: str | None) -> bool:
     if wishes.get("features_only") or wishes.get("out_indices") is not None:
         return True
     name = (architecture or "").strip().lower().replace("-", "_").partition(".")[0]
-    return name in MODELS
+    return name in MODELS or embedded(name) is not None
 
 
 def _input_size(cfg: Mapping[str, Any], have: ModelConfig, want: ModelConfig) -> tuple[int, ...]:

@@ -1,16 +1,17 @@
 """Verifying: is every byte of a folder or repository what it should be, and do they fit together?
 
 In: a folder, or a repository and revision. Out: a `Report` with one line per file. Hashes come from
-the Hub's listing, from the table of released weights, or are only computed (`sha256` to compare by
-eye). Weights are then decoded and compared with the model their config describes.
+the Hub's listing, from the tables of released and bundled weights, or are only computed (`sha256`
+to compare by eye). Weights are then decoded and compared with the model their config describes.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from natcupy.hub import download, locate, shards, weights
 from natcupy.hub.client import Access
@@ -77,7 +78,10 @@ def verify(
         if download.parse_name(name) or weights.find(name.partition("@")[0]):
             _alone(name, against)
             return _repository(locate.pinned(name, revision, access), access)
-        folder = weights.embedded(name) or folder
+        bundled = weights.embedded(name)
+        if bundled is not None and against is None and revision is None:
+            return _folder(bundled, None, access, weights.EMBEDDED_SHA256.get(bundled.name, {}))
+        folder = bundled or folder
     if not folder.is_dir():
         raise NotFound(
             f"no such folder: {folder}. verify takes a folder, a repository as "
@@ -119,11 +123,17 @@ def _reference(
     return download.listed(parsed[0], parsed[1] or "main", access)
 
 
-def _folder(folder: Path, reference: Snapshot | None, access: Access) -> Report:
+def _folder(
+    folder: Path,
+    reference: Snapshot | None,
+    access: Access,
+    hashes: Mapping[str, str] = MappingProxyType({}),
+) -> Report:
+    """Check a folder: against a repository, or against SHA-256 hashes by file name."""
     wanted = {n: e for n, e in reference.files.items() if _shown(n)} if reference else {}
     here = {path.name for path in folder.iterdir() if path.is_file() and _shown(path.name)}
     here |= {name for name in wanted if (folder / name).is_file()}
-    files = [_compared(name, folder / name, reference) for name in sorted(here)]
+    files = [_compared(name, folder / name, reference, hashes) for name in sorted(here)]
     needed = _needed(wanted)
     for name in sorted(wanted.keys() - here):
         status = MISSING if name in needed else ABSENT
@@ -148,11 +158,15 @@ def _needed(names: Collection[str]) -> set[str]:
     return {locate.CONFIG, locate.PREPROCESSOR, *found}
 
 
-def _compared(name: str, path: Path, reference: Snapshot | None) -> Checked:
+def _compared(
+    name: str, path: Path, reference: Snapshot | None, hashes: Mapping[str, str]
+) -> Checked:
     digest, size = sha256_file(path), path.stat().st_size
     there = reference.files.get(name) if reference else None
     status = UNKNOWN
-    if there is not None and there.sha256:
+    if name in hashes:
+        status = OK if hashes[name] == digest else DIFFERS
+    elif there is not None and there.sha256:
         status = OK if there.sha256 == digest else DIFFERS
     elif there is not None and there.git_id:
         status = OK if there.git_id == git_blob_id(path.read_bytes()) else DIFFERS

@@ -25,6 +25,13 @@ from natcupy.zoo.published import PUBLISHED
 
 ORIGINAL_HOST = "https://shi-labs.com/projects/"
 EMBEDDED = Path(__file__).parent / "embedded"
+# What a bundled model is made of, for `natcupy verify`: the SHA-256 of each file.
+EMBEDDED_SHA256 = {
+    "nat-digits": {
+        "config.json": "aa87ad1790832b254a9ed272722372def063478c4e7581085b77fcb9ef173c6a",
+        "model.safetensors": "a29190f3ef5cbbd54030e61a5fb0a29ce7bd1b26c76038eb10aa2a2da1a3253f",
+    }
+}
 
 
 @dataclass(frozen=True)

@@ -143,6 +143,9 @@ def test_several_pictures_and_one_that_is_none(run, model, photo, tmp_path):
     results = json.loads(out)["results"]
     assert status == 1 and "broken.png" in err and len(results) == 3
     assert sorted(p.name for p in (tmp_path / "drawn").iterdir()) == ["a-2.png", "a.png"]
+    status, out, err = run("segment", "folder", "--model", model, "-o", "x.png")
+    assert (status, out) == (1, "") and "must be a folder for several pictures, got x.png" in err
+    assert not (tmp_path / "x.png").exists()
     assert [("error" in each) for each in results] == [False, True, False]
 
 
@@ -231,6 +234,18 @@ def test_targets(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="must be a folder"):
         targets(files, str(tmp_path / "file"))
+    for name in ("x.png", "x.JPG"):
+        told = rf"--output must be a folder for several pictures, got {name} for 3\. Name a"
+        with pytest.raises(ValueError, match=told):
+            targets(files, name)
+    with pytest.raises(ValueError, match="--labels must be a folder"):  # no file of labels, either
+        targets(files, "x.jpg", "--labels", LOSSLESS)
+    (tmp_path / "folder.png").mkdir()
+    for name in ("folder.png", "new.png/", "run.1"):
+        assert targets(files, str(tmp_path) + "/" + name)[0] == tmp_path / name / "x.png"
+    assert targets(files[:1], "x.png") == [Path("x.png")]
+    with pytest.raises(ValueError, match=r"got drawn\. Write drawn/ for a folder"):
+        targets(files[:1], "drawn")
 
 
 # -- run lengths and drawings ---------------------------------------------------------------------

@@ -9,7 +9,7 @@ from strategies import Problem, tensors
 from tolerances import close
 
 import natcupy
-from natcupy.cpu import host, kernels, launch, memory
+from natcupy.cpu import host, kernels, launch, rounds
 from natcupy.layouts import joined
 from natcupy.neighborhood import Neighborhood
 
@@ -46,16 +46,15 @@ def test_larger_maps_equal_the_oracle(p):
 
 
 @pytest.mark.parametrize(
-    ("p", "adds"),
-    [(NAT, False), (PLAIN, True), (TALL, True), (PROBLEMS["long"], True)],
+    ("p", "places"),
+    [(NAT, 0), (PLAIN, 6 * 7), (TALL, 2 * 2 * 7), (PROBLEMS["long"], 2 * 62)],
     ids=["one item", "shared key heads", "stripes", "tiles"],
 )
-def test_gradients_are_stored_in_a_half_type_only_where_nothing_is_added(monkeypatch, p, adds):
-    made, empty = [], memory.empty
-    monkeypatch.setattr(memory, "empty", lambda *like: made.append(like) or empty(*like))
+def test_only_incomplete_gradients_of_a_half_type_are_kept_in_float(monkeypatch, p, places):
+    seen, allot = [], rounds._allot
+    monkeypatch.setattr(rounds, "_allot", lambda *of: seen.append(of[1].partials) or allot(*of))
     compare(p, torch.bfloat16)
-    shape = tensors(p, torch.bfloat16)["key"].shape
-    assert ((shape, torch.float32) in made) == adds
+    assert set(seen) == ({places} if places else set())
 
 
 def test_narrow_and_wide_machines(monkeypatch):

@@ -253,9 +253,9 @@ def test_results_that_need_many_new_pages_ask_for_huge_ones(megabytes):
 def test_smaller_results_ask_for_nothing(monkeypatch):
     asked = []
     monkeypatch.setattr(memory, "_ask_for_huge_pages", asked.append)
-    memory.empty(((32 << 20) - 1,), torch.uint8)
+    memory.empty(((4 << 20) - 1,), torch.uint8)
     assert not asked
-    large = memory.empty((8 << 20,), torch.float32)
+    large = memory.empty((1 << 20,), torch.float32)
     assert [x.data_ptr() for x in asked] == [large.data_ptr()]
 
 

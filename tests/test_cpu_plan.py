@@ -13,16 +13,16 @@ from hypothesis import given, settings
 
 from natcupy.cpu import classes, plan
 from natcupy.cpu.classes import BY_RUNS, GROUP, LANES, SHIFTED, Tuning, group_kinds
-from natcupy.cpu.cuts import lane_cases
+from natcupy.cpu.cuts import EARLIER, LATER, lane_cases
 from natcupy.cpu.kernels import logit_sizes, most_sides
-from natcupy.cpu.plan import ITEM, Shape
+from natcupy.cpu.plan import ITEM, SEGMENT_WORDS, Shape
 from natcupy.cpu.rows import ENTRY_WORDS, PACK_WORDS, RETIRE_WORDS, ROW_WORDS, SIDE, STEP
 from natcupy.neighborhood import Neighborhood
 
 
 @st.composite
 def cases(draw):
-    """(shape, tuning, backward, bytes for a packed key, stripes)."""
+    """(shape, tuning, backward, bytes for a packed key, stripes, grouped)."""
     axes = []
     for most, widest in ((3, 9), (45, 9), (60, 33)):
         kernel, dilation = draw(st.integers(1, widest)), draw(st.integers(1, 2))
@@ -39,7 +39,8 @@ def cases(draw):
     sizes = logit_sizes(shape, draw(st.sampled_from([6, 12, 26])), together)
     sides = most_sides(shape, together)
     tuning = Tuning(*sizes, sides, draw(st.sampled_from([0, kernel])), *lanes)
-    return shape, tuning, draw(st.booleans()), draw(st.sampled_from([256, 1 << 13])), 2
+    size = draw(st.sampled_from([256, 1 << 13]))
+    return shape, tuning, draw(st.booleans()), size, 2, draw(st.booleans())
 
 
 def items_of(shape, made):
@@ -181,9 +182,9 @@ def check_rows(shape, made, item, windows):
                 if first <= number < first + count:
                     by_entry[words[2 * (number - first)]] = slot, words[2 * (number - first) + 1]
             assert [by_entry[i] for i in range(rows)] == [tuple(row) for row in listed]
-        for slot, x, y, again in records(w, place, step["retired"], RETIRE_WORDS):
+        for slot, x, y, when, number in records(w, place, step["retired"], RETIRE_WORDS):
             assert slots.pop(slot) == (x, y)
-            yield x, y, again
+            yield x, y, when, number
         at += step["size"]
     assert not slots and len(set(done)) == len(done)
     item["done"] = done
@@ -192,32 +193,65 @@ def check_rows(shape, made, item, windows):
 @settings(max_examples=60, deadline=None)
 @given(case=cases())
 def test_every_pair_is_in_the_table_once(case):
-    shape, tuning, backward, item_bytes, stripes = case
-    made = plan.make(shape, tuning, backward, item_bytes, stripes)
+    shape, tuning, backward, item_bytes, stripes, grouped = case
+    made = plan.make(shape, tuning, backward, item_bytes, stripes, grouped)
     made.backward = backward
     queries, stored = set(), {}
     for phase, group, item, windows in items_of(shape, made):
         check_columns(shape, tuning, made, item, windows)
-        segments = records(made.words, item["segments_at"], item["segments"], 3)
-        for x, y, row_again in check_rows(shape, made, item, windows):
-            for first, count, again in segments:
-                for z in range(item["key"] + first, item["key"] + first + count):
-                    before = stored.get((group, x, y, z))
-                    assert before is None or before < phase  # no two items of a phase share a key
-                    assert bool(row_again or again) == (before is not None)
-                    stored[group, x, y, z] = phase
+        segments = records(made.words, item["segments_at"], item["segments"], SEGMENT_WORDS)
+        for x, y, row_when, row in check_rows(shape, made, item, windows):
+            for first, count, when, column in segments:
+                for i in range(count):
+                    key = group, x, y, item["key"] + first + i
+                    place = item["partials"] + row, column + i
+                    stored.setdefault(key, []).append((phase, row_when | when, place))
         for x, y in item["done"]:
             for z in range(item["query"], item["query"] + item["query_columns"]):
                 assert (group, x, y, z) not in queries
                 queries.add((group, x, y, z))
     total = torch.Size(shape.lengths).numel()
     assert len(queries) == total
+    if backward:
+        check_stores(made, stored, grouped)
+
+
+def check_stores(made, stored, grouped):
+    """No two items of a phase share a key, and each knows of the others that store one."""
+    taken = set()
+    for found in stored.values():
+        in_phases = [phase for phase, *_ in found]
+        assert in_phases == sorted(set(in_phases))
+        last = len(found) - 1
+        expected = [EARLIER * (i > 0) | LATER * (i < last) for i in range(len(found))]
+        assert [when for _, when, _ in found] == expected
+        if grouped or last:  # its sum is incomplete for a while
+            (place,) = {place for *_, place in found}
+            assert place not in taken
+            taken.add(place)
+    rows, columns = made.partials
+    assert all(row < rows and column < columns for row, column in taken)
+    if not grouped and len(made.phases) == 1:
+        assert made.partials == (0, 0)
 
 
 def test_stripes_of_a_tall_map_run_at_once():
     shape = Shape.of((113, 9), Neighborhood((7, 7), (1, 1), (1, 1), (False, False)), 8, 8, 0)
     made = plan.make(shape, Tuning(*logit_sizes(shape, 12), 3, 7, 2, 4), True, 512, 0)
     assert [count for _, count in made.phases] == [2, 2]
+
+
+def test_only_incomplete_sums_have_places():
+    def places(lengths, kernel_size, item_bytes):
+        axes = len(lengths)
+        hood = Neighborhood(kernel_size, (1,) * axes, (1,) * axes, (False,) * axes)
+        shape = Shape.of(lengths, hood, 32, 32, 0)
+        tuning = Tuning(*logit_sizes(shape, 12), 3, 7, 2, 4)
+        return plan.make(shape, tuning, True, item_bytes, 0).partials
+
+    assert places((56, 56), (7, 7), 640) == (0, 0)
+    assert places((4096,), (63,), 640) == (1, 7 * 62)  # between eight tiles
+    assert places((113, 56), (7, 7), 640) == (3 * 6, 56)  # between four stripes
 
 
 def test_the_table_of_a_long_causal_window_is_small():

@@ -1,4 +1,4 @@
-"""Backward passes in half types whose gradients of keys are added up a few heads at a time."""
+"""Backward passes whose gradients of keys are added up: pair by pair, or a few heads at a time."""
 
 from itertools import product
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from strategies import tensors
 from tolerances import close
 
-from natcupy.cpu import kernels, rounds
+from natcupy.cpu import kernels, launch, rounds
 
 
 @given(batch=st.integers(1, 70), heads=st.integers(1, 40), pairs=st.integers(1, 3000))
@@ -40,6 +40,7 @@ def test_same_bits_in_rounds_of_any_size(monkeypatch, p, dtype):
     monkeypatch.setattr(rounds, "cut_rounds", lambda *of: counts.append(len(cut(*of))) or cut(*of))
     monkeypatch.setattr(kernels, "SMALL", 0)
     monkeypatch.setattr(rounds, "BYTES", 1)
+    monkeypatch.setattr(rounds, "EACH", 10**6)  # no pair is one task
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     inputs = tensors(p, dtype, requires_grad=True)
     expected, cotangents = ask_oracle(p, inputs)
@@ -53,3 +54,46 @@ def test_same_bits_in_rounds_of_any_size(monkeypatch, p, dtype):
             assert torch.equal(a, b)
     assert counts[0] == 1 < counts[1]
     assert counts == sorted(counts[:1]) + sorted(counts[1:], reverse=True)
+
+
+@pytest.fixture
+def whole_pairs(monkeypatch):
+    """The calls in which each pair was one task: (pairs, threads) of each."""
+    seen, run_whole = [], launch.Call.run_whole
+    monkeypatch.setattr(
+        launch.Call, "run_whole", lambda *given: seen.append(given[1:]) or run_whole(*given)
+    )
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("p", MANY.values(), ids=MANY)
+def test_same_bits_where_pairs_are_tasks(monkeypatch, whole_pairs, p, dtype):
+    monkeypatch.setattr(kernels, "SMALL", 0)
+    monkeypatch.setattr(rounds, "THREAD_BYTES", 8 << 20)
+    inputs = tensors(p, dtype, requires_grad=True)
+    _, cotangents = ask_oracle(p, inputs)
+    monkeypatch.setattr(rounds, "EACH", 10**6)
+    apart = run(p, inputs, cotangents)
+    monkeypatch.setattr(rounds, "EACH", 1)
+    pairs = p.batch * p.kv_heads
+    threads = 1, 2, pairs, pairs + 1
+    for count in threads:
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
+        for a, b in zip(run(p, inputs, cotangents), apart, strict=True):
+            assert torch.equal(a, b)
+    assert whole_pairs == [(pairs, count) for count in threads[:-1]]
+
+
+def test_a_pair_with_large_sums_is_no_task(monkeypatch, whole_pairs):
+    p = MANY["line"].but(batch=8)
+    for dtype, limit, expected in (
+        (torch.bfloat16, rounds.THREAD_BYTES, 1),
+        (torch.bfloat16, 1, 0),
+        (torch.float32, 1, 1),  # added up in the results themselves
+    ):
+        monkeypatch.setattr(rounds, "THREAD_BYTES", limit)
+        inputs = tensors(p, dtype, requires_grad=True)
+        run(p, inputs, ask_oracle(p, inputs)[1])
+        assert len(whole_pairs) == expected
+        whole_pairs.clear()

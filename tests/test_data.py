@@ -209,6 +209,11 @@ def test_val_can_be_another_part_or_other_data(tmp_path):
     assert len(find(tmp_path / "d", val=tmp_path / "e").val) == 1
     with pytest.raises(DataError, match="another part"):
         find(tmp_path / "d", val="train")
+    told = r"others than those trained on, got 10 of 10 that are the same: .*\.png\. Name other"
+    with pytest.raises(DataError, match=told):  # the part by its path
+        find(tmp_path / "d", val=os.path.join(tmp_path, "d", ".", "train"))
+    with pytest.raises(DataError, match="got 2 of 2 that are the same"):
+        find(class_folders(tmp_path / "e", {"dog": 1}), val=tmp_path / "e" / ".." / "e")
 
 
 def test_train_can_be_a_class(tmp_path):

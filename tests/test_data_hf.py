@@ -4,13 +4,16 @@ import csv
 import json
 import subprocess
 import sys
+import typing
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from natcupy import evaluate, predict
 from natcupy.data import DataError, Pictures, find, find_pictures, find_split
+from natcupy.train import finetune
 from natcupy.zoo.preprocess import Preprocess
 from tests.pictures import class_folders, noise
 
@@ -186,6 +189,25 @@ def test_a_dataset_may_show_a_picture_of_itself(table, tmp_path):
     assert find_split(tmp_path / "repo").source.labels.tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (find, "data"),
+        (find_split, "data"),
+        (find_pictures, "data"),
+        (evaluate, "source"),
+        (predict, "data"),
+        (finetune, "train_data"),
+        (finetune, "val_data"),
+    ],
+)
+def test_annotations_name_datasets(table, function, name):
+    """What an editor shows of the data that can be passed."""
+    kinds = table.datasets
+    hints = typing.get_type_hints(function, localns={"datasets": kinds})
+    assert {str, kinds.Dataset, kinds.DatasetDict} <= set(typing.get_args(hints[name]))
+
+
 # -- pictures whose labels stand in a file -------------------------------------------------------
 
 
@@ -228,6 +250,35 @@ def test_a_file_of_labels_above_the_parts_or_without_any(tmp_path):
     listed(tmp_path / "flat", ["a.png", "b.png"], ["x", "y"])
     found = find_split(tmp_path / "flat")
     assert found.source.classes == ("x", "y") and "left out" not in " ".join(found.notes)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_pictures_that_no_file_lists_are_told(tmp_path, suffix):
+    table = listed(tmp_path, ["a.png", "x/b.png", "c.png"], ["owl", "cat", "owl"], suffix)
+    table.write_text(table.read_text().replace("a.png", "./a.png"))  # another spelling, no picture
+    assert "left out" not in " ".join(find_split(tmp_path).notes)
+    for name in ("d.png", "x/e.png", ".hidden.png"):
+        noise(9).save(tmp_path / name)
+    (tmp_path / "notes.txt").touch()
+    found = find_split(tmp_path)
+    assert len(found.source) == 3
+    told = [note for note in found.notes if "left out" in note]
+    assert told == [f"2 pictures that {table} does not list were left out"]
+    assert told[0] in find(tmp_path, val_fraction=0).notes
+
+
+def test_pictures_that_no_file_lists_are_told_of_every_file(tmp_path):
+    names = ["train/a.png", "train/b.png", "test/c.png"]
+    table = listed(tmp_path / "above", names, ["x", "y", "x"])
+    noise(9).save(tmp_path / "above" / "test" / "d.png")
+    assert [note for note in find(tmp_path / "above").notes if "left out" in note] == [
+        f"1 pictures that {table} does not list were left out"
+    ]
+    for part in ("train", "test"):
+        listed(tmp_path / "in" / part, ["a.png", "b.png"], ["x", "y"])
+    noise(9).save(tmp_path / "in" / "train" / "c.png")
+    told = [note for note in find(tmp_path / "in").notes if "left out" in note]
+    assert len(told) == 1 and f"1 pictures that {tmp_path / 'in' / 'train'}" in told[0]
 
 
 def test_folders_called_train_and_test_are_no_classes(tmp_path):

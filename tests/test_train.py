@@ -319,6 +319,44 @@ def test_prepare():
         prepare(build_model(fixed), list("xy"), config(image_size=64))
 
 
+def test_known_classes_keep_their_rows(caplog):
+    """By name, in whatever order, spelled as a folder may be; where one row alone is meant."""
+
+    def prepared(labels, classes, **how):
+        made = build_model(SMALL.replace(num_classes=len(labels)), {"label_names": labels})
+        torch.nn.init.normal_(made.head.bias)
+        made.source = "somewhere"
+        had = {label: made.head.weight[row].clone() for row, label in enumerate(labels)}
+        biases = dict(zip(labels, made.head.bias.tolist(), strict=True))
+        caplog.clear()
+        prepare(made, classes, config(**how))
+        assert made.pretrained_cfg["label_names"] == classes
+        rows, kept = zip(made.head.weight, made.head.bias.tolist(), strict=True), []
+        for row, bias in rows:
+            kept += [label for label in labels if torch.equal(row, had[label])] or [None]
+            assert kept[-1] is None or biases[kept[-1]] == bias
+        return kept, caplog.text
+
+    labels = ["ant", "Bee-eater", "cat, house cat", "crane", "crane"]
+    kept, told = prepared(labels[:4], ["crane", "ant"])
+    assert kept == ["crane", "ant"] and "keeps its rows of 2 classes by name (crane, ant)." in told
+    kept, told = prepared(labels, ["bee_eater", "house cat", "crane", "dog"])
+    assert kept == ["Bee-eater", "cat, house cat", None, None]
+    assert "2 classes by name (bee_eater, house cat) and begins anew for 2: crane, dog." in told
+    kept, told = prepared(labels, ["cat", "house cat", "ANT"])  # two claim one row
+    assert kept == [None, None, "ant"]
+    kept, told = prepared(labels, ["dog", "elk"])
+    assert kept == [None, None] and "begins anew: the data's classes (dog, elk) are not the" in told
+    assert prepared(labels, ["ant", "dog"], head="fresh") == ([None, None], "")
+
+
+def test_a_head_of_ones_own_is_replaced():
+    made = build_model(SMALL, {"label_names": list("abcde")})
+    made.head = torch.nn.Sequential(made.head)
+    prepare(made, ["a", "b"], config())
+    assert made.head.weight.shape[0] == 2
+
+
 # ---------------------------------------------------------------- states
 
 

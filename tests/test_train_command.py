@@ -62,9 +62,11 @@ def test_a_run_that_is_stopped_says_how_to_go_on(stripes, tmp_path, capsys, monk
     words = ["finetune", str(stripes), "--model", "nat-digits", "--output", str(tmp_path / "run"),
              "--epochs", "1", "--workers", "0"]  # fmt: skip
     assert main(words) == 130
-    assert ("--resume goes on from the last checkpoint" in capsys.readouterr().err) == begun
+    way = ["finetune", "--resume", str(tmp_path / "run")]
+    told = f"natcupy: natcupy {' '.join(way)} goes on from the last checkpoint\n"
+    assert (told in capsys.readouterr().err) == begun
     monkeypatch.undo()
-    assert main([*words, "--resume"]) == 0
+    assert main(way if begun else [*words, "--resume"]) == 0
 
 
 @pytest.mark.parametrize("fraction", ["0", "0.1"])

@@ -16,11 +16,13 @@ from PIL import Image
 import natcupy
 from natcupy.cli import main
 from natcupy.cli.finetune_dense import data_of
+from natcupy.cli.finetune_resume import completed
 from natcupy.cli.parser import build_parser
 from natcupy.data.coco import CocoPictures
 from natcupy.data.dense_augment import DetectionViews, SegmentationViews
 from natcupy.data.label_maps import find_maps
 from natcupy.data.source import DataError
+from natcupy.hub.dense import CLASSIFIERS
 from natcupy.train import TrainConfig, TrainError
 from natcupy.train.dense_finetuning import finetune_dense, load_dense, prepare
 from natcupy.train.optimizer import make_optimizer
@@ -95,6 +97,10 @@ def objects(tmp_path_factory):
 def config(folder, **changes):
     usual = {"epochs": 4, "batch_size": 4, "lr": 2e-3, "layer_decay": 1.0, "workers": 0}
     return TrainConfig(output=folder, **{**usual, **changes})
+
+
+def typed(*words):
+    return completed(build_parser().parse_args(words))
 
 
 PLAIN = {
@@ -205,6 +211,8 @@ def test_the_command(maps, objects, tmp_path, capsys):
     assert main([*command, "--output", str(tmp_path / "a"), *few]) == 0
     told = json.loads(capsys.readouterr().out.split("MiB on cpu\n")[-1])
     assert told["scores"]["val_miou"] > 0
+    assert main(["finetune", "--resume", str(tmp_path / "a"), "--epochs", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.split("MiB on cpu\n")[-1])["epoch"] in (1, 2)
     start = small("mask_rcnn", 5, None).save_pretrained(tmp_path / "other")
     command = ["finetune", str(objects), "--task", "detection", "--model", str(start)]
     assert main([*command, "--output", str(tmp_path / "b"), *few, "--val-fraction", "0.3"]) == 0
@@ -243,13 +251,15 @@ def test_cocos_own_layout(objects, tmp_path):
     for part in ("train2017", "val2017"):
         shutil.copytree(objects.parent, tmp_path / part)
         (tmp_path / part / objects.name).unlink()
-        shutil.copy(objects, tmp_path / f"annotations/instances_{part}.json")
+        chosen = range(8) if part == "train2017" else range(8, 10)
+        text = json.dumps(CocoPictures(objects).subset(chosen).dataset)
+        (tmp_path / f"annotations/instances_{part}.json").write_text(text)
     words = ["finetune", str(tmp_path / "annotations/instances_train2017.json"), "--val",
              str(tmp_path / "annotations/instances_val2017.json"), "--task", "detection",
              "--model", "m", "--output", "o"]  # fmt: skip
 
     def folders(*more):
-        found = data_of(build_parser().parse_args([*words, *more]), 0)
+        found = data_of(typed(*words, *more), 0)
         return [data.folder.name for data in found]
 
     assert folders() == ["train2017", "val2017"]
@@ -264,9 +274,31 @@ def test_a_part_to_examine_is_not_trained_on(maps, tmp_path):
     shutil.copytree(maps / "val", tmp_path / "val")
     words = ["finetune", str(tmp_path), "--task", "segmentation", "--model", "m", "--output", "o"]
     with pytest.raises(DataError, match="must have a part called train, got val"):
-        data_of(build_parser().parse_args(words), 0)
+        data_of(typed(*words), 0)
     words[1] = str(tmp_path / "val")
-    assert [len(data) for data in data_of(build_parser().parse_args(words), 0)] == [2, 1]
+    assert [len(data) for data in data_of(typed(*words), 0)] == [2, 1]
+
+
+def test_held_out_pictures_are_not_trained_on(maps, objects, tmp_path, capsys):
+    """A share is set apart, which a note tells; the pictures trained on are refused as others."""
+    words = {"segmentation": [str(maps / "train")], "detection": [str(objects)]}
+    for task, data in words.items():
+        command = ["finetune", *data, "--task", task, "--model", "m", "--output", "o"]
+        train, val = data_of(typed(*command), 0)
+        whole = len(train) + len(val)
+        assert not {train.where(i) for i in range(len(train))} & {val.where(0)}
+        assert train.notes[-1] == f"1 of {whole} pictures are held out: 10 %, by seed 0"
+        train, val = data_of(typed(*command, "--val-fraction", "0"), 0)
+        assert val is None and not any("held out" in note for note in train.notes)
+        told = rf"others than those trained on, got {whole} of {whole} that are the same: .*\.png"
+        with pytest.raises(DataError, match=told):
+            data_of(typed(*command, "--val", *data), 0)
+    start = small("mask_rcnn", 3, NAMES).save_pretrained(tmp_path / "start")
+    few = ["--epochs", "1", "--workers", "0", "--output", str(tmp_path / "run")]
+    command = ["finetune", str(objects), "--task", "detection", "--model", str(start), *few]
+    assert main(command) == 0
+    told = capsys.readouterr().out
+    assert "1 of 10 pictures are held out: 10 %, by seed 0\n" in told and "% held out" in told
 
 
 @pytest.mark.parametrize("fraction", ["-0.5", "nan", "0.95", "inf"])
@@ -300,7 +332,7 @@ def test_a_part_named_to_be_held_out(four_parts, maps):
     words = ["finetune", str(four_parts), "--task", "segmentation", "--model", "m", "--output", "o"]
 
     def counts(*val):
-        return [len(each) for each in data_of(build_parser().parse_args([*words, *val]), 0)]
+        return [len(each) for each in data_of(typed(*words, *val), 0)]
 
     assert counts("--val", "test") == counts("--val", "Test") == [4, 2]
     assert counts("--val", "other") == [4, 3]
@@ -332,6 +364,44 @@ def test_other_classes_keep_the_rest():
         prepare(small("upernet", 3, None), (*NAMES, "x"), config("x", head="keep"))
     with pytest.raises(ConfigError, match="mixup belongs to classification"):
         prepare(same, NAMES, config("x", mixup=0.2))
+
+
+@pytest.mark.parametrize("architecture", ["upernet", "mask_rcnn", "cascade_mask_rcnn"])
+def test_known_classes_keep_their_rows(architecture, caplog):
+    """In every head; of detectors with the deltas of a class, and the row of the background."""
+    model = small(architecture, 5, ("ant", "bee", "cat", "dog", "elk"))
+    for name, parameter in model.named_parameters():
+        if CLASSIFIERS.fullmatch(name):
+            torch.nn.init.normal_(parameter)
+    model.source = "somewhere"
+    other = prepare(model, ("dog", "fox", "ant"), config("x"))
+    mine, theirs = model.state_dict(), other.state_dict()
+    assert all(torch.equal(mine[n], theirs[n]) for n in mine if not CLASSIFIERS.fullmatch(n))
+    heads = [name for name in mine if CLASSIFIERS.fullmatch(name)]
+    assert len(heads) == {"upernet": 4, "mask_rcnn": 6, "cascade_mask_rcnn": 18}[architecture]
+    for name in heads:
+        each = 4 if "fc_reg" in name else 1
+        had, has = mine[name].split(each), theirs[name].split(each)
+        assert torch.equal(has[0], had[3]) and torch.equal(has[2], had[0])
+        assert not any(torch.equal(has[1], row) for row in had)
+        assert "fc_cls" not in name or torch.equal(has[3], had[5])
+    assert "keeps its rows of 2 classes by name (dog, ant) and begins anew for 1: fox." in (
+        caplog.text
+    )
+    caplog.clear()
+    prepare(model, ("dog", "fox", "ant"), config("x", head="fresh"))
+    assert not caplog.text
+
+
+def test_a_fresh_model_says_nothing_of_rows(tmp_path, caplog):
+    """Also where its backbone has a source: names alone, such as ADE20K's, have learned nothing."""
+    sizes = {"embed_dim": 16, "num_heads": (1, 2, 4, 8), "depths": (1, 1, 1, 1)}
+    classifier = build_model(natcupy.zoo.model_config("nat_mini", **sizes))
+    folder = str(classifier.save_pretrained(tmp_path / "classifier"))
+    few = {"channels": 8, "aux_channels": 4, **sizes}
+    model = load_dense("upernet-nat-mini", config("x"), backbone=folder, **few)
+    assert prepare(model, ("wall", "sky"), config("x")).label_names == ("wall", "sky")
+    assert "rows" not in caplog.text and "anew" not in caplog.text
 
 
 def test_other_classes_keep_what_is_frozen():

@@ -17,6 +17,7 @@ from runs import LONG, ROOT, config, locks_of, same, settled, step_of, tiny, wei
 from natcupy.data import Subset, find
 from natcupy.train import TrainError, finetune, run
 from natcupy.train.optimizer import rate
+from tests.pictures import noise
 
 pytest.importorskip("accelerate", reason="training needs accelerate: pip install 'natcupy[train]'")
 
@@ -189,6 +190,33 @@ def test_other_pictures_are_refused(stripes, tmp_path, stop_at):
         finetune(tiny(), data, None, config(output, resume=True, **LONG))
     (data / "down" / "other.png").rename(label)
     assert finetune(tiny(), data.rename(tmp_path / "b"), None, config(output, resume=True, **LONG))
+
+
+def test_another_dataset_of_equal_labels_is_refused(tmp_path):
+    """Rows have numbers alone; their pictures tell them apart, stored within or beside."""
+    datasets = pytest.importorskip("datasets", reason="reading datasets needs `datasets`")
+
+    def rows(seed, beside=None):
+        drawn = [noise(seed + index) for index in range(24)]
+        if beside:
+            beside.mkdir()
+            for index, picture in enumerate(drawn):
+                picture.save(beside / f"{index}.png")
+            drawn = [str(beside / f"{index}.png") for index in range(24)]
+        values = {"image": drawn, "label": [index % 2 for index in range(24)]}
+        kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
+        return datasets.Dataset.from_dict(values, features=datasets.Features(kinds))
+
+    for first, again, other in (
+        (rows(0), rows(0), rows(50)),
+        (rows(0, tmp_path / "a"), rows(0, tmp_path / "b"), rows(50, tmp_path / "c")),
+    ):
+        settings = {"epochs": 1, "resume": True}
+        output = tmp_path / f"run {len(os.listdir(tmp_path))}"
+        finetune(tiny(), first, None, config(output, **settings))
+        finetune(tiny(), again, None, config(output, **settings))
+        with pytest.raises(TrainError, match="differs in names and labels of the pictures"):
+            finetune(tiny(), other, None, config(output, **settings))
 
 
 def test_labels_and_held_out_pictures_are_looked_at(stripes, tmp_path):

@@ -120,6 +120,16 @@ def test_wrong_pictures(family):
 
 
 @each_family
+def test_the_stem_alone(family):
+    model, x = small(family), pictures()
+    assert torch.equal(model.forward_stem(x), model.patch_embed(x))
+    with pytest.raises(ValueError, match="takes pictures"):
+        model.forward_stem(x[:, :1])
+    with pytest.raises(TypeError, match="must be of the pictures' dtype"):
+        model.forward_stem(x.double())
+
+
+@each_family
 def test_pictures_of_another_dtype(family):
     model, x = small(family), pictures()
     words = (

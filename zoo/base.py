@@ -79,6 +79,26 @@ class ImageModel(nn.Module):
             x, self.config.out_indices, norm=True, stop_early=True, intermediates_only=True
         )
 
+    def forward_stem(self, x: Tensor) -> Tensor:
+        """Pictures `[B, C, H, W]`, checked, to the first stage's input `[B, h, w, embed_dim]`.
+
+        Where torch refuses the pictures' dtype, the error names both dtypes. Asked only after a
+        failure: hooks, wrappers and autocast may change either dtype before the first convolution.
+        """
+        self._check_pictures(x)
+        if torch.compiler.is_compiling():
+            return self.patch_embed(x)
+        try:
+            return self.patch_embed(x)
+        except RuntimeError as error:
+            own = next(self.patch_embed.parameters()).dtype
+            if x.dtype == own or torch.is_autocast_enabled(x.device.type):
+                raise
+            raise TypeError(
+                f"{self.name} must be of the pictures' dtype, its weights are {own} and the "
+                f"pictures {x.dtype}; use x.to({own}), model.to({x.dtype}) or torch.autocast."
+            ) from error
+
     def forward_features(self, x: Tensor) -> Tensor:
         """Pictures `[B, C, H, W]` to the last, normalised map `[B, h, w, num_features]`."""
         return self.norm(self._run_stages(x)[0])
@@ -132,10 +152,9 @@ class ImageModel(nn.Module):
         self, x: Tensor, take: Sequence[int] = (), last: int | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """The map after stage `last` (default: the final one), and the maps of those in `take`."""
-        self._check_pictures(x)
         last = len(self.stages) - 1 if last is None else last
         maps = []
-        x = self._stem(x)
+        x = self.forward_stem(x)
         for index in range(last + 1):
             stage = self.stages[index]
             x = stage(x)
@@ -144,25 +163,6 @@ class ImageModel(nn.Module):
             if stage.downsample is not None and index < last:
                 x = stage.downsample(x)
         return x, maps
-
-    def _stem(self, x: Tensor) -> Tensor:
-        """The first map. Where torch refuses the pictures' dtype, the error names both dtypes.
-
-        Asked only after a failure: hooks, wrappers and autocast may change either dtype before the
-        first convolution.
-        """
-        if torch.compiler.is_compiling():
-            return self.patch_embed(x)
-        try:
-            return self.patch_embed(x)
-        except RuntimeError as error:
-            own = next(self.patch_embed.parameters()).dtype
-            if x.dtype == own or torch.is_autocast_enabled(x.device.type):
-                raise
-            raise TypeError(
-                f"{self.name} must be of the pictures' dtype, its weights are {own} and the "
-                f"pictures {x.dtype}; use x.to({own}), model.to({x.dtype}) or torch.autocast."
-            ) from error
 
     def _norm_for(self, stage: int) -> nn.Module:
         if self.config.out_indices is not None:

@@ -8,12 +8,14 @@ together.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
 from natcupy.cli import console
 from natcupy.cli.finetune_arguments import given
 from natcupy.cli.finetune_errors import with_flags
+from natcupy.cli.finetune_resume import command_of, completed
 from natcupy.data import find
 from natcupy.train import TrainConfig, finetune, load_model
 from natcupy.train.checkpoint import STATE
@@ -23,6 +25,7 @@ from natcupy.train.run import CHECKPOINT
 
 def run(arguments: argparse.Namespace) -> int:
     """Do it; errors about a number name its flag."""
+    arguments = completed(arguments)
     try:
         with with_flags(arguments):
             if arguments.task == "classification":
@@ -33,7 +36,8 @@ def run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         if is_first() and (Path(arguments.output) / CHECKPOINT / STATE).is_file():
             print(
-                "natcupy: the same command with --resume goes on from the last checkpoint",
+                f"natcupy: natcupy finetune --resume {shlex.quote(arguments.output)} goes on from "
+                "the last checkpoint",
                 file=sys.stderr,
             )
         raise
@@ -63,6 +67,7 @@ def _classifier(arguments: argparse.Namespace) -> int:
         push=arguments.push,
         private=arguments.private,
         license=arguments.license,
+        command=command_of(arguments),
     )
     if not result.main:
         return 0

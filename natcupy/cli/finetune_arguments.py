@@ -52,7 +52,12 @@ FIELDS: dict[str, tuple[type | None, str, str]] = {
     "fsdp": (None, "", "shard the model over the processes (GPUs)"),
     "channels_last": (None, "", "convolutions in channels-last memory (default: yes)"),
     "grad_checkpointing": (None, "", "recompute activations: less memory, more time"),
-    "head": (str, "WHAT", "auto, keep or fresh (default: auto, fresh for other labels)"),
+    "head": (
+        str,
+        "WHAT",
+        "auto, keep or fresh (default: auto, which keeps the rows of classes that the model has "
+        "under the same name)",
+    ),
     "image_size": (int, "PIXELS", "side of the pictures (default: the model's)"),
     "keep": (
         str,
@@ -79,28 +84,31 @@ SPANS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Everything that `natcupy finetune` understands."""
+    """Everything that `natcupy finetune` understands; `refuse` ends it with the usage."""
+    parser.set_defaults(refuse=parser.error)  # what is required, a run that goes on may tell
     parser.add_argument(
         "data",
+        nargs="?",
         metavar="DATA",
         help="folder with a folder of pictures per class, or a metadata.csv of file_name and label "
         "beside them, or train and val of either kind; or a Hugging Face dataset (org/name, or a "
         "folder it was saved to). For segmentation: a folder with images and masks; for detection: "
-        "a COCO file",
+        "a COCO file. With --resume alone: the folder of the run",
     )
-    parser.add_argument("--model", required=True, metavar="MODEL", help="name, folder or org/name")
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="of the run")
-    parser.add_argument("--task", choices=TASKS, default=TASKS[0], help="default: %(default)s")
+    parser.add_argument("--model", metavar="MODEL", help="name, folder or org/name")
+    parser.add_argument("--output", metavar="FOLDER", help="of the run")
+    parser.add_argument("--task", choices=TASKS, help=f"default: {TASKS[0]}")
     parser.add_argument(
-        "--recipe", choices=RECIPES, default=RECIPES[0], metavar="NAME",
-        help=f"named numbers: {', '.join(RECIPES)} (default: %(default)s)",
+        "--recipe", choices=RECIPES, metavar="NAME",
+        help=f"named numbers: {', '.join(RECIPES)} (default: {RECIPES[0]})",
     )  # fmt: skip
     parser.add_argument(
         "--val", metavar="PART", help="part of the data, or other data, to hold out"
     )
     parser.add_argument(
-        "--val-fraction", type=float, default=0.1, metavar="X",
-        help="held out of every class where the data has no held-out part (default: %(default)s)",
+        "--val-fraction", type=float, metavar="X",
+        help="share that is held out where the data has no held-out part: of every class, or, for "
+        "segmentation and detection, of the pictures (default: 0.1)",
     )  # fmt: skip
     parser.add_argument("--images", metavar="FOLDER", help="detection: where the pictures are")
     parser.add_argument(
@@ -117,8 +125,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--resume", action="store_true",
-        help="continue the run, if there is one; with the same pictures and numbers, but --epochs, "
-        "and --batch-size and --accumulate for another number of processes",
+        help="continue the run, if there is one: natcupy finetune --resume RUN does so with the "
+        "pictures and numbers that it began with, and what is typed as well must be the same, but "
+        "--epochs, and --batch-size and --accumulate for another number of processes",
     )  # fmt: skip
     parser.add_argument("--push", metavar="REPO", help="to the Hub at the end: owner/name")
     parser.add_argument("--private", action="store_true", default=None, help="if it has to be made")

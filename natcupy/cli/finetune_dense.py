@@ -14,9 +14,10 @@ from typing import Any
 
 from natcupy.cli import console
 from natcupy.cli.finetune_arguments import given
+from natcupy.cli.finetune_resume import command_of
 from natcupy.data.coco import CocoPictures
 from natcupy.data.label_maps import LabelledMaps, find_maps
-from natcupy.data.source import DataError
+from natcupy.data.source import DataError, refuse_shared
 from natcupy.train import TrainConfig
 from natcupy.train.dense_finetuning import DenseResult, finetune_dense, load_dense
 from natcupy.train.finetuning import CURVES_PNG, is_first
@@ -56,6 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
         push=arguments.push,
         private=arguments.private,
         license=arguments.license,
+        command=command_of(arguments),
     )
     if result.main:
         _report(result, arguments.json)
@@ -82,8 +84,9 @@ def data_of(arguments: argparse.Namespace, seed: int) -> tuple[Data, Data | None
         if arguments.val is not None:
             folder = arguments.val_images or arguments.images
             val = CocoPictures(arguments.val, folder, classes=train.classes)
-    if val is None and arguments.val_fraction:
+    if val is None:
         return held_out(train, arguments.val_fraction, seed)
+    refuse_shared(train, val)
     return train, val
 
 
@@ -125,12 +128,15 @@ def _check_fraction(fraction: float) -> None:
 
 
 def held_out(data: Data, fraction: float, seed: int) -> tuple[Data, Data | None]:
-    """A fraction of the pictures set apart, by their names and the seed alone."""
-    count = min(max(round(len(data) * fraction), 1), len(data) - 1)
+    """A fraction of the pictures set apart, by their names and the seed alone; a note says so."""
+    count = min(max(round(len(data) * fraction), 1), len(data) - 1) if fraction else 0
     if count < 1:
         return data, None
     ranked = sorted(range(len(data)), key=lambda index: _rank(data.key(index), seed))
-    return data.subset(sorted(ranked[count:])), data.subset(sorted(ranked[:count]))
+    train, val = data.subset(sorted(ranked[count:])), data.subset(sorted(ranked[:count]))
+    told = f"{count:,} of {len(data):,} pictures are held out: {100 * fraction:g} %, by seed {seed}"
+    train.notes = (*data.notes, told)
+    return train, val
 
 
 def _rank(key: str, seed: int) -> bytes:

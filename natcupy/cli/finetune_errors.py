@@ -37,7 +37,8 @@ def flags_of(text: str, arguments: argparse.Namespace) -> list[str]:
         for name in (*FIELDS, *SPANS)
         if (match := re.search(rf"(?<![\w./-]){name}(?![\w/-])", text))
     )
-    recipe, typed = recipe_fields(arguments.recipe), given(arguments)
+    recipe = recipe_fields(arguments.recipe) if arguments.recipe else {}
+    typed = given(arguments)
     flags = []
     for _, name in names:
         flag = "--" + name.replace("_", "-")

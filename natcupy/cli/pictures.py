@@ -58,19 +58,28 @@ def targets(
         allowed: suffixes a file may have; None for those of any picture.
 
     Raises:
-        ValueError: a result would replace one of the pictures, or its suffix is not allowed.
+        ValueError: a result would replace one of the pictures, its suffix is not allowed, or a file
+            is named for the results of several pictures.
     """
     if output is None:
         return [None] * len(files)
     place = Path(output)
-    if len(files) == 1 and not place.is_dir() and not output.endswith(("/", os.sep)):
+    is_folder = place.is_dir() or output.endswith(("/", os.sep))
+    if len(files) == 1 and not is_folder:
         if place.suffix.lower() not in (allowed or Image.registered_extensions()):
             others = ", ".join(allowed[1:]) if allowed else "another picture suffix"
-            raise ValueError(f"{option} must end in .png or {others}, got {output}.")
+            raise ValueError(
+                f"{option} must end in .png or {others}, got {output}. "
+                f"Write {output}/ for a folder."
+            )
         found = [place]
     else:
-        if place.exists() and not place.is_dir():
-            raise ValueError(f"{option} must be a folder for several pictures, got {output}.")
+        like_file = place.suffix.lower() in Image.registered_extensions() and not is_folder
+        if like_file or (place.exists() and not place.is_dir()):
+            raise ValueError(
+                f"{option} must be a folder for several pictures, got {output} for {len(files):,}. "
+                "Name a folder."
+            )
         found = _names_in(place, files)
     pictures = {file.resolve() for file in files}
     clash = next((path for path in found if path.resolve() in pictures), None)

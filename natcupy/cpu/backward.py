@@ -7,12 +7,15 @@ dS^T Q, dV = P^T dO, and the bias takes the sum of dS over the pairs at its dist
 
 from __future__ import annotations
 
+from itertools import product
+
 from natcupy.cpu import micro, pack, sums
 from natcupy.cpu.block import Block
 from natcupy.cpu.classes import LANES, SPREADS_AT, SUMS_MASK_AT
-from natcupy.cpu.emit import Machine
+from natcupy.cpu.cuts import EARLIER, LATER
+from natcupy.cpu.emit import Value
+from natcupy.cpu.plan import SEGMENT_WORDS
 from natcupy.cpu.rows import RETIRE_WORDS
-from natcupy.cpu.spec import Spec
 from natcupy.cpu.task import Side
 from natcupy.cpu.view import THIS
 
@@ -22,7 +25,8 @@ class Backward(Block):
 
     Gradients of keys and values are summed in the ring, beside the packed rows. When a row leaves
     the ring they are stored, or added to what an earlier phase, item or query head has stored, if
-    the spec says that there is such a thing.
+    the spec says that there is such a thing. In a half type only those that nothing will be added
+    to are stored as results, and rounded once.
     """
 
     rows = (
@@ -36,22 +40,15 @@ class Backward(Block):
         ("value", "values_across", "grad_across", "grads"),
     )
 
-    def __init__(self, spec: Spec, machine: Machine):
-        super().__init__(spec, machine)
-        self.wide = frozenset(("grad_key", "grad_value") if spec.adds else ())
-
     def _functions(self) -> None:
         super()._functions()
         module, machine = self.module, self.machine
         micro.logit_gradients(module)
-        adds, channels = self.spec.adds, sorted({*self.channels.values()})
-        storage = self.real if adds else self.spec.common.storage
-        self.unpack = {c: pack.unpack(module, machine, storage, c, adds) for c in channels}
-        self.unpack_extra = self.unpack
-        if self.spec.common.extra and storage != self.real:
-            self.unpack_extra = {
-                c: pack.unpack(module, machine, self.real, c, False) for c in channels
-            }
+        storages = {self.spec.common.storage}
+        if self.spec.has_partials or self.spec.common.extra:  # whose gradients are sums of shares
+            storages.add(self.real)
+        for storage, channels in product(sorted(storages), sorted({*self.channels.values()})):
+            pack.unpack(module, machine, storage, channels, self.spec.adds)
         self.spreads = {}
         for what in ("key", "value"):
             for _, channels in self._passes(what):
@@ -75,13 +72,16 @@ class Backward(Block):
     def _heads(self) -> None:
         b = self.b
         self.begin_key_head()
+        if self.spec.has_partials:
+            self.partials = self._find_partials()
         if self.spec.common.extra:
             for what in ("key", "value"):
                 self.zero(f"extra_{what}_sums", b.mul(self.word("extra"), self.pitches[what]))
 
         def one(i):
-            self.later_head = b.op(f"zext i1 {b.op(f'icmp ne i64 {i}, 0')} to i64")
-            self.look(THIS, self.task, i)
+            is_later, is_last = b.less(0, i), b.less(b.sub(group, 2), i)
+            self.heads_when = b.add(b.choose(is_later, EARLIER, 0), b.choose(is_last, 0, LATER))
+            self.look(THIS, self.number, i)
             self.query_head()
 
         rows = b.mul(self.spec.common.sides, self.word("query_pitch"))
@@ -225,27 +225,64 @@ class Backward(Block):
 
     def _retire(self, record: str) -> None:
         b = self.b
-        slot, x, y, again = (b.table(record, i) for i in range(RETIRE_WORDS))
-        again = b.op(f"or i64 {again}, {self.later_head}")
+        slot, x, y, row_when, number = (b.table(record, i) for i in range(RETIRE_WORDS))
+        partial_row = b.mul(b.add(self.item("partials"), number), self.word("partial_columns"))
         segments = self.entry(self.item("segments_at"))
 
         def segment(i):
-            first, count, tile_again = (b.table(segments, b.add(b.mul(i, 3), w)) for w in range(3))
-            add = b.op(f"or i64 {again}, {tile_again}")
+            at = b.at(segments, b.mul(i, SEGMENT_WORDS), "i32")
+            first, count, tile_when, place = (b.table(at, i) for i in range(SEGMENT_WORDS))
+            when = b.op(f"or i64 {b.op(f'or i64 {row_when}, {self.heads_when}')}, {tile_when}")
+            column = b.add(b.mul(slot, self.word("key_columns")), first)
             for what in ("key", "value"):
                 tensor, step = f"grad_{what}", self.pitches[what]
-                to = self.element(tensor, x, y, first)
-                column = b.add(b.mul(slot, self.word("key_columns")), first)
                 source = b.at(self.buffer(f"{what}_sums"), b.mul(column, step))
-                args = [("ptr", to), ("i64", self.column_step(tensor)), ("ptr", source)]
-                self._unpack(self.unpack, what, args, count, add)
+                grads = self.element(tensor, x, y, first), self.column_step(tensor)
+                self._give_out(what, source, grads, b.add(partial_row, place), count, when)
 
         b.loop(self.item("segments"), segment)
 
-    def _unpack(self, functions: dict[int, str], what: str, args: list, count, add) -> None:
+    def _give_out(self, what: str, source: str, grads: tuple, place: Value, count, when) -> None:
+        """Store the sums of some keys of a row, added to those of earlier items and heads.
+
+        `grads` is a row: an address, and elements between columns; incomplete sums of a half type
+        lie at `place` of a tensor of their own.
+        """
+        b, storage = self.b, self.spec.common.storage
+        add = b.op(f"and i64 {when}, {EARLIER}")
+        if not self.spec.has_partials:
+            self._unpack(what, storage, grads, source, count, grads, add)
+            return
+        channels = self.channels[what]
+        partials = b.at(self.partials[what], b.mul(place, channels)), channels
+        is_incomplete = b.op(f"icmp ne i64 {b.op(f'and i64 {when}, {LATER}')}, 0")
+        b.when(
+            is_incomplete,
+            lambda: self._unpack(what, self.real, partials, source, count, partials, add),
+            lambda: self._unpack(what, storage, grads, source, count, partials, add),
+        )
+
+    def _find_partials(self) -> dict[str, str]:
+        """Where the incomplete sums of the task's key head lie: they are its own, or a thread's."""
+        b = self.b
+        batch = b.sub(self.found("batch"), self.word("round_batch"))
+        head = b.sub(self.found("kv_head"), self.word("round_head"))
+        pair = b.add(b.mul(batch, self.word("round_heads")), head)
+        number = b.choose(self.is_set("partials_of_threads"), self.thread, pair)
+        first = b.mul(number, self.word("partial_size"))
+        return {
+            what: b.at(self.pointer(f"partial_{what}s"), b.mul(first, channels))
+            for what, channels in self.channels.items()
+        }
+
+    def _unpack(self, what: str, storage: str, to: tuple, source: str, count, sums, add) -> None:
+        """Call `unpack`; `to` and `sums` are rows: address, and elements between columns."""
         factor = self.as_real(self.scale()) if what == "key" else self.b.number(1.0)
-        args = [*args, ("i64", self.pitches[what]), ("i64", count), (self.real, factor)]
-        self.b.call(functions[self.channels[what]], *args, ("i64", add))
+        args = [("ptr", to[0]), ("i64", to[1]), ("ptr", source), ("i64", self.pitches[what])]
+        args += [("i64", count), (self.real, factor)]
+        if self.spec.adds:
+            args += [("ptr", sums[0]), ("i64", sums[1]), ("i64", add)]
+        self.b.call(f"unpack_{storage}_{self.channels[what]}", *args)
 
     def _share(self, heads: str, head: str) -> str:
         """Number of this item's share of a gradient that is summed over items and batch."""
@@ -260,9 +297,8 @@ class Backward(Block):
         for what in ("key", "value"):
             channels = self.channels[what]
             to = b.at(self.pointer(f"extra_{what}_grads"), b.mul(number, b.mul(extra, channels)))
-            source = self.buffer(f"extra_{what}_sums")
-            args = [("ptr", to), ("i64", channels), ("ptr", source)]
-            self._unpack(self.unpack_extra, what, args, extra, 0)
+            source, row = self.buffer(f"extra_{what}_sums"), (to, channels)
+            self._unpack(what, self.real, row, source, extra, row, 0)
 
     def _write_bias_gradient(self) -> None:
         """The item's share of one head's bias gradient."""

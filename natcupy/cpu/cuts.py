@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import functools
 
+# Phases before and after that of a part, as bits.
+EARLIER, LATER = 1, 2
+
 
 def lane_cases(size: int) -> list[tuple[int, int]]:
     """Every (first lane, end lane) that a run in a group of `size` lanes can have."""
@@ -64,8 +67,8 @@ def even_parts(length: int, count: int) -> list[tuple[int, int]]:
 def phases(parts, windows):
     """Give each part of the queries a phase, so that parts of one phase share no key.
 
-    Yields (phase, first, end, before); `before` holds the spans of keys, each (first, end), that
-    parts of earlier phases have summed into.
+    Yields (phase, first, end, others); `others` holds the spans of keys that parts of other phases
+    sum into and that overlap with the part's own, each (first, end, EARLIER or LATER).
     """
     spans = [(windows[a][0], windows[b - 1][1]) for a, b in parts]
     found: list[int] = []
@@ -74,9 +77,28 @@ def phases(parts, windows):
         found.append(min(set(range(len(parts))) - taken))
 
     for i, (a, b) in enumerate(parts):
-        yield found[i], a, b, [spans[j] for j in range(len(parts)) if found[j] < found[i]]
+        others = [
+            (*span, EARLIER if phase < found[i] else LATER)
+            for span, phase in zip(spans, found, strict=True)
+            if phase != found[i] and span[0] < spans[i][1] and spans[i][0] < span[1]
+        ]
+        yield found[i], a, b, others
 
 
-def is_in(spans: list[tuple[int, int]], key: int) -> bool:
-    """Whether a key lies in one of the spans."""
-    return any(first <= key < end for first, end in spans)
+def shared(parts, windows) -> set[int]:
+    """Keys that several parts of the queries see."""
+    once, more = set(), set()
+    for a, b in parts:
+        keys = set(range(windows[a][0], windows[b - 1][1]))
+        more |= once & keys
+        once |= keys
+    return more
+
+
+def summed_when(spans: list[tuple[int, int, int]], key: int) -> int:
+    """In which other phases a key is summed into: 0, EARLIER, LATER, or the sum of both."""
+    found = 0
+    for first, end, when in spans:
+        if first <= key < end:
+            found |= when
+    return found

@@ -46,6 +46,9 @@ class Kernel:
         self.storage = next(x for x, name in STORAGE.items() if name == spec.common.storage)
         self.compute = compute_dtype(self.storage)
         self.thread_bytes = -(-size // ALIGNMENT) * ALIGNMENT
+        self.head_dim, self.value_dim = shape.head_dim, shape.value_dim
+        #: keys of one head whose sums stay incomplete for a while, where they have own tensors
+        self.partials = prod(found.partials) if spec.has_partials else 0
         #: multiply-adds of the logits of one head
         self.work = shape.head_dim * prod(shape.lengths) * prod(shape.kernel_size)
         self._table = array.array("i", found.words)
@@ -172,7 +175,7 @@ def kernel(
     item_bytes = REAL_BYTES[real] * kept
     for rows in _rows_to_try(sides, shape, backward):
         tuning = Tuning(shared, singles, rows, keys, *lanes)
-        found = plan.make(shape, tuning, backward, item_bytes, stripes)
+        found = plan.make(shape, tuning, backward, item_bytes, stripes, grouped)
         words, size = _constants(shape, found, pitches, backward)
         if size * REAL_BYTES[real] <= THREAD_BYTES:
             break
@@ -247,6 +250,7 @@ def _constants(shape: Shape, p: Plan, pitches, backward: bool) -> tuple[dict[str
     words |= {f"dilation{axis}": shape.dilation[axis] for axis in range(3)}
     words |= {
         "items": p.items,
+        "task_items": 1,
         "zeros": size["zeros"],
         "extra": shape.extra,
         "extra_taps": p.extra_taps,
@@ -265,6 +269,8 @@ def _constants(shape: Shape, p: Plan, pitches, backward: bool) -> tuple[dict[str
         "bias_lead": -p.bias_reach[0],
         "mirror_pitch": mirror_pitch,
         "mirror_lead": -p.mirror_reach[0],
+        "partial_columns": p.partials[1],
+        "partial_size": prod(p.partials),
     }
     return words, layout.size
 

@@ -158,6 +158,8 @@ def backward(
         call.rows("grad_query", grad_query)
         call.set("want_query", 1)
     if want_key_value:
+        call.rows("grad_key", grad_key)
+        call.rows("grad_value", grad_value)
         call.set("want_key_value", 1)
     if want_rpb:
         shape = rpb.shape if parts == 1 else (parts, *rpb.shape)
@@ -168,12 +170,9 @@ def backward(
             shares = memory.empty((batch, use.plan.items, kv_heads, extra, dim), compute)
             extra_shares[i] = call.address(f"extra_{name}_grads", shares)
     workers = use.workers(batch * heads, torch.get_num_threads())
-    if want_key_value and use.spec.adds and compute != key.dtype:
-        rounds.run(call, use, {"grad_key": grad_key, "grad_value": grad_value}, workers)
+    if want_key_value and use.spec.adds:
+        rounds.run(call, use, batch, kv_heads, workers)
     else:
-        if want_key_value:
-            call.rows("grad_key", grad_key)
-            call.rows("grad_value", grad_value)
         call.run(batch * kv_heads, workers)
 
     grad_rpb = rpb_shares if parts == 1 or not want_rpb else _sum(rpb_shares)
@@ -251,12 +250,6 @@ class Call:
         self.strides(name, x.stride())
         return x
 
-    def rows_from(self, name: str, x: Tensor, batch: int, head: int) -> None:
-        """Rows of a tensor that begins with this batch entry and head; it must outlive the call."""
-        self.strides(name, x.stride())
-        before = batch * x.stride(0) + head * x.stride(-2)
-        self.set(name, x.data_ptr() - before * x.element_size())
-
     def strides(self, name: str, strides: Sequence[int]) -> None:
         """Those of a tensor [batch, *spatial, heads, channels]."""
         batch, *spatial, head, _ = strides
@@ -287,10 +280,18 @@ class Call:
 
     def run(self, tasks: int, workers: int) -> None:
         """All phases, with `tasks` per item, on at most so many threads."""
+        self._run(self._phases, tasks, workers)
+
+    def run_whole(self, tasks: int, workers: int) -> None:
+        """The same with tasks of all items each, one after the other in the order of phases."""
+        self.set("task_items", self._kernel.plan.items)
+        self._run([(0, 1)], tasks, workers)
+
+    def _run(self, phases: list[tuple[int, int]], tasks: int, workers: int) -> None:
         block, address, start = self.block, self._address, self._start
         scratch = memory.take_scratch(workers * self._thread_bytes)
         block[SCRATCH] = -(-scratch.data_ptr() // ALIGNMENT) * ALIGNMENT
-        for first, items in self._phases:
+        for first, items in phases:
             count = tasks * items
             some = workers if workers < count else count
             block[DRAWN] = block[STARTED] = 0

@@ -2,9 +2,10 @@
 
 In: shapes and sizes. Out: tensors that hold anything.
 
-A block of 32 MiB and more is mostly new pages, which Linux fills with zeros one by one as they are
-first written to: for gradients of that size that takes longer than the attention. It is asked for
-its huge pages there, 512 in one, where it has them to give.
+Large blocks are often new pages, which Linux fills with zeros one by one as they are first written
+to: from 32 MiB on glibc maps them anew each time, and it gives back what is free at the end of its
+heap. For gradients that can take longer than the attention. The system is asked for its huge pages
+there, 512 in one, where it has them to give.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 
 CPU = torch.device("cpu")
 ALIGNMENT = 64  # bytes, of scratch memory
-MAPPED = 32 << 20  # bytes, from which on glibc maps new pages unless its heap has room
+LARGE = 4 << 20  # bytes of a block that huge pages are asked for
 
 _idle: list[Tensor] = []  # scratch memory between calls
 
@@ -28,7 +29,7 @@ _idle: list[Tensor] = []  # scratch memory between calls
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Memory for a result, whatever torch's default device is."""
     found = torch.empty(shape, dtype=dtype, device=CPU)
-    if found.numel() * dtype.itemsize >= MAPPED:
+    if found.numel() * dtype.itemsize >= LARGE:
         _ask_for_huge_pages(found)
     return found
 

@@ -116,10 +116,12 @@ def pack_across(module: Module, storage: str, channels: int) -> str:
     return name
 
 
-def _ask_ahead(b: Builder, storage: str, channels: int, row: str, column: Value) -> None:
+def _ask_ahead(
+    b: Builder, storage: str, channels: int, row: str, column: Value, step: str = "%step"
+) -> None:
     """Ask for the column that lies `AHEAD` behind one of a row."""
     kind, size = STORAGE[storage]
-    place = b.at(row, b.mul(b.add(column, AHEAD), "%step"), kind)
+    place = b.at(row, b.mul(b.add(column, AHEAD), step), kind)
     for byte in range(0, channels * size, LINE):
         b.prefetch(b.at(place, byte, "i8"), nearness=3)
 
@@ -215,12 +217,15 @@ def pack_along(module: Module, machine: Machine, storage: str, channels: int) ->
 
 
 def unpack(module: Module, machine: Machine, storage: str, channels: int, adds: bool) -> str:
-    """to[column][channel] (+)= factor * from[column * pitch + channel], added where `add` is 1.
+    """to[column][channel] = factor * from[column * pitch + channel].
 
-    `add` is never 1 unless `adds`.
+    With `adds` there is a row of sums in the compute type, which may be the target itself: where
+    `add` is 1 they are added.
     """
     name = f"unpack_{storage}_{channels}"
-    params = f"ptr to, i64 step, ptr from, i64 pitch, i64 count, {module.real} factor, i64 add"
+    params = f"ptr to, i64 step, ptr from, i64 pitch, i64 count, {module.real} factor"
+    if adds:
+        params += ", ptr sums, i64 sums_step, i64 add"
     b = module.function(name, params)
     kind, width = STORAGE[storage][0], machine.width(module.real)
     factors = {n: b.splat("%factor", n) for _, n in pieces(channels, width)}
@@ -228,14 +233,17 @@ def unpack(module: Module, machine: Machine, storage: str, channels: int, adds: 
     def column(i, adding):
         source, target = b.at("%from", b.mul(i, "%pitch")), b.at("%to", b.mul(i, "%step"), kind)
         _ask_ahead(b, storage, channels, "%to", i)
+        if adding:
+            sums = b.at("%sums", b.mul(i, "%sums_step"))
+            if storage != module.real:
+                _ask_ahead(b, module.real, channels, "%sums", i, "%sums_step")
         for at, count in pieces(channels, width):
-            place = b.at(target, at, kind)
             value = b.vload(b.at(source, at), count)
             if adding:
-                value = b.fma(value, factors[count], read(b, storage, place, count), count)
+                value = b.fma(value, factors[count], b.vload(b.at(sums, at), count), count)
             else:
                 value = b.arith("fmul", value, factors[count], count)
-            write(b, storage, value, place, count)
+            write(b, storage, value, b.at(target, at, kind), count)
 
     def all_columns(adding):
         b.loop("%count", lambda i: column(i, adding))

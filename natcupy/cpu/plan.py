@@ -22,7 +22,8 @@ from operator import sub
 import torch
 
 from natcupy.cpu.classes import FULL_MASK_AT, LANES, Classes, Reach, Tuning
-from natcupy.cpu.cuts import cut, is_in, phases
+from natcupy.cpu.cuts import cut, phases, shared, summed_when
+from natcupy.cpu.partials import Row, places, row_numbers
 from natcupy.cpu.rows import steps
 from natcupy.neighborhood import Neighborhood, window
 
@@ -30,10 +31,14 @@ TILE_BYTES = {False: 160 << 10, True: 320 << 10}  # aim for the packed rows of a
 LEAST_COLUMNS = 64  # of an item, where they fit
 RING_BYTES = 768 << 10  # most for the packed rows of an item, as far as its window allows
 
-# Words of an item record.
+# Words of a run of key columns: the first, how many, the other phases that sum into them, and where
+# the first is among the columns with incomplete sums.
+SEGMENT_WORDS = 4
+# Words of an item record; `partials` is the first of its group's rows with incomplete sums.
 ITEM = (
     *("group0", "group1", "group2", "steps_at", "steps", "blocks_at", "blocks"),
-    *("query", "query_columns", "key", "key_columns", "segments_at", "segments", "number"),
+    *("query", "query_columns", "key", "key_columns", "segments_at", "segments"),
+    *("partials", "number"),
 )
 
 
@@ -96,16 +101,25 @@ class Plan:
     ends: tuple[int, int]  # columns before and behind an item's keys that wrapped classes read
     bias_reach: tuple[int, int]  # of [0, 2 * kernel_size - 2], same
     mirror_reach: tuple[int, int]  # of the mirrored bias row
+    partials: tuple[int, int]  # rows with incomplete sums of keys, and columns of each
 
 
-def make(shape: Shape, tuning: Tuning, backward: bool, item_bytes: int, wanted: int) -> Plan:
+def make(
+    shape: Shape,
+    tuning: Tuning,
+    backward: bool,
+    item_bytes: int,
+    wanted: int,
+    grouped: bool = False,
+) -> Plan:
     """The plan of a forward or backward pass.
 
     `item_bytes` is the size of all that is kept for one key while it is packed. `wanted` is the
     number of stripes asked for in a forward pass, whose results do not depend on it; a backward
-    pass has its own fixed number, because gradients of keys are summed stripe by stripe.
+    pass has its own fixed number, because gradients of keys are summed stripe by stripe. `grouped`:
+    query heads share key heads.
     """
-    maker = _Maker(shape, tuning, backward)
+    maker = _Maker(shape, tuning, backward, grouped)
     if shape.extra:
         maker.extra_classes_at, maker.extra_taps = maker.classes.of_extra_keys(shape.extra)
     groups = [range(min(d, n)) for d, n in zip(shape.dilation, shape.lengths, strict=True)]
@@ -120,8 +134,9 @@ def make(shape: Shape, tuning: Tuning, backward: bool, item_bytes: int, wanted: 
 class _Maker:
     """Collects the table while walking over groups, stripes and tiles."""
 
-    def __init__(self, shape: Shape, tuning: Tuning, backward: bool):
+    def __init__(self, shape: Shape, tuning: Tuning, backward: bool, grouped: bool):
         self.shape, self.backward, self.most_sides = shape, backward, tuning.sides
+        self.grouped = grouped
         # address 0 means "none"; some words stay 0
         self.words: list[int] = [0] * FULL_MASK_AT + [-1] * LANES
         self.items: list[tuple[int, list[int]]] = []  # (phase, record)
@@ -131,6 +146,7 @@ class _Maker:
         self.sides = 1
         self.extra_classes_at = self.extra_taps = 0
         self.reach = Reach()
+        self.partial_rows = self.partial_columns = 0
 
     def put(self, words: Sequence[int]) -> int:
         """Append to the table; the address."""
@@ -144,42 +160,51 @@ class _Maker:
         """Add the items of one dilation group."""
         if members not in self.pieces:
             self.pieces[members] = self._pieces(members, item_bytes, wanted)
-        stripes, tiles = self.pieces[members]
+        stripes, tiles, kept = self.pieces[members]
         tile_phases = 1 + max(phase for phase, _ in tiles)
         for (stripe_phase, rows), (tile_phase, columns) in product(stripes, tiles):
             phase = stripe_phase * tile_phases + tile_phase
-            self.items.append((phase, [*group, *rows, *columns]))
+            self.items.append((phase, [*group, *rows, *columns, self.partial_rows]))
+        self.partial_rows += kept.rows
+        self.partial_columns = max(self.partial_columns, kept.columns)
 
     def _pieces(self, members, item_bytes, wanted):
         """Stripes of rows and tiles of columns, each a list of (phase, words of the item)."""
         windows = [self.shape.windows(axis, length) for axis, length in enumerate(members)]
-        planes = list(phases(self._planes(members[0], wanted), windows[0]))
         across = min(members[2], LEAST_COLUMNS) * item_bytes
-        rows = list(phases(self._rows(members, across, wanted), windows[1]))
-        row_phases = 1 + max(phase for phase, *_ in rows)
-        stripes, ring = [], 0
-        for plane_phase, a, b, planes_before in planes:
-            for row_phase, c, d, rows_before in rows:
+        planes, rows = self._planes(members[0], wanted), self._rows(members, across, wanted)
+        doubled = shared(planes, windows[0]), shared(rows, windows[1])
+        stripes, ring = self._stripes(windows, planes, rows, row_numbers(members[:2], *doubled))
+        self.ring = max(self.ring, ring)
+        width = self._columns(members[2], ring * item_bytes)
+        parts = cut(members[2], -(-members[2] // width), LANES)
+        kept = places(members, *doubled, shared(parts, windows[2]), self.grouped)
+        tiles = [
+            (phase, self._tile(windows[2], a, b, others, kept.column_numbers))
+            for phase, a, b, others in phases(parts, windows[2])
+        ]
+        return stripes, tiles, kept
 
-                def earlier(x, y, in_planes=planes_before, in_rows=rows_before):
-                    return is_in(in_planes, x) or is_in(in_rows, y)
+    def _stripes(self, windows, planes, rows, numbers: dict[Row, int]):
+        """Stripes of the two outer axes, and the slots in use at once."""
+        stripes, ring = [], 0
+        rows = list(phases(rows, windows[1]))
+        row_phases = 1 + max(phase for phase, *_ in rows)
+        for plane_phase, a, b, other_planes in phases(planes, windows[0]):
+            for row_phase, c, d, other_rows in rows:
+
+                def about(x, y, in_planes=other_planes, in_rows=other_rows):
+                    return summed_when(in_planes, x) | summed_when(in_rows, y), numbers[x, y]
 
                 stripe = range(a, b), range(c, d)
                 found = steps(
-                    tuple(windows[:2]), self.shape.kernel_size[:2], stripe, earlier, self.most_sides
+                    tuple(windows[:2]), self.shape.kernel_size[:2], stripe, about, self.most_sides
                 )
                 phase = plane_phase * row_phases + row_phase
                 stripes.append((phase, [self.put(found.words), found.count]))
                 ring, self.rows = max(ring, found.ring), max(self.rows, found.most)
                 self.sides = max(self.sides, found.sides)
-        self.ring = max(self.ring, ring)
-        width = self._columns(members[2], ring * item_bytes)
-        parts = cut(members[2], -(-members[2] // width), LANES)
-        tiles = [
-            (phase, self._tile(windows[2], a, b, before))
-            for phase, a, b, before in phases(parts, windows[2])
-        ]
-        return stripes, tiles
+        return stripes, ring
 
     def _columns(self, length: int, column_bytes: int) -> int:
         """Query columns of a tile, for so many packed bytes in each key column of its ring."""
@@ -217,7 +242,7 @@ class _Maker:
 
     # -- columns ----------------------------------------------------------------------------------
 
-    def _tile(self, windows, first: int, end: int, before) -> list[int]:
+    def _tile(self, windows, first: int, end: int, others, numbers) -> list[int]:
         """Words of an item from `blocks_at` on, for query columns first .. end - 1."""
         key, key_end = windows[first][0], windows[end - 1][1]
         columns = range(first, end)
@@ -233,20 +258,20 @@ class _Maker:
             self.reach.show(reach, reach + found.span + LANES)
             blocks += [found.at, at]
         count = len(blocks) // 2
-        segments = self._segments(key, key_end, before) if self.backward else []
+        segments = self._segments(key, key_end, others, numbers) if self.backward else []
         self.key_columns = max(self.key_columns, key_end - key)
         self.query_columns = max(self.query_columns, count * LANES)
         place = [first, end - first, key, key_end - key]
-        return [self.put(blocks), count, *place, self.put(segments), len(segments) // 3]
+        return [self.put(blocks), count, *place, self.put(segments), len(segments) // SEGMENT_WORDS]
 
     @staticmethod
-    def _segments(key: int, key_end: int, before) -> list[int]:
-        """Runs of keys that an earlier tile has summed into or not: (first, count, again)."""
-        bounds = {key, key_end, *(bound for span in before for bound in span)}
+    def _segments(key: int, key_end: int, others, numbers: list[int]) -> list[int]:
+        """Runs of keys that the same other tiles sum into."""
+        bounds = {key, key_end, *(bound for span in others for bound in span[:2])}
         bounds = sorted(bound for bound in bounds if key <= bound <= key_end)
         segments: list[int] = []
         for start, end in pairwise(bounds):
-            segments += [start - key, end - start, int(is_in(before, start))]
+            segments += [start - key, end - start, summed_when(others, start), numbers[start]]
         return segments
 
     # -- the end ----------------------------------------------------------------------------------
@@ -283,6 +308,7 @@ class _Maker:
             ends=(-self.classes.ends.low, self.classes.ends.high),
             bias_reach=(self.classes.bias.low, self.classes.bias.high),
             mirror_reach=(self.classes.mirror.low, self.classes.mirror.high),
+            partials=(self.partial_rows, self.partial_columns),
         )
 
 

@@ -24,7 +24,10 @@ SIDE = ("x", "y", "rows_at", "rows")
 # A key row with the sides that see it: its slot, the first of them and their number, then for each
 # its place among the key rows that the side sees, and the row of the bias table.
 ENTRY_WORDS = 3 + 2 * MOST_SIDES
-PACK_WORDS, ROW_WORDS, RETIRE_WORDS = 3, 2, 4
+PACK_WORDS, ROW_WORDS = 3, 2
+# A key row that leaves: its slot, its indices, the other phases that sum into it, and its number
+# among the rows with incomplete sums.
+RETIRE_WORDS = 5
 
 Row = tuple[int, int]  # indices on the two outer axes
 Windows = list[tuple[int, int]]
@@ -45,12 +48,13 @@ def steps(
     windows: tuple[Windows, Windows],
     kernel_size: tuple[int, int],
     stripe: tuple[range, range],
-    earlier: Callable[[int, int], bool],
+    about: Callable[[int, int], tuple[int, int]],
     most_sides: int,
 ) -> Steps:
     """Steps of up to `most_sides` query rows of `stripe`, given the windows of the outer axes.
 
-    `earlier(x, y)` says whether a stripe of an earlier phase has summed into that key row.
+    `about(x, y)` says of a key row in which other phases stripes sum into it, as in `cuts`, and its
+    number among those with incomplete sums.
     """
     planes, parts = stripe[0], _even_parts(stripe[1], most_sides)
     outer = [_window(windows[0], x, kernel_size[0]) for x in planes]
@@ -77,7 +81,7 @@ def steps(
         for place, found in zip(places, slots_by_plane, strict=True):
             lists += part.lists.entries(found, place)
         for row in done:
-            lists += [slots[row], *row, int(earlier(*row))]
+            lists += [slots[row], *row, *about(*row)]
         at, sides, tail = len(STEP) + len(part.sides) * len(SIDE) + len(lists), [], []
         for side, (y, keys) in enumerate(part.sides):
             sides += [x, y, at + len(tail), len(outer[plane]) * len(keys)]

@@ -26,7 +26,6 @@ class Scene:
     rows: tuple[tuple[str, str, str], ...]
     #: how many of them, behind keys and values, are rows of queries to ask for
     query_rows: int
-    wide: frozenset[str] = frozenset()  # tensors in the compute type
 
     def __init__(self, spec: Spec, machine: Machine):
         self.spec, self.machine, self.common = spec, machine, common_functions(spec.common, machine)
@@ -83,15 +82,20 @@ class Scene:
     # -- the task ---------------------------------------------------------------------------------
 
     def write_look(self) -> None:
-        """`look`: make a view of a task and, of query heads that share a key head, of one more."""
-        self.begin("look", "ptr view", "i64 task", "i64 later")
+        """`look`: make a view of a task's item and, of query heads that share a key head, of one.
+
+        Items are counted over all tasks, which have equally many.
+        """
+        self.begin("look", "ptr view", "i64 number", "i64 later")
         b, backward = self.b, self.spec.backward
         items, heads = self.word("phase_items"), self.word("round_heads")
+        among, task = self.word("task_items"), b.op(f"udiv i64 %number, {self.word('task_items')}")
+        among = b.sub("%number", b.mul(task, among))
         # heads first: they share the pages of their tokens
-        head, rest = b.op(f"urem i64 %task, {heads}"), b.op(f"udiv i64 %task, {heads}")
+        head, rest = b.op(f"urem i64 {task}, {heads}"), b.op(f"udiv i64 {task}, {heads}")
         item, batch = b.op(f"urem i64 {rest}, {items}"), b.op(f"udiv i64 {rest}, {items}")
         head, batch = b.add(head, self.word("round_head")), b.add(batch, self.word("round_batch"))
-        number = b.add(item, self.word("first_item"))
+        number = b.sum(item, self.word("first_item"), among)
         self.record = self.entry(b.add(b.table(self.table, 1), b.mul(number, len(ITEM))))
         group = b.op(f"udiv i64 {self.word('heads')}, {self.word('kv_heads')}")
         if backward:
@@ -104,7 +108,7 @@ class Scene:
         for i, (kind, value) in enumerate([*pointers, *numbers]):
             b.do(f"store {kind} {value}, ptr {b.at('%view', i, 'i64')}, align 8")
         for number, (tensor, what, side) in enumerate(self.rows):
-            size = self.real_bytes if tensor in self.wide else STORAGE[self.spec.common.storage][1]
+            size = STORAGE[self.spec.common.storage][1]
             args = [("ptr", "%words"), ("ptr", b.at("%view", place_at(number), "i64"))]
             args += [("ptr", self.record), ("i64", TENSORS.index(tensor)), ("i64", batch)]
             args += [("i64", head if side == "query" else kv_head), ("i64", self.item(side))]
@@ -115,9 +119,9 @@ class Scene:
         """Address of one of this thread's views."""
         return self.b.at(self.views, which * VIEW, "i64")
 
-    def look(self, which: int, task: str, later: Value = 0) -> None:
-        """Make a view of a task."""
-        args = [("ptr", "%words"), ("ptr", self.view(which)), ("i64", task), ("i64", later)]
+    def look(self, which: int, number: str, later: Value = 0) -> None:
+        """Make a view of a task's item, counted over all tasks."""
+        args = [("ptr", "%words"), ("ptr", self.view(which)), ("i64", number), ("i64", later)]
         self.b.call("look", *args)
 
     def found(self, name: str, which: int = THIS, kind: str = "i64") -> str:
@@ -142,8 +146,7 @@ class Scene:
         b = self.b
         indices = (("axis0", x), ("axis1", y), ("axis2", column))
         offset = b.sum(*(b.mul(i, self.of_tensor(tensor, axis)) for axis, i in indices if i != 0))
-        kind = self.real if tensor in self.wide else self.kind
-        return b.at(self.of_tensor(tensor, "address", "ptr"), offset, kind)
+        return b.at(self.of_tensor(tensor, "address", "ptr"), offset, self.kind)
 
     def column_step(self, tensor: str) -> str:
         """Elements from one column to the next."""

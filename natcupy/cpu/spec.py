@@ -32,8 +32,9 @@ WORDS = (
     *_names("""
         lse grad_lse rpb rpb_sums extra_keys extra_values extra_key_grads extra_value_grads
         table scratch next threads thread_count thread_bytes
-        tasks first_item phase_items items heads kv_heads scale
+        tasks task_items first_item phase_items items heads kv_heads scale
         round_batch round_head round_heads
+        partial_keys partial_values partial_columns partial_size partials_of_threads
         dilation0 dilation1 dilation2 lse_batch lse_axis0 lse_axis1 lse_axis2
         extra extra_taps extra_classes_at extra_pitch
         extra_key_batch extra_key_token extra_key_head
@@ -74,9 +75,14 @@ class Spec:
 
     backward: bool
     common: Common
-    # whether a gradient of a key is added to what an earlier item or query head has stored, and
-    # therefore stored in the compute type
+    # whether a gradient of a key is added to what an earlier item or query head has stored: in the
+    # compute type, so that beside tensors of a half type there are others for what is incomplete
     adds: bool = False
+
+    @property
+    def has_partials(self) -> bool:
+        """Whether incomplete gradients of keys have tensors of their own, see `partials.py`."""
+        return self.adds and self.common.storage != self.common.real
 
 
 def pitch(channels: int, machine: Machine, real: str) -> int:

@@ -1,8 +1,9 @@
 """The entry function of a kernel: it takes tasks until none is left and does what the table says.
 
 In: a `Spec`. Out: a module with one public function `run(ptr)`, whose argument is the block of
-words of `spec.py`. A task is one item of the plan for one batch entry and one head. Threads draw
-tasks from a common counter, so which thread does what is left open, and what is computed is not.
+words of `spec.py`. A task is one item of the plan for one batch entry and one head, or all items of
+a backward pass one after the other. Threads draw tasks from a common counter, so which thread does
+what is left open, and what is computed is not.
 
 This room holds what comes before the arithmetic: taking a task, walking through its steps, packing
 rows. `block.py` goes on from here; `forward.py` and `backward.py` fill in the methods that differ.
@@ -81,8 +82,8 @@ class Task(Scene):
     def _run(self) -> None:
         self.begin("run", public=True)
         b = self.b
-        thread = b.op(f"atomicrmw add ptr {self.pointer('threads')}, i64 1 monotonic")
-        place = b.mul(thread, self.word("thread_bytes"))
+        self.thread = b.op(f"atomicrmw add ptr {self.pointer('threads')}, i64 1 monotonic")
+        place = b.mul(self.thread, self.word("thread_bytes"))
         self.mine = b.at(self.pointer("scratch"), place, "i8")
         self.views = self.buffer("views")
         self.zero("zeros", self.word("zeros"))
@@ -95,13 +96,23 @@ class Task(Scene):
         self.module.finish(b)
 
     def _task(self, task: str) -> None:
-        b, self.task = self.b, task
-        self.look(THIS, task)
+        b, items = self.b, self.word("task_items")
+        first = b.mul(task, items)
         following = b.add(task, self.word("thread_count"))  # if threads go on taking turns
-        is_one = b.less(following, self.word("tasks"))
-        b.when(is_one, lambda: self.look(NEXT, following), self._look_nowhere)
-        self.record = self.found("record", kind="ptr")
-        self._heads()
+        has_following = b.less(following, self.word("tasks"))
+        following = b.mul(following, items)
+
+        def item(i):
+            self.number, behind = b.add(first, i), b.add(i, 1)
+            self.look(THIS, self.number)
+            is_inside = b.less(behind, items)
+            is_one = b.op(f"or i1 {is_inside}, {has_following}")
+            next_one = b.choose(is_inside, b.add(first, behind), following)
+            b.when(is_one, lambda: self.look(NEXT, next_one), self._look_nowhere)
+            self.record = self.found("record", kind="ptr")
+            self._heads()
+
+        b.loop(items, item)
 
     def _look_nowhere(self) -> None:
         b = self.b

@@ -6,11 +6,12 @@ and opens, `folders`, `metadata` and `hf` make sources, `find` decides which.
 """
 
 from natcupy.data.files import list_pictures, named_files, why
-from natcupy.data.find import Part, Split, find, find_pictures, find_split
+from natcupy.data.find import Data, Part, Split, find, find_pictures, find_split
 from natcupy.data.pictures import Pictures
 from natcupy.data.source import DataError, PictureSet, Source, Subset
 
 __all__ = [
+    "Data",
     "DataError",
     "Part",
     "PictureSet",

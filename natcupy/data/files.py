@@ -108,16 +108,16 @@ def _walk(
     problems: list[tuple[str, str]] | None,
     beyond: Iterable[str | os.PathLike[str]],
 ) -> Iterator[str]:
-    seen = {_identity(path) for path in beyond}
+    seen = {identity(path) for path in beyond}
     waiting = [""]
     while waiting:  # a list, since Python's own recursion ends before the longest path does
         inside = waiting.pop()
         path = os.path.join(folder, inside) if inside else os.fspath(folder)
         try:
-            identity = _identity(path)
-            if identity in seen:
+            this = identity(path)
+            if this in seen:
                 continue
-            seen.add(identity)
+            seen.add(this)
             files, folders = _entries(path)
         except OSError as error:
             if inside and isinstance(error, FileNotFoundError):
@@ -145,7 +145,8 @@ def _entries(path: str) -> tuple[list[str], list[str]]:
     return sorted(files, key=order), sorted(folders, key=order)
 
 
-def _identity(path: str | os.PathLike[str]) -> tuple[int, int]:
+def identity(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """What two paths have in common that lead to the same file or folder. Raises OSError."""
     found = os.stat(path)
     return found.st_dev, found.st_ino
 

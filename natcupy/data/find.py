@@ -12,16 +12,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 
 from natcupy.data import folders, hf, metadata
 from natcupy.data.files import is_picture_name, shown
-from natcupy.data.folders import HELD_OUT_NAMES, TRAIN_NAMES, Files
-from natcupy.data.source import DataError, PictureSet, Source, stratified
+from natcupy.data.folders import HELD_OUT_NAMES, TRAIN_NAMES, Files, FolderSource
+from natcupy.data.source import DataError, PictureSet, Source, refuse_shared, stratified
 
-Data = Union[str, "os.PathLike[str]", hf.Tables]
+Data = str | os.PathLike[str] | hf.Tables
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def find(
 
     Raises:
         DataError: no pictures, fewer than two classes, an empty class, a class in val that train
-            does not have; with what to do.
+            does not have, pictures in both; with what to do.
         ImportError: a dataset's name without the `datasets` library.
     """
     if not 0 <= val_fraction <= 0.9:
@@ -116,6 +116,8 @@ def find(
     held_out, notes = _held_out(found, train_name, val)
     if held_out is not None:
         held_out = aligned(held_out, train.classes)
+        if val is not None and all(isinstance(s, FolderSource) for s in (train, held_out)):
+            refuse_shared(train, held_out)
     elif val_fraction:
         train, held_out = stratified(train, val_fraction, seed)
         notes += (
@@ -284,8 +286,10 @@ def _folder(path: Path) -> _Data:
     except OSError as error:
         raise DataError(f"{shown(path)} cannot be listed: {error.strerror or error}.") from None
     notes = (f"{loose:,} pictures in {shown(path)} itself were left out",) if loose else ()
-    named = dict.fromkeys(shown(found) for found in (table, *tables.values()) if found)
-    notes += tuple(f"pictures and labels are those that {each} lists" for each in named)
+    for each in dict.fromkeys(found for found in (table, *tables.values()) if found):
+        notes += (f"pictures and labels are those that {shown(each)} lists",)
+        if left_out := metadata.left_out(each):
+            notes += (f"{left_out:,} pictures that {shown(each)} does not list were left out",)
     if not parts:
         whole = partial(metadata.listed, table) if table else partial(folders.class_folders, path)
         return _Data(name, {}, whole, notes)

@@ -70,6 +70,16 @@ class HfPictures(PictureSet):
         """The row's number."""
         return str(index)
 
+    def content(self, index: int) -> bytes:
+        """The picture's file; nothing where there is none."""
+        stored = self._table[index][self.column] or {"bytes": b""}
+        if stored["bytes"] is not None:
+            return stored["bytes"]
+        try:
+            return Path(stored["path"] or "").read_bytes()
+        except OSError:
+            return b""
+
     def decode(self, index: int) -> Image.Image:
         """A picture as it is stored."""
         stored = self._table[index][self.column]

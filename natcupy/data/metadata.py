@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from natcupy.data import hf
-from natcupy.data.files import Names, shown, subfolders
+from natcupy.data.files import Names, identity, list_pictures, shown, subfolders
 from natcupy.data.folders import FolderSource
 from natcupy.data.source import LABEL_COLUMNS, DataError, indexed
 
@@ -65,6 +65,22 @@ def listed(table: Path, part: str = "") -> FolderSource:
     values = _numbers([row.get(column) for row in rows])
     labels, classes = indexed(f"{shown(table)}, column {column!r}", values)
     return FolderSource(os.fspath(table.parent), Names(names), labels, classes)
+
+
+def left_out(table: Path) -> int:
+    """How many pictures in its folder and below such a file does not list.
+
+    0 for a file that cannot be used; `listed` says why.
+    """
+    try:
+        names = {str(row[_FILE]) for row in _rows(table)}
+        there = set(list_pictures(table.parent, []))
+        # Links, case, accents and "./" let a file be spelled in other ways than its folder does.
+        others = there - names
+        listed_as = {identity(table.parent / name) for name in names - there} if others else ()
+        return sum(identity(table.parent / name) not in listed_as for name in others)
+    except (DataError, ImportError, KeyError, OSError):
+        return 0
 
 
 def _label_column(columns: Any) -> str | None:

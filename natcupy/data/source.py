@@ -6,6 +6,7 @@ In: nothing; `folders` and `hf` derive from `Source`. Out: the interface, and `S
 from __future__ import annotations
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -35,6 +36,10 @@ class PictureSet(ABC):
     @abstractmethod
     def key(self, index: int) -> str:
         """What a picture is called within the set, the same on every machine."""
+
+    def content(self, index: int) -> bytes:
+        """What is stored of a picture whose key says nothing of it; of others nothing."""
+        return b""
 
     @abstractmethod
     def decode(self, index: int) -> Image.Image:
@@ -104,6 +109,10 @@ class Subset(Source):
         """What a picture is called within the set."""
         return self._source.key(int(self._indices[index]))
 
+    def content(self, index: int) -> bytes:
+        """What is stored of a picture whose key says nothing of it."""
+        return self._source.content(int(self._indices[index]))
+
     def decode(self, index: int) -> Image.Image:
         """A picture as it is stored."""
         return self._source.decode(int(self._indices[index]))
@@ -133,6 +142,22 @@ def indexed(where: str, values: list[Any]) -> tuple[np.ndarray, tuple[str, ...]]
     known = sorted(set(values))
     place = {value: index for index, value in enumerate(known)}
     return np.array([place[v] for v in values], dtype=np.int64), tuple(map(str, known))
+
+
+def refuse_shared(train: Any, held_out: Any) -> None:
+    """Raises DataError where held-out pictures are trained on, too: their scores would flatter.
+
+    Both are sets of files: they have a length, and `where` gives a picture's path.
+    """
+    trained = {os.path.abspath(train.where(index)) for index in range(len(train))}
+    named = map(held_out.where, range(len(held_out)))
+    shared = [name for name in named if os.path.abspath(name) in trained]
+    if shared:
+        raise DataError(
+            f"held-out pictures must be others than those trained on, got {len(shared):,} of "
+            f"{len(held_out):,} that are the same: {', '.join(shared[:5])}. Name other data as "
+            "val, or leave it out, to hold out a share of the pictures."
+        )
 
 
 def stratified(source: Source, fraction: float, seed: int) -> tuple[Subset, Subset]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -62,6 +63,14 @@ def match(
     for place, index in zip(filled, indices, strict=True):
         found[place] = index
     return found, how
+
+
+def alike(classes: Sequence[str], labels: Sequence[str]) -> dict[int, int]:
+    """The model's class of every class of the data that has a name of that one alone."""
+    known = _by_name(labels)
+    named = {place: known.get(_plain(name)) for place, name in enumerate(classes)}
+    claims = Counter(named.values())
+    return {place: i for place, i in named.items() if i is not None and claims[i] == 1}
 
 
 def _named(names: Sequence[str], known: dict[str, int | None], num_classes: int) -> list[int]:

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from natcupy.data import DataError, Source, find_split
-from natcupy.data.find import Data
+from natcupy.data import Data, DataError, Source, find_split
 from natcupy.inference import classes, ranks
 from natcupy.inference.feed import feed, loaded, outputs, pick_workers, placed, recipe_of, warm
 from natcupy.zoo import ImageModel

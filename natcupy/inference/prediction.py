@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 import natcupy
-from natcupy.data import PictureSet, find_pictures
+from natcupy.data import Data, PictureSet, find_pictures
 from natcupy.inference import ranks
 from natcupy.inference.feed import (
     Batch,
@@ -101,7 +101,7 @@ class _Answered:
 
 def predict(
     model: ImageModel | str | os.PathLike[str],
-    data: PictureSet | str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    data: PictureSet | Data | Iterable[str | os.PathLike[str]],
     out: str | os.PathLike[str],
     *,
     split: str | None = None,
@@ -122,7 +122,8 @@ def predict(
 
     Args:
         model: in eval mode, on its device, in its dtype; or a name for `from_pretrained`.
-        data: pictures: files, folders of pictures (below, too), or a Hugging Face dataset.
+        data: pictures: files, folders of pictures (below, too), or a Hugging Face dataset, by name
+            or as `datasets.Dataset` or `DatasetDict`.
         out: a file that ends in .csv, .jsonl or .parquet; `out`.parts beside it while it is made,
             and `out`.run.json with the settings and the pictures that could not be read.
         split: the part of a dataset with several.

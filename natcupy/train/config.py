@@ -123,8 +123,9 @@ class TrainConfig:
         fsdp: shard parameters, gradients and optimizer over the processes (GPUs).
         grad_checkpointing: recompute activations in the backward pass: less memory, more time.
         channels_last: keep convolutions' weights in channels-last memory; not while sharded.
-        head: "auto" keeps the classifier if its label names are those of the data, else makes a
-            fresh one; "keep" insists on keeping it, "fresh" on a new one.
+        head: "auto" keeps the classifier if its label names are those of the data, else makes
+            another one, which has the rows of those classes that exactly one label name is of;
+            "keep" insists on keeping it as it is, "fresh" on fresh rows alone.
         image_size: side of the pictures, in pixels; None for the model's own.
         keep: the weights of the "best" epoch on the held-out pictures, or of the "last" one. Best
             is the highest accuracy, mean IoU or box AP; of equals the lowest loss on the held-out

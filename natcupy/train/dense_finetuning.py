@@ -18,7 +18,7 @@ from natcupy.data.label_maps import LabelledMaps
 from natcupy.data.source import DataError
 from natcupy.hub import dense as hub_dense
 from natcupy.hub import from_pretrained
-from natcupy.train import loading, plots, randomness
+from natcupy.train import loading, plots, randomness, rows
 from natcupy.train.config import TrainConfig, TrainError
 from natcupy.train.detection import Detection
 from natcupy.train.engine import Trained, train
@@ -85,6 +85,7 @@ def load_dense(
             model = from_pretrained(name, **wishes)
         else:
             model = create_dense_model(name, **wishes)
+            model.pretrained_cfg.pop("label_names", None)  # its rows have learned no names
     if not isinstance(model, DenseModel):
         raise TrainError(
             f"this task trains a segmentation or detection model, got {name!r}, a "
@@ -100,7 +101,8 @@ def load_dense(
 def prepare(model: nn.Module, classes: tuple[str, ...], config: TrainConfig) -> DenseModel:
     """The model with the classes, picture size and stochastic depth of the run.
 
-    The model itself, or, where its classifiers cannot be kept, a copy with fresh ones.
+    The model itself, or, where its classifiers cannot be kept, a copy with others: they have the
+    rows of the classes that the model knows by name, and fresh ones.
 
     Raises ConfigError for a setting that means nothing here.
     """
@@ -139,28 +141,28 @@ def _with_classes(model: DenseModel, classes: tuple[str, ...], config: TrainConf
     same = fits and named is not None and tuple(named) == classes
     if config.head != "keep" and (config.head == "fresh" or not same):
         facts = {k: v for k, v in model.pretrained_cfg.items() if k not in ("tag", "label_names")}
+        places = loading.known_rows(model, classes, config) if named is not None else {}
         with randomness.drawn_from(config.seed, 3):
             made = build_dense_model(
                 model.config.replace(num_classes=len(classes)),
                 {**facts, "num_classes": len(classes)},
             )
-        _take_over(made, model)
+        _take_over(made, model, places)
         model = made
     model.pretrained_cfg["label_names"] = classes
     return model
 
 
-def _take_over(made: DenseModel, model: DenseModel) -> None:
-    """Give a new model all that another has but its classifiers: weights, and how to train them."""
+def _take_over(made: DenseModel, model: DenseModel, places: rows.Places) -> None:
+    """Give a new model what another has: weights, and how to train them; of classifiers, rows."""
     old = dict(model.named_parameters())
-    state = {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if not hub_dense.CLASSIFIERS.fullmatch(name)
-    }
-    made.load_state_dict(state, strict=False)
+    whole = model.state_dict()
+    heads = {name: whole.pop(name) for name in [*whole] if hub_dense.CLASSIFIERS.fullmatch(name)}
+    made.load_state_dict(whole, strict=False)
+    of_heads = {name: tensor for name, tensor in made.state_dict().items() if name in heads}
+    rows.take_over(of_heads, heads, places, made.num_classes, model.num_classes)
     for name, parameter in made.named_parameters():
-        if name in state:
+        if name in whole:
             parameter.requires_grad_(old[name].requires_grad)
     recomputes = any(getattr(m, "grad_checkpointing", False) for m in model.modules())
     made.set_grad_checkpointing(recomputes)
@@ -179,17 +181,18 @@ def finetune_dense(
     private: bool | None = None,
     license: str | None = None,
     token: str | bool | None = None,
+    command: dict[str, Any] | None = None,
 ) -> DenseResult:
     """Train a segmentation model on maps, or a detection model on objects; or continue to.
 
     Args:
         model: a `DenseModel` of the zoo. It is trained in place where its classifiers fit the
-            data's classes; else a copy is, with fresh ones.
+            data's classes; else a copy is, with others (`prepare`).
         train_data, val_data: with the same classes; `val_data` None for no examination.
         config: how, and where to; `image_size` is the shorter side.
         views: how pictures are varied; None: as in the papers' recipes, scaled to the model's size.
         data_name: of the data, for the card.
-        push, private, license, token: as in `natcupy.train.finetune`.
+        push, private, license, token, command: as in `natcupy.train.finetune`.
 
     Raises:
         DataError: data and model do not belong together, or a picture cannot be read.
@@ -204,7 +207,7 @@ def finetune_dense(
     task = TASKS[bare.config.task](bare.recipe, train_data, val_data, config, statements, views)
     facts = {"model": bare.config.to_dict(), "name": bare.name, "views": task.described()}
     return _finished(
-        train(bare, task, config, facts), task, config, bare, name, push, private, token
+        train(bare, task, config, facts, command), task, config, bare, name, push, private, token
     )
 
 

@@ -68,7 +68,11 @@ class Trained:
 
 
 def train(
-    model: nn.Module, task: Task, config: TrainConfig, facts: dict[str, Any] | None = None
+    model: nn.Module,
+    task: Task,
+    config: TrainConfig,
+    facts: dict[str, Any] | None = None,
+    command: dict[str, Any] | None = None,
 ) -> Trained:
     """Train a model for a task, or continue to.
 
@@ -77,6 +81,7 @@ def train(
         task: what for.
         config: how, and where to.
         facts: JSON values that a continued run must share, besides the task's.
+        command: JSON values for the record of the run, which a continuation need not share.
 
     Raises:
         TrainError: the run cannot start or go on; what was saved stays.
@@ -85,7 +90,7 @@ def train(
         ImportError: the extra "train" is missing.
     """
     with randomness.restored(), own_state(), run.Hold() as hold:
-        engine = _Engine(model, task, config, facts or {}, hold)
+        engine = _Engine(model, task, config, facts or {}, hold, command)
         try:
             return engine.run()
         finally:
@@ -100,6 +105,7 @@ class _Engine:
         config: TrainConfig,
         facts: dict[str, Any],
         hold: run.Hold,
+        command: dict[str, Any] | None,
     ) -> None:
         self.task, self.config = task, config
         self.accelerator = accelerator = make_accelerator(config)
@@ -111,7 +117,7 @@ class _Engine:
         )  # fmt: skip
         self.plan = plan
         self.steps = plan.steps * (config.epochs + config.cooldown_epochs)
-        self._on_main(lambda: run.claim(config, {**task.facts(), **facts}, hold))
+        self._on_main(lambda: run.claim(config, {**task.facts(), **facts}, hold, command))
         self.folder = Path(config.output).expanduser()
         self.copy = copy.deepcopy(model).to("cpu")
         self._start(model)

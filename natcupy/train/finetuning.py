@@ -6,7 +6,6 @@ In: a model, labelled pictures, a `TrainConfig`. Out: a `Result`; in the folder 
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
-from natcupy.data import Source, find, find_split
+from natcupy.data import Data, Source, find, find_split
 from natcupy.data.find import aligned
 from natcupy.train import loading, plots
 from natcupy.train.classification import CONFUSION_PNG, MODEL, Classification
@@ -65,8 +64,8 @@ class Result:
 
 def finetune(
     model: nn.Module | str,
-    train_data: Source | str | os.PathLike[str],
-    val_data: Source | str | os.PathLike[str] | None,
+    train_data: Source | Data,
+    val_data: Source | Data | None,
     config: TrainConfig,
     *,
     data_name: str | None = None,
@@ -74,6 +73,7 @@ def finetune(
     private: bool | None = None,
     license: str | None = None,
     token: str | bool | None = None,
+    command: dict[str, Any] | None = None,
 ) -> Result:
     """Train a classifier on labelled pictures, or continue to.
 
@@ -92,6 +92,7 @@ def finetune(
             and login are checked before training.
         private, token: as in `natcupy.push_to_hub`.
         license: of the new weights; default: that of the weights the model started from.
+        command: JSON values for the record of the run, such as what a command line said.
 
     Raises:
         DataError: the pictures cannot be used, or one cannot be read.
@@ -114,7 +115,8 @@ def finetune(
         _check_before(bare, model is not bare, push, private, token, statements)
     recipe = Preprocess.from_pretrained_cfg(bare.pretrained_cfg, bare.config)
     task = Classification(recipe, train_data, val_data, config, statements)
-    trained = train(model, task, config, {"model": loading.describe(bare), "name": name})
+    facts = {"model": loading.describe(bare), "name": name}
+    trained = train(model, task, config, facts, command)
     return _finished(trained, task, config, bare, data_name, push, private, token)
 
 

@@ -10,18 +10,21 @@ import dataclasses
 import logging
 import os
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from natcupy.hub import from_pretrained
-from natcupy.hub.errors import some
-from natcupy.train import randomness
+from natcupy.train import checkpoint, randomness, rows, run
 from natcupy.train.config import TrainConfig, TrainError
 from natcupy.zoo import ImageModel, create_model
 from natcupy.zoo.config import SINGLE_LEVEL, ConfigError
 from natcupy.zoo.layers import Block, drop_path_rates
+
+if TYPE_CHECKING:
+    from natcupy.zoo.dense import DenseModel
 
 log = logging.getLogger("natcupy.train")
 
@@ -133,15 +136,38 @@ def _fit_head(
     keeps = wrapped or config.head == "keep"
     same = named is not None and tuple(named) == classes and fits
     if not keeps and (config.head == "fresh" or not same):
-        if config.head == "auto" and getattr(model, "source", None) is not None and is_first():
-            log.warning(
-                "the classifier begins anew: the data's classes (%s) are not the model's %d.",
-                some(list(classes)), model.num_classes,
-            )  # fmt: skip
-        with randomness.drawn_from(config.seed, 3):
-            model.reset_classifier(len(classes))
-        model.pretrained_cfg["tag"] = ""  # the tag named complete weights
+        _replace_head(model, classes, config)
     model.pretrained_cfg["label_names"] = list(classes)
+
+
+def _replace_head(model: ImageModel, classes: tuple[str, ...], config: TrainConfig) -> None:
+    """Another classifier, with the rows of the classes that the one before knows by name."""
+    had, before = model.head.state_dict(), model.num_classes
+    places = known_rows(model, classes, config) if isinstance(model.head, nn.Linear) else {}
+    with randomness.drawn_from(config.seed, 3):
+        model.reset_classifier(len(classes))
+    rows.take_over(model.head.state_dict(), had, places, len(classes), before)
+    model.pretrained_cfg["tag"] = ""  # the tag named complete weights
+
+
+def known_rows(
+    model: ImageModel | DenseModel, classes: tuple[str, ...], config: TrainConfig
+) -> rows.Places:
+    """Which rows of a classifier that is replaced go on; a line says so, of weights with a source.
+
+    Not where a run is continued, whose checkpoint has the classifier.
+    """
+    if config.head == "fresh":
+        return {}
+    places = rows.known(classes, model.pretrained_cfg.get("label_names"), model.num_classes)
+    if getattr(model, "source", None) is not None and is_first() and not _goes_on(config):
+        log.warning("%s", rows.told(classes, places, model.num_classes))
+    return places
+
+
+def _goes_on(config: TrainConfig) -> bool:
+    state = Path(config.output).expanduser() / run.CHECKPOINT / checkpoint.STATE
+    return config.resume and state.is_file()
 
 
 def _fit_pictures(model: ImageModel, config: TrainConfig) -> None:

@@ -114,11 +114,23 @@ def _lock(file: int) -> None:
         os.lseek(file, 0, os.SEEK_SET)
 
 
-def claim(config: TrainConfig, facts: Mapping[str, Any], hold: Hold) -> Path:
+def claim(
+    config: TrainConfig,
+    facts: Mapping[str, Any],
+    hold: Hold,
+    command: Mapping[str, Any] | None = None,
+) -> Path:
     """Make the folder of a run, or check that it holds the run to be continued; and hold it.
 
     A run that ended before it kept a step has nothing to lose: it is begun anew where it is not
     continued, or with other numbers.
+
+    Args:
+        config: of the run; what it binds is recorded, and compared with the record of a run.
+        facts: JSON values, likewise.
+        hold: takes the folder.
+        command: JSON values to record, which a continuation need not share; None leaves the record
+            its own.
 
     Raises:
         TrainError: it holds a run and none is to be continued; another run; other files; another
@@ -128,11 +140,11 @@ def claim(config: TrainConfig, facts: Mapping[str, Any], hold: Hold) -> Path:
     wanted = {"config": config.binding(), "facts": json.loads(json.dumps(dict(facts)))}
     had = _read(folder / RUN)
     if had is not None:
-        if _is_begun(folder):
+        if is_begun(folder):
             _check_continued(folder, had, wanted, config.resume)
         _writable(folder)
         hold.take(folder)
-        _take_over(folder, had, wanted, config.resume)
+        _take_over(folder, had, wanted, config.resume, command)
         return folder
     if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise TrainError(
@@ -153,28 +165,34 @@ def claim(config: TrainConfig, facts: Mapping[str, Any], hold: Hold) -> Path:
                 folder.rmdir()
         raise
     hold.take(folder)
-    _write_record(folder, wanted)
+    _write_record(folder, wanted, command)
     return folder
 
 
 def _take_over(
-    folder: Path, had: Mapping[str, Any], wanted: Mapping[str, Any], resume: bool
+    folder: Path,
+    had: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    resume: bool,
+    command: Mapping[str, Any] | None,
 ) -> None:
     """Continue the run of a folder that is held, or begin it anew if it kept no step."""
     had = _read(folder / RUN) or had  # again: until now another process may have trained
-    if _is_begun(folder):
+    begun = is_begun(folder)
+    if begun:
         _check_continued(folder, had, wanted, resume)
-        return
-    if resume and all(had[part] == wanted[part] for part in wanted):
+    if begun or (resume and all(had[part] == wanted[part] for part in wanted)):
+        if command is not None and had.get("command") != command:
+            _write(folder, {**had, "command": command})
         return
     state = folder / CHECKPOINT
     (state / checkpoint.STATE).unlink(missing_ok=True)  # first: no checkpoint is read in part
     if state.is_dir():
         shutil.rmtree(state)
-    _write_record(folder, wanted)
+    _write_record(folder, wanted, command)
 
 
-def _is_begun(folder: Path) -> bool:
+def is_begun(folder: Path) -> bool:
     """Whether the run of a folder has kept anything: a step, a log or a model."""
     if any((folder / name).exists() for name in (LOG_CSV, LOG_JSON, MODEL)):
         return True
@@ -202,9 +220,29 @@ def _check_continued(
         )
 
 
-def _write_record(folder: Path, wanted: Mapping[str, Any]) -> None:
-    text = json.dumps({"natcupy run": 1, **wanted, "environment": environment()}, indent=1)
+def _write_record(
+    folder: Path, wanted: Mapping[str, Any], command: Mapping[str, Any] | None
+) -> None:
+    told = {} if command is None else {"command": command}
+    _write(folder, {"natcupy run": 1, **wanted, **told, "environment": environment()})
+
+
+def _write(folder: Path, record: Mapping[str, Any]) -> None:
+    text = json.dumps(record, indent=1)
     write_folder(folder, {RUN: lambda path: path.write_bytes(text.encode())})
+
+
+def recorded(folder: Path) -> dict[str, Any] | None:
+    """The record of a run, its `epochs` those of its last extension; None where there is no run.
+
+    Raises TrainError, or Corrupt, where the folder's files are not those of a run.
+    """
+    had = _read(folder / RUN)
+    if had is not None:
+        progress = checkpoint.read(folder / CHECKPOINT)
+        if progress is not None and progress.epochs:
+            had["config"]["epochs"] = progress.epochs[-1]
+    return had
 
 
 def environment() -> dict[str, Any]:
@@ -297,6 +335,9 @@ def _read(path: Path) -> dict[str, Any] | None:
         values = json.loads(path.read_bytes())
         if not isinstance(values, dict) or "natcupy run" not in values:
             raise ValueError("it has no line 'natcupy run'")
+        for part in ("config", "facts"):
+            if not isinstance(values.get(part), dict):
+                raise ValueError(f"it has no part {part!r}")
         return values
     except (FileNotFoundError, NotADirectoryError):
         return None

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 PICTURES = "names and labels of the pictures"  # a fact of a run
+_SAMPLES = 16  # pictures of a set, at most, whose content is looked at
 
 
 @dataclass
@@ -139,7 +140,8 @@ def facts_of_pictures(
 def _fingerprint(*sets: Any) -> str:
     """A hash over the pictures' names and, where each has one, their labels.
 
-    The names are those within a set, so its folder may be moved between two runs.
+    The names are those within a set, so its folder may be moved between two runs. Rows of a data
+    set have numbers alone, so that the content of some is hashed, too.
     """
     digest = hashlib.sha256()
     for pictures in sets:
@@ -147,6 +149,9 @@ def _fingerprint(*sets: Any) -> str:
         for index in range(len(pictures)):
             line = f"{label(index)}/{pictures.key(index)}\0"
             digest.update(line.encode("utf-8", "surrogateescape"))
+        content = getattr(pictures, "content", lambda index: b"")
+        for index in range(0, len(pictures), len(pictures) // _SAMPLES + 1):
+            digest.update(content(index))
         digest.update(b"\n")
     return digest.hexdigest()[:16]
 

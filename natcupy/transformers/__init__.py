@@ -27,6 +27,10 @@ try:
         PreTrainedConfig,
     )
     from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin  # noqa: F401
+
+    # Earlier ones lose the heads of adapters, and take their own DiNAT for their own DinatConfig.
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 19):
+        raise ImportError(f"{transformers.__version__} is installed")
 except ImportError as error:
     remedy = "Install it with: pip install 'natcupy[transformers]'."
     if {"transformers", "torchvision"} <= {d.name for d in distributions()}:
@@ -36,8 +40,8 @@ except ImportError as error:
             "torchvision, which these models do not need. `natcupy doctor` says if it fits."
         )
     raise ImportError(
-        "natcupy.transformers registers natcupy's models in transformers >= 5.5, which cannot be "
-        f"imported ({error}). {remedy}"
+        "natcupy.transformers registers natcupy's models in transformers >= 5.19, which cannot "
+        f"be imported ({error}). {remedy}"
     ) from error
 
 from natcupy.transformers.configs import (

@@ -162,6 +162,11 @@ class _Model(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        """One module's initialisation, by `nn.init` alone.
+
+        transformers calls it for modules with loaded tensors, too, and keeps these by making the
+        functions of `nn.init` pass over them.
+        """
         init_weights(module)
         if isinstance(module, nn.Conv2d):
             module.reset_parameters()
@@ -169,7 +174,7 @@ class _Model(PreTrainedModel):
             nn.init.trunc_normal_(module.rpb, std=0.02)
         if isinstance(module, Block) and self.config.layer_scale_init_value:
             for gamma in (module.gamma1, module.gamma2):
-                gamma.fill_(self.config.layer_scale_init_value)
+                nn.init.constant_(gamma, self.config.layer_scale_init_value)
 
     def _maps(self, pixel_values: Tensor | None, wanted: bool) -> tuple[Tensor, tuple | None]:
         """The last map `[B, h, w, C]`, normalised, and all maps `[B, C, h, w]` where wanted."""
@@ -182,8 +187,7 @@ class _Model(PreTrainedModel):
     def _all_maps(self, pixel_values: Tensor) -> list[Tensor]:
         """The maps `[B, h, w, C]` of the stem and of every stage before its downsampler."""
         model = self.natcupy
-        model._check_pictures(pixel_values)
-        x = model._stem(pixel_values)
+        x = model.forward_stem(pixel_values)
         maps = [x]
         for stage in model.stages:
             x = stage(x)

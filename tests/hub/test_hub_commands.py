@@ -349,10 +349,10 @@ def tiny_release(monkeypatch):
     from natcupy.hub import architecture
 
     architecture._default_facts.cache_clear()
-    architecture._named_configs.cache_clear()
+    architecture._zoo_configs.cache_clear()
     yield
     architecture._default_facts.cache_clear()
-    architecture._named_configs.cache_clear()
+    architecture._zoo_configs.cache_clear()
 
 
 def test_publish(hub, login, tiny_release, tmp_path, capsys):

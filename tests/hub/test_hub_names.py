@@ -1,5 +1,7 @@
 """Names: what each of them resolves to without a network, and the table of released weights."""
 
+import shutil
+
 import pytest
 import torch
 from small import invented
@@ -152,9 +154,25 @@ def test_verify_the_bundled_model(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     report = verify.verify("nat-digits")
     assert report.ok and {"config.json", "model.safetensors"} <= {f.file for f in report.files}
-    assert main(["verify", "nat_digits"]) == 0 and "loads" in capsys.readouterr().out
+    states = {file.file: file.status for file in report.files}
+    assert states["config.json"] == states["model.safetensors"] == verify.OK
+    assert main(["verify", "nat_digits"]) == 0 and capsys.readouterr().out.endswith(": ok\n")
     invented("nat").save_pretrained("nat-digits")  # what is here comes first, as its path
     assert verify.verify("nat-digits").name == "nat-digits"
+
+
+def test_a_bundled_model_that_was_changed(tmp_path, monkeypatch):
+    shutil.copytree(hub.weights.EMBEDDED, tmp_path / "embedded")
+    monkeypatch.setattr(hub.weights, "EMBEDDED", tmp_path / "embedded")
+    invented("nat").save_pretrained(tmp_path / "embedded" / "nat-digits")
+    report = verify.verify("nat-digits")
+    states = {file.file: file.status for file in report.files}
+    assert states["model.safetensors"] == states["config.json"] == verify.DIFFERS
+    assert not report.ok and report.problem is None
+
+
+def test_every_bundled_model_has_its_hashes():
+    assert hub.weights.EMBEDDED_SHA256.keys() == set(hub.embedded_names())
 
 
 # ---------------------------------------------------------------- both ways to say it

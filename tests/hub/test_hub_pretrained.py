@@ -10,7 +10,7 @@ from torch import nn
 
 import natcupy
 from natcupy import hub
-from natcupy.hub import convert, pretrained
+from natcupy.hub import convert, converting, pretrained
 from natcupy.hub.errors import CheckpointError, Corrupt, NotFound, UnsafePickle
 from natcupy.hub.tensors import read_tensors, write_tensors
 from natcupy.zoo import ConfigError, build_model, create_model, model_config
@@ -223,9 +223,9 @@ def test_the_file_name_says_which_one(tmp_path):
         hub.from_pretrained(other)
     with pytest.raises(CheckpointError, match=r"depths .* instead of.* --architecture NAME"):
         hub.from_pretrained(other, architecture="nat_tiny")
-    with pytest.raises(ValueError, match=r"list_models.*natcupy models.*'nat-digits'"):
+    with pytest.raises(CheckpointError, match=r"does not hold the tensors of nat-digits: .*depths"):
         hub.from_pretrained(other, architecture="nat-digits")
-    with pytest.raises(ValueError, match="list_models"):
+    with pytest.raises(ValueError, match=r"list_models\(task=None\).*natcupy models.*'nat_giant'"):
         hub.from_pretrained(other, architecture="nat_giant")
 
 
@@ -236,6 +236,28 @@ def test_shapes_that_fit_one_model_need_no_name(tmp_path):
     write_tensors(invented("nat").state_dict(), tmp_path / "unknown.safetensors")
     with pytest.raises(CheckpointError, match=r"no model of the zoo.*config\.json"):
         hub.from_pretrained(tmp_path / "unknown.safetensors")
+
+
+def test_a_checkpoint_of_the_bundled_model(tmp_path):
+    """By its shapes or by name; it prepares pictures alike, and claims no labels or licence."""
+    model = hub.from_pretrained("nat-digits")
+    torch.save(model.state_dict(), tmp_path / "x.pth")
+    done = converting.convert_checkpoint(tmp_path / "x.pth", tmp_path / "out")
+    assert done.architecture == "nat_digits" and done.largest_difference == 0
+    own = {"label_names", "license", "tag"}
+    for found in (
+        hub.from_pretrained(tmp_path / "out"),
+        hub.from_pretrained(tmp_path / "x.pth", architecture="NAT-digits"),
+    ):
+        same(found.state_dict(), model.state_dict())
+        assert found.config == model.config and not found.pretrained_cfg["tag"]
+        assert not {"label_names", "license"} & found.pretrained_cfg.keys()
+        kept = {key: value for key, value in found.pretrained_cfg.items() if key not in own}
+        assert kept == {k: v for k, v in model.pretrained_cfg.items() if k not in own}
+    other = hub.from_pretrained("nat-digits", num_classes=2, in_chans=3)
+    torch.save({"model": other.state_dict()}, tmp_path / "y.pth")
+    found = hub.from_pretrained(tmp_path / "y.pth")
+    assert found.config == other.config and found.pretrained_cfg["input_size"] == (3, 32, 32)
 
 
 def test_a_detector_gives_its_backbone(tmp_path):

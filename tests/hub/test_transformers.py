@@ -16,8 +16,6 @@ from natcupy.hub import Corrupt, convert
 from natcupy.hub.tensors import read_tensors, write_tensors
 
 transformers = library("transformers")
-if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 5):
-    pytest.skip("natcupy.transformers needs transformers >= 5.5", allow_module_level=True)
 import natcupy.transformers as ours  # noqa: E402  (after the library that it needs)
 
 ALICE = "hf_alice"
@@ -316,6 +314,20 @@ def test_fresh_models(tmp_path):
     same(natcupy.from_pretrained(tmp_path / "x").state_dict(), state)
 
 
+def test_what_the_weights_lack_is_made_and_the_rest_kept(tmp_path):
+    """Also where one module has some of its tensors."""
+    model = invented("dinat")
+    folder = model.save_pretrained(tmp_path / "x")
+    path = folder / "model.safetensors"
+    tensors = dict(read_tensors(path).tensors)
+    lost = tensors.pop("levels.0.blocks.0.gamma1")
+    path.unlink()
+    write_tensors(tensors, path)
+    state = AutoClassifier.from_pretrained(folder).state_dict()
+    assert torch.equal(state.pop("levels.0.blocks.0.gamma1"), torch.full_like(lost, 0.5))
+    same(state, tensors)
+
+
 def test_dtype_and_missing_pixels(hub, tmp_path):
     pushed("nat")
     net = AutoClassifier.from_pretrained("me/mine", dtype=torch.float16, cache_dir=tmp_path / "c")
@@ -357,16 +369,18 @@ def test_nothing_of_the_old_operators_is_needed():
     assert "natten" not in sys.modules
 
 
-@pytest.mark.parametrize("there", [None, types.ModuleType("transformers")])
+@pytest.mark.parametrize("there", [None, types.ModuleType("transformers"), transformers])
 def test_without_transformers_one_sentence_says_so(monkeypatch, there):
-    """Absent, and so old that the names are missing."""
+    """Absent, so old that the names are missing, and too old by its number alone."""
+    monkeypatch.setattr(transformers, "__version__", "5.18.0")
     for name in [n for n in sys.modules if n.startswith("natcupy.transformers")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "transformers", there)
     for installed in ([], ["transformers", "torchvision"]):
         found = [types.SimpleNamespace(name=name) for name in installed]
         monkeypatch.setattr(importlib.metadata, "distributions", lambda found=found: found)
-        wanted = r"transformers >= 5\.5.*pip install 'natcupy\[transf"
+        wanted = r"transformers >= 5\.19.*pip install 'natcupy\[transf"
         with pytest.raises(ImportError, match=wanted) as told:
             importlib.import_module("natcupy.transformers")
         assert ("torchvision may be the reason" in str(told.value)) == bool(installed)
+        assert ("5.18.0 is installed" in str(told.value)) == (there is transformers)

@@ -8,8 +8,6 @@ from ecosystem import library
 from small import invented
 
 transformers = library("transformers")
-if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 5):
-    pytest.skip("natcupy.transformers needs transformers >= 5.5", allow_module_level=True)
 np = pytest.importorskip("numpy")
 image_module = pytest.importorskip("PIL.Image")
 import natcupy.transformers as ours  # noqa: E402  (after the library that it needs)

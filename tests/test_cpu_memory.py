@@ -14,7 +14,7 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
-from cpu_problems import PROBLEMS, ask_oracle, attend, cpu_problems, run
+from cpu_problems import PROBLEMS, STRIPES, VIDEO, ask_oracle, attend, cpu_problems, run
 from hypothesis import given, settings
 from strategies import Problem, tensors
 from tolerances import close
@@ -143,6 +143,13 @@ def test_random_problems_in_bfloat16(p, at_end):
 @pytest.mark.parametrize("p", PROBLEMS.values(), ids=PROBLEMS)
 def test_larger_problems(p, at_end):
     check(p, torch.float32, at_end)
+
+
+@pytest.mark.parametrize("each", [1, 2**62], ids=["pair by pair", "in rounds"])
+@pytest.mark.parametrize("p", [STRIPES, VIDEO, PROBLEMS["long"]], ids=["stripes", "video", "line"])
+def test_incomplete_sums(monkeypatch, p, each):
+    monkeypatch.setattr(rounds, "EACH", each)
+    check(p.but(batch=2), torch.bfloat16, True)
 
 
 def test_the_guards_bite():

@@ -70,7 +70,7 @@ def whole_pairs(monkeypatch):
 @pytest.mark.parametrize("p", MANY.values(), ids=MANY)
 def test_same_bits_where_pairs_are_tasks(monkeypatch, whole_pairs, p, dtype):
     monkeypatch.setattr(kernels, "SMALL", 0)
-    monkeypatch.setattr(rounds, "THREAD_BYTES", 8 << 20)
+    monkeypatch.setattr(rounds, "PAIR_BYTES", 8 << 20)
     inputs = tensors(p, dtype, requires_grad=True)
     _, cotangents = ask_oracle(p, inputs)
     monkeypatch.setattr(rounds, "EACH", 10**6)
@@ -88,11 +88,11 @@ def test_same_bits_where_pairs_are_tasks(monkeypatch, whole_pairs, p, dtype):
 def test_a_pair_with_large_sums_is_no_task(monkeypatch, whole_pairs):
     p = MANY["line"].but(batch=8)
     for dtype, limit, expected in (
-        (torch.bfloat16, rounds.THREAD_BYTES, 1),
+        (torch.bfloat16, rounds.PAIR_BYTES, 1),
         (torch.bfloat16, 1, 0),
         (torch.float32, 1, 1),  # added up in the results themselves
     ):
-        monkeypatch.setattr(rounds, "THREAD_BYTES", limit)
+        monkeypatch.setattr(rounds, "PAIR_BYTES", limit)
         inputs = tensors(p, dtype, requires_grad=True)
         run(p, inputs, ask_oracle(p, inputs)[1])
         assert len(whole_pairs) == expected

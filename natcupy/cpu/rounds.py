@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 EACH = 4  # pairs for each thread, or more: with fewer, some threads would wait long for the last
 TASKS = 1  # of a phase for each thread in a round, at least
 BYTES = 1 << 20  # of sums in a round, about
-THREAD_BYTES = 2 << 20  # most sums of one pair that a thread has to itself
+PAIR_BYTES = 2 << 20  # most incomplete sums of a pair that is one task: a thread has them to itself
 
 Span = tuple[int, int]  # first, end
 
@@ -31,7 +31,7 @@ Span = tuple[int, int]  # first, end
 def run(call: Call, use: Kernel, batch: int, heads: int, workers: int) -> None:
     """Run a call for so many batch entries and key heads."""
     size = use.partials * (use.head_dim + use.value_dim) * use.compute.itemsize  # of a pair
-    if batch * heads >= EACH * workers and size <= THREAD_BYTES:
+    if batch * heads >= EACH * workers and size <= PAIR_BYTES:
         _allot(call, use, workers)
         call.set("partials_of_threads", 1)
         call.run_whole(batch * heads, workers)

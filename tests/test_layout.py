@@ -40,7 +40,7 @@ FLOORS = [
     ("natcupy.warmup", "natcupy.graphs"),
     ("natcupy.zoo",),
     ("natcupy.hub", "natcupy.digits", "natcupy.timm", "natcupy.transformers"),
-    ("natcupy.data",),
+    ("natcupy.data", "natcupy.processes"),
     ("natcupy.inference",),
     ("natcupy.train",),
     ("natcupy.cli", "natcupy.__main__"),

@@ -5,7 +5,6 @@ In: the environment. Out: a `Group` that adds, gathers and broadcasts; alone, it
 
 from __future__ import annotations
 
-import atexit
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,6 +13,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from natcupy.processes import leave_at_exit
 
 Value = TypeVar("Value")
 PATIENCE = timedelta(hours=12)  # between processes with unequal amounts of slow pictures
@@ -98,11 +99,6 @@ def group(device: torch.device) -> Group:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group(backend, timeout=PATIENCE)
-        atexit.register(_leave)
+        leave_at_exit()
     place = device if "nccl" in dist.get_backend() else "cpu"
     return Group(dist.get_rank(), dist.get_world_size(), place)
-
-
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from natcupy.processes import leave_at_exit
 from natcupy.train.config import TrainConfig, TrainError
 
 
@@ -54,6 +55,7 @@ def make_accelerator(config: TrainConfig) -> Any:
             auto_wrap_policy="transformer_based_wrap",
             transformer_cls_names_to_wrap=["Block"],
         )
+    joined = torch.distributed.is_available() and torch.distributed.is_initialized()
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         fsdp_plugin=plugin,
@@ -63,6 +65,8 @@ def make_accelerator(config: TrainConfig) -> Any:
         ),
         step_scheduler_with_optimizer=False,
     )
+    if accelerator.num_processes > 1 and not joined:
+        leave_at_exit()
     version = getattr(getattr(accelerator.state, "fsdp_plugin", None), "fsdp_version", 2)
     if version != 2:
         raise TrainError("of accelerate's FSDP natcupy takes version 2: --fsdp_version 2.")

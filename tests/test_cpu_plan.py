@@ -15,7 +15,7 @@ from natcupy.cpu import classes, plan
 from natcupy.cpu.classes import BY_RUNS, GROUP, LANES, SHIFTED, Tuning, group_kinds
 from natcupy.cpu.cuts import EARLIER, LATER, lane_cases
 from natcupy.cpu.kernels import logit_sizes, most_sides
-from natcupy.cpu.plan import ITEM, SEGMENT_WORDS, Shape
+from natcupy.cpu.plan import BLOCK_WORDS, ITEM, SEGMENT_WORDS, WITH_LAST, WITH_NEXT, Shape
 from natcupy.cpu.rows import ENTRY_WORDS, PACK_WORDS, RETIRE_WORDS, ROW_WORDS, SIDE, STEP
 from natcupy.neighborhood import Neighborhood
 
@@ -24,7 +24,8 @@ from natcupy.neighborhood import Neighborhood
 def cases(draw):
     """(shape, tuning, backward, bytes for a packed key, stripes, grouped)."""
     axes = []
-    for most, widest in ((3, 9), (45, 9), (60, 33)):
+    maps = (3, 9), (45, 9), (60, 33)
+    for most, widest in ((1, 1), (1, 1), (90, 40)) if draw(st.booleans()) else maps:
         kernel, dilation = draw(st.integers(1, widest)), draw(st.integers(1, 2))
         length = draw(st.integers(1, most))
         kernel = min(kernel, max(1, length // dilation))
@@ -126,9 +127,14 @@ def summed(w, groups_at, size, broadcast):
 def check_columns(shape, tuning, made, item, windows):
     w, period = made.words, shape.kernel_size[2]
     first, count = item["query"], item["query_columns"]
-    seen = 0
-    for at, start in records(w, item["blocks_at"], item["blocks"], 2):
+    seen, before = 0, None
+    for at, start, how in records(w, item["blocks_at"], item["blocks"], BLOCK_WORDS):
         record, column = w[at : at + 15], first + start
+        assert (how == WITH_LAST) == (before is not None)
+        if how == WITH_LAST:
+            check_two_blocks(w, record, tuning.beside)
+            assert at == before  # the same class
+        before = at if how == WITH_NEXT else None
         span, _, active, origin, broadcast = record[:5]
         assert start == seen and active <= LANES
         seen += active
@@ -155,7 +161,17 @@ def check_columns(shape, tuning, made, item, windows):
             found = summed(w, record[groups_at], size, broadcast)
             pairs = [((column + lane) * 1000 + column + key, p) for lane, key, p in found]
             assert len(pairs) == len(expected) and dict(pairs) == expected
-    assert seen == count
+    assert seen == count and before is None
+
+
+def check_two_blocks(w, record, sizes):
+    """Every tap of two neighboring blocks is computed: together, or as one of 8 not shared."""
+    span, mask_at, active, _, broadcast = record[:5]
+    assert (mask_at, active, broadcast) == (0, LANES, 0)
+    chunks = records(w, record[classes.SHARED_AT], record[classes.SHARED], 2)
+    together = {tap + i for tap, size in chunks for i in range(sizes[size])}
+    assert together | {*range(LANES)} == {*range(span)} and min(together) == LANES
+    assert {tap - LANES for tap in together} | {*range(span - LANES, span)} == {*range(span)}
 
 
 def check_rows(shape, made, item, windows):

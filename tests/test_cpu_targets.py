@@ -136,6 +136,7 @@ def test_sums_of_logits_stay_in_registers(monkeypatch, target, shape, kernel_siz
     module = Module("float", shared=True)
     together = machine.vectors_in(LANES, "float")
     sizes = {r: common.shared if r > 1 else common.singles for r in range(1, common.sides + 1)}
+    sizes |= {2: common.beside} if common.beside else {}
     for rows, taps in sizes.items():
         micro.logits(module, rows, taps, together)
     assembly = Assembly(module.text(8 * machine.register_bytes), target)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from natcupy.cpu.classes import ACTIVE, BROADCAST, GROUPS_AT, LANES, MASK_AT, ORIGIN, SPAN
 from natcupy.cpu.emit import Value
+from natcupy.cpu.plan import ALONE, WITH_LAST, WITH_NEXT
 from natcupy.cpu.rows import ENTRY_WORDS
 from natcupy.cpu.task import Side, Task
 
@@ -109,7 +110,35 @@ class Block(Task):
                     ]
                 b.call(f"logits{rows}", *args)
 
-        b.switch(b.sub(count, 1), self.spec.common.sides, [], lambda i: several(i + 1))
+        if not self.spec.common.beside:
+            b.switch(b.sub(count, 1), self.spec.common.sides, [], lambda i: several(i + 1))
+            return
+        assert (ALONE, WITH_NEXT) == (0, 1)  # and WITH_LAST has its logits
+        alone, both = (lambda: several(1)), (lambda: self._beside(slot, record, jobs))
+        b.switch(self.how, 3, [], lambda how: (alone, both, lambda: None)[how]())
+
+    def _beside(self, slot: str, record: str, jobs: list[_Job]) -> None:
+        """Logits of this block of a line and of the next one, which share most of their taps."""
+        b = self.b
+        place, bias_row = b.table(record, 3), b.table(record, 4)
+        row = b.mul(place, b.mul(self.span, LANES))
+        shared = b.mul(b.sub(self.span, LANES), LANES)
+        for job in jobs:
+            keys = b.at(job.keys, b.mul(slot, job.slot_size))
+            bias = b.at(job.bias[0], b.mul(bias_row, job.bias[1]))
+            one = job.queries, b.at(job.results, row), bias
+            other = b.at(one[0], LANES), b.at(one[1], self.word("logits_step"))
+            # a tap of this block is at the key of the tap of the other that is 8 back
+            moved = other[0], b.at(other[1], -LANES * LANES), b.at(bias, -LANES)
+            pointers = [("ptr", x) for x in (keys, *one, *moved)]
+            b.call("logits2", *job.head, *pointers)
+            last = b.at(other[1], shared), b.at(bias, b.sub(self.span, LANES))
+            for first, (at, s, biases) in (
+                (keys, one),
+                (b.at(keys, self.span), (other[0], *last)),
+            ):
+                ends = [("ptr", x) for x in (first, at, s, biases)]
+                b.call("eight_logits", *job.head[2:], *ends)
 
     def _logit_args(self, cls: str, width: Value, what: str) -> list:
         """The arguments for any keys."""
@@ -195,8 +224,11 @@ class Block(Task):
             b.when(b.op(f"icmp ne ptr {mask}, null"), lambda given=given: self._call_mask(*given))
 
     def logits_of(self, name: str, side: Side) -> str:
-        """Address of a query row's logits or of their gradients."""
-        return self.side_buffer(name, side.number, self.word("logits_step"))
+        """Address of a query row's logits or of their gradients; on a line, of a block's."""
+        b, number = self.b, side.number
+        if self.spec.common.beside:
+            number = b.op(f"zext i1 {b.op(f'icmp eq i64 {self.how}, {WITH_LAST}')} to i64")
+        return self.side_buffer(name, number, self.word("logits_step"))
 
     def behind(self, s: str) -> str:
         """Where the weights of the additional keys begin."""

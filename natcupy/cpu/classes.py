@@ -41,11 +41,15 @@ Windows = tuple[tuple[int, int], ...]  # first key and end of each lane's
 
 
 class Found(NamedTuple):
-    """A class: its address, the distance of its first tap or key, and the number of them."""
+    """A class: its address, the distance of its first tap or key, and the number of them.
+
+    `is_plain`: each of 8 lanes sees all taps, so that two such blocks side by side share keys.
+    """
 
     at: int
     origin: int
     span: int
+    is_plain: bool
 
 
 class GroupKind(NamedTuple):
@@ -71,6 +75,7 @@ class Tuning:
 
     shared: tuple[int, ...]  # numbers of taps that one pass keeps in registers, for several rows
     singles: tuple[int, ...]  # for one query row
+    beside: tuple[int, ...]  # for two neighboring blocks of a line; none, one block at a time
     sides: int  # most query rows of a step
     keys: int  # that every query of a group sees in a row, unless by runs; 0 for any number
     lane_group: int  # queries whose outputs are in registers together
@@ -182,7 +187,8 @@ class Classes:
         idle = (0,) * (LANES - len(windows))
         record += [self._masks([lanes + idle for lanes in seen]) if self.backward else 0]
         self.span = max(self.span, span)
-        self.known[known] = Found(self.put(record), origin, span)
+        is_plain = not (broadcast or mask_at) and len(windows) == LANES
+        self.known[known] = Found(self.put(record), origin, span, is_plain)
         return self.known[known]
 
     def _wrap(self, windows: Windows, left: int, right: int, tap: int, taps: int) -> int | None:
@@ -294,10 +300,15 @@ class Classes:
         return [word for run in runs for word in run]
 
     def _chunks(self, count: int, first: int = 0) -> list[int]:
-        """Address and number of the chunks of `count` taps, for several query rows and for one."""
-        words = []
-        for sizes in (self.tuning.shared, self.tuning.singles):
-            chunks = cover(count, sizes) if sizes else []
-            flat = [word for at, size in chunks for word in (first + at, size)]
+        """Address and number of the chunks of `count` taps, for several query rows and for one.
+
+        Two blocks of a line are like two rows that share all taps but the first 8 of one block and
+        the last 8 of the other.
+        """
+        tuning, words = self.tuning, []
+        several = (tuning.shared, 0) if tuning.shared else (tuning.beside, LANES)
+        for sizes, skipped in (several, (tuning.singles, 0)):
+            chunks = cover(max(0, count - skipped), sizes) if sizes else []
+            flat = [word for at, size in chunks for word in (first + skipped + at, size)]
             words += [self.put(flat), len(chunks)]
         return words

@@ -32,6 +32,9 @@ class CommonFunctions:
         for rows in range(1, common.sides + 1):
             sizes = common.shared if rows > 1 else common.singles
             micro.logits(self.module, rows, sizes, together)
+        if common.beside:
+            micro.logits(self.module, 2, common.beside)
+            micro.eight_logits(self.module)
         micro.mask(self.module)
         micro.softmax(self.module, together)
         pack.wrap_ends(self.module)

@@ -116,26 +116,33 @@ def _line_size(taps: int, registers: int, together: int) -> int:
     return min((size for size in held if held[size] <= registers), key=work)
 
 
+def _with_smaller(size: int) -> tuple[int, ...]:
+    """A size and the next smaller one, which together make up any larger number of taps."""
+    return (size - 1, size) if size > 1 else (size,)
+
+
 def logit_sizes(
     shape: Shape, registers: int, together: int = 1
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Numbers of taps to keep in registers, for several query rows and for one.
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Numbers of taps to keep in registers, for several query rows, for one, and for two blocks.
 
     A register holds `together` vectors: of query rows, or on a line of taps. No size is larger than
     the window, for the taps of a wrapped class are just as many.
-    For several, a size and the next smaller one, which together make up any larger number of taps.
-    The smallest one is common to both, so that any number ends at the same place in both.
+    The smallest one is common to several rows and one, so that any number ends at the same place
+    in both. Two neighboring blocks are those of a line, in registers that hold one vector; a key on
+    its way serves both.
     """
     inner = shape.kernel_size[2]
     border = inner + inner // 2
     sides = most_sides(shape, together)
     if sides == 1:
-        return (), tuple(
-            sorted({_line_size(taps, registers, together) for taps in (inner, border)})
-        )
+        singles = {_line_size(taps, registers, together) for taps in (inner, border)}
+        is_beside = together == 1 and inner >= 2 * LANES
+        beside = _with_smaller(share(inner - LANES, registers // 2)) if is_beside else ()
+        return (), tuple(sorted(singles)), beside
     size = share(inner, registers // -(-sides // together))
-    shared = (size - 1, size) if size > 1 else (size,)
-    return shared, tuple(sorted({shared[0], share(inner, registers)}))
+    shared = _with_smaller(size)
+    return shared, tuple(sorted({shared[0], share(inner, registers)})), ()
 
 
 @functools.lru_cache(maxsize=512)
@@ -159,10 +166,10 @@ def kernel(
     real = "double" if storage == "double" else "float"
     registers = (machine.registers - _spare(machine)) // machine.registers_of(LANES, real)
     together = machine.vectors_in(LANES, real)
-    shared, singles = logit_sizes(shape, registers, together)
+    sizes = logit_sizes(shape, registers, together)
     sides = most_sides(shape, together)
     keys = shape.kernel_size[2] if shape.kernel_size[2] <= UNROLLED else 0
-    common = Common(storage, head_dim, value_dim, shared, singles, sides, keys, extra > 0)
+    common = Common(storage, head_dim, value_dim, *sizes, sides, keys, extra > 0)
     pitches = {
         what: pitch(channels, machine, real)
         for what, channels in (("key", head_dim), ("value", value_dim))
@@ -174,7 +181,7 @@ def kernel(
         kept += value_dim + 2 * pitches["key"]
     item_bytes = REAL_BYTES[real] * kept
     for rows in _rows_to_try(sides, shape, backward):
-        tuning = Tuning(shared, singles, rows, keys, *lanes)
+        tuning = Tuning(*sizes, rows, keys, *lanes)
         found = plan.make(shape, tuning, backward, item_bytes, stripes, grouped)
         words, size = _constants(shape, found, pitches, backward)
         if size * REAL_BYTES[real] <= THREAD_BYTES:
@@ -216,7 +223,7 @@ def _constants(shape: Shape, p: Plan, pitches, backward: bool) -> tuple[dict[str
         "zeros": _whole(2 * (p.span + 2 * LANES)),
         "keys_across": p.ring * d * key_pitch,
         "query_across": p.sides * d * query_pitch,
-        "logits": p.sides * logits,
+        "logits": p.logits * logits,
         "bias": shape.bias_rows * bias_pitch,
         "mirror": shape.bias_rows * mirror_pitch,
         "extra_keys_across": d * extra_pitch,
@@ -233,7 +240,7 @@ def _constants(shape: Shape, p: Plan, pitches, backward: bool) -> tuple[dict[str
             "query_along": p.sides * query_pitch * pitches["key"],
             "grad_across": p.sides * dv * query_pitch,
             "grad_along": p.sides * query_pitch * pitches["value"],
-            "grads": p.sides * logits,
+            "grads": p.logits * logits,
             "grad_lse_rows": MOST_SIDES * query_pitch,
             "bias_sums": shape.bias_rows * bias_pitch * LANES,
             "mirror_sums": _whole(shape.bias_rows * mirror_pitch),

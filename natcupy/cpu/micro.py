@@ -23,7 +23,7 @@ from natcupy.cpu.classes import (
     TAPS,
     TAPS_AT,
 )
-from natcupy.cpu.emit import Builder, Module
+from natcupy.cpu.emit import Builder, Module, Value
 from natcupy.cpu.rows import ROW_WORDS
 
 # 2**x on [-0.5, 0.5] with p(0) = 1, least largest relative error: 1.1e-7
@@ -127,6 +127,16 @@ def logits(module: Module, rows: int, sizes: tuple[int, ...], together: int = 1)
     module.finish(b)
 
 
+def eight_logits(module: Module) -> None:
+    """`eight_logits`: like `logits1` for 8 taps from the given ones on, without a class."""
+    b = module.function(
+        "eight_logits",
+        "i64 at_step, i64 key_step, i64 channels, ptr keys, ptr at0, ptr s0, ptr bias0",
+    )
+    _chunk(b, _by_rows(1, range(LANES), 1), False, 0)
+    module.finish(b)
+
+
 def registers_of(rows: int, size: int, together: int) -> list[Register]:
     """The registers for `size` taps of so many query rows: two rows in one, or taps 8 apart."""
     paired = size // PAIR * PAIR if (rows, together) == (1, 2) else 0
@@ -141,7 +151,7 @@ def _by_rows(rows: int, taps: range, together: int) -> list[Register]:
     return [[(r, tap) for r in some] for tap in taps for some in sides]
 
 
-def _chunk(b: Builder, registers: list[Register], broadcast: bool, first: str) -> None:
+def _chunk(b: Builder, registers: list[Register], broadcast: bool, first: Value) -> None:
     """The logits of these registers, their taps counted from `first`, over all channels."""
     rows = range(1 + max(r for held in registers for r, _ in held))
     biases = [b.at(f"%bias{r}", b.sub(0, first) if broadcast else first) for r in rows]

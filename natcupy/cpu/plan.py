@@ -21,7 +21,7 @@ from operator import sub
 
 import torch
 
-from natcupy.cpu.classes import FULL_MASK_AT, LANES, Classes, Reach, Tuning
+from natcupy.cpu.classes import FULL_MASK_AT, LANES, Classes, Found, Reach, Tuning
 from natcupy.cpu.cuts import cut, phases, shared, summed_when
 from natcupy.cpu.partials import Row, places, row_numbers
 from natcupy.cpu.rows import steps
@@ -34,6 +34,10 @@ RING_BYTES = 768 << 10  # most for the packed rows of an item, as far as its win
 # Words of a run of key columns: the first, how many, the other phases that sum into them, and where
 # the first is among the columns with incomplete sums.
 SEGMENT_WORDS = 4
+# Words of a block of 8 columns: its class, its first column, and whether its logits are computed
+# together with a neighbor's: `ALONE`, or as one of two side by side.
+BLOCK_WORDS = 3
+ALONE, WITH_NEXT, WITH_LAST = range(3)
 # Words of an item record; `partials` is the first of its group's rows with incomplete sums.
 ITEM = (
     *("group0", "group1", "group2", "steps_at", "steps", "blocks_at", "blocks"),
@@ -97,6 +101,7 @@ class Plan:
     span: int  # most taps of one key row
     extra_taps: int
     sides: int  # most query rows of a step
+    logits: int  # of query rows or blocks, of which those of each are kept at once
     reach: tuple[int, int]  # columns that are read left and right of an item's first key
     ends: tuple[int, int]  # columns before and behind an item's keys that wrapped classes read
     bias_reach: tuple[int, int]  # of [0, 2 * kernel_size - 2], same
@@ -143,7 +148,8 @@ class _Maker:
         self.pieces: dict = {}
         self.classes = Classes(self.put, shape.kernel_size[2], tuning, backward)
         self.ring = self.key_columns = self.query_columns = self.rows = 0
-        self.sides = 1
+        self.sides = self.logits = 1
+        self.beside = tuning.beside
         self.extra_classes_at = self.extra_taps = 0
         self.reach = Reach()
         self.partial_rows = self.partial_columns = 0
@@ -249,20 +255,29 @@ class _Maker:
         starts, ends = (
             [*map(sub, bounds, columns)] for bounds in zip(*windows[first:end], strict=True)
         )
-        blocks = []
+        blocks, last = [], None
         for at in range(0, end - first, LANES):
             lanes, column = slice(at, at + LANES), first + at
             found = self.classes.of(starts[lanes], ends[lanes], key - column, key_end - column)
             # a vector of 8 columns is read at each tap, a single column when broadcasting
             reach = column + found.origin - key
             self.reach.show(reach, reach + found.span + LANES)
-            blocks += [found.at, at]
-        count = len(blocks) // 2
+            how = ALONE
+            if last == found and self._is_shared(found):
+                blocks[-1], how = WITH_NEXT, WITH_LAST
+            blocks += [found.at, at, how]
+            last = found if how == ALONE else None
+            self.logits = max(self.logits, 2 * (how == WITH_LAST))
+        count = len(blocks) // BLOCK_WORDS
         segments = self._segments(key, key_end, others, numbers) if self.backward else []
         self.key_columns = max(self.key_columns, key_end - key)
         self.query_columns = max(self.query_columns, count * LANES)
         place = [first, end - first, key, key_end - key]
         return [self.put(blocks), count, *place, self.put(segments), len(segments) // SEGMENT_WORDS]
+
+    def _is_shared(self, found: Found) -> bool:
+        """Whether two neighboring blocks of this class are worth one pass over their keys."""
+        return bool(self.beside) and found.is_plain
 
     @staticmethod
     def _segments(key: int, key_end: int, others, numbers: list[int]) -> list[int]:
@@ -304,6 +319,7 @@ class _Maker:
             span=max(self.classes.span, self.extra_taps),
             extra_taps=self.extra_taps,
             sides=self.sides,
+            logits=max(self.sides, self.logits),
             reach=(self.reach.low, self.reach.high),
             ends=(-self.classes.ends.low, self.classes.ends.high),
             bias_reach=(self.classes.bias.low, self.classes.bias.high),

@@ -59,6 +59,7 @@ class Common:
     value_dim: int
     shared: tuple[int, ...]  # taps of the logit kernels for several query rows; none, no such rows
     singles: tuple[int, ...]  # and for one
+    beside: tuple[int, ...]  # of a line's for two neighboring blocks; none, one block at a time
     sides: int  # query rows that there are functions for; a plan's steps may have fewer
     keys: int  # that a query sees in a row, where their loop is unrolled; else 0
     extra: bool  # whether there are additional keys

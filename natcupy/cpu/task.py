@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from natcupy.cpu import pack
 from natcupy.cpu.classes import LANES
 from natcupy.cpu.emit import STORAGE, Value
+from natcupy.cpu.plan import BLOCK_WORDS
 from natcupy.cpu.rows import ENTRY_WORDS, PACK_WORDS, SIDE, STEP
 from natcupy.cpu.scene import Scene
 from natcupy.cpu.spec import BIAS_WIDENED
@@ -230,8 +231,8 @@ class Task(Scene):
         blocks = self.entry(self.item("blocks_at"))
 
         def block(i):
-            record = b.at(blocks, b.mul(i, 2), "i32")
-            self.column = b.table(record, 1)
+            record = b.at(blocks, b.mul(i, BLOCK_WORDS), "i32")
+            self.column, self.how = b.table(record, 1), b.table(record, 2)
             self._block(record)
 
         b.loop(self.item("blocks"), block)

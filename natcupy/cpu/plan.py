@@ -227,7 +227,9 @@ class _Maker:
         """Stripes of axis 0."""
         kernel_size = self.shape.kernel_size[0]
         if self.backward:
+            # planes between two stripes are packed twice, and neighbors never worked on at once
             count = length // max(2 * (kernel_size - 1), 2)
+            count = count if count > 2 else 1
         else:
             count = min(wanted, length // max(kernel_size, 2))
         return cut(length, max(1, count), 1)

@@ -360,6 +360,21 @@ def test_numbers_that_no_pixel_has_are_told(maps):
     assert find_maps(maps, classes=tuple("abcde"))["train"].notes == ()
 
 
+def test_a_mask_of_0_and_255_is_told(maps):
+    """255 means no class: with names given, one would train on the background alone."""
+    (maps / "classes.txt").write_text("background\ncat\n")
+
+    def save(*values):
+        for path in (maps / "annotations/training").iterdir():
+            Image.fromarray(np.resize(np.array(values, np.uint8), (50, 70))).save(path)
+        return find_maps(maps)["train"].notes[1:]
+
+    (note,) = save(0, 255)
+    assert "3 of 3 maps were looked at and hold 0 and 255 alone" in note and "as 0..1" in note
+    assert "hold 255 alone" in save(255)[0]
+    assert save(0, 1) == save(0, 1, 255) == save(0) == ()
+
+
 def test_maps_without_any_class(tmp_path):
     for kind in ("images", "masks"):
         (tmp_path / kind).mkdir()

@@ -24,6 +24,7 @@ from natcupy.zoo.dense.upernet import IGNORE_INDEX
 IMAGES = ("images", "image", "img", "JPEGImages")
 MASKS = ("masks", "annotations", "labels", "SegmentationClass")
 CLASSES = "classes.txt"
+FEW = 32  # maps that are looked at, where names are given
 _GREY = ("1", "L", "P", "I;16", "I;16B", "I")
 
 
@@ -65,6 +66,7 @@ class LabelledMaps:
         self.reduce_zero_label = reduce_zero_label
         self._pairs = _paired(self.images, self.masks)
         self._seen: set[int] | None = None  # numbers in the maps, where all were read
+        self._few: tuple[set[int], int] | None = None  # numbers in some of the maps, of how many
         self._names_file: Path | None = None
         if classes is None:
             self._names_file = _names_file(self.images, self.masks, root)
@@ -149,10 +151,26 @@ class LabelledMaps:
     def _told(self) -> tuple[str, ...]:
         """Where names come from, or which numbers no pixel has, perhaps meant otherwise."""
         if self._names_file is not None:
-            return (f"{len(self.classes)} class names from {shown(self._names_file)}",)
+            named = f"{len(self.classes)} class names from {shown(self._names_file)}"
+            return (named, *self._told_of_few())
         numbers = range(len(self.classes)) if self._seen is not None else ()
         absent = [str(number) for number in numbers if number not in self._seen]
         return (f"no pixel has class {', '.join(absent[:10])}",) if absent else ()
+
+    def _told_of_few(self) -> tuple[str, ...]:
+        """A note if some maps look as if 255 were meant as a class."""
+        if self._few is None:
+            step = -(-len(self) // FEW)
+            maps = [self.labels(index) for index in range(0, len(self), step)]
+            self._few = set().union(*(map_.unique().tolist() for map_ in maps)), len(maps)
+        numbers, count = self._few
+        if IGNORE_INDEX not in numbers or len(numbers) > 2 or len(self.classes) < 2:
+            return ()
+        others = f"{min(numbers)} and " if len(numbers) > 1 else ""
+        return (
+            f"{count} of {len(self)} maps were looked at and hold {others}{IGNORE_INDEX} alone, "
+            f"which means no class: what is a class must be saved as 0..{len(self.classes) - 1}",
+        )
 
 
 def _names_file(images: Path, masks: Path, root: str | os.PathLike[str] | None) -> Path | None:

@@ -20,6 +20,8 @@ def finetune_lora(data: str, output: str, model: str = "nat-digits", **numbers) 
     try:  # here, so that `--help` works without it
         from peft import LoraConfig, get_peft_model
     except ModuleNotFoundError as error:
+        if error.name != "peft":  # something that peft itself needs
+            raise
         raise ModuleNotFoundError(f"{error}; this example needs peft: pip install peft") from None
     split = find(data)
     base = natcupy.from_pretrained(model, num_classes=len(split.classes))

@@ -97,7 +97,8 @@ def _misfit() -> str | None:
     except (ImportError, RuntimeError) as error:
         return (
             f"torchvision cannot be imported ({one_line(error)}): it must be of torch's own build, "
-            "so install torch and torchvision again together, or remove torchvision."
+            "so install torch and torchvision again together, or remove torchvision "
+            "if you use no timm."
         )
     return None
 

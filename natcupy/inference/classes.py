@@ -96,7 +96,7 @@ def _no_match(names: Sequence[str], labels: Sequence[str] | None, num_classes: i
         f"the data must have the model's classes, got {len(names)} ({', '.join(names[:5])}"
         f"{', ...' if len(names) > 5 else ''}) for a model with {num_classes}"
         f"{' (' + ', '.join(labels[:5]) + ', ...)' if labels else ''}. Say which is which with a "
-        "class map: lines of folder, tab, class."
+        "class map (--class-map FILE): lines of folder, tab, class."
     )
 
 

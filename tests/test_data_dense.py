@@ -372,7 +372,9 @@ def test_a_mask_of_0_and_255_is_told(maps):
     (note,) = save(0, 255)
     assert "3 of 3 maps were looked at and hold 0 and 255 alone" in note and "as 0..1" in note
     assert "hold 255 alone" in save(255)[0]
-    assert save(0, 1) == save(0, 1, 255) == save(0) == ()
+    assert save(0, 1) == save(0, 1, 255) == save(0) == save(1, 255) == ()
+    save(0, 1)
+    assert len(find_maps(maps, reduce_zero_label=True)["train"].notes) == 1
 
 
 def test_maps_without_any_class(tmp_path):

@@ -159,12 +159,14 @@ class LabelledMaps:
 
     def _told_of_few(self) -> tuple[str, ...]:
         """A note if some maps look as if 255 were meant as a class."""
+        if self.reduce_zero_label:  # 255 may be a 0 of the file
+            return ()
         if self._few is None:
             step = -(-len(self) // FEW)
             maps = [self.labels(index) for index in range(0, len(self), step)]
             self._few = set().union(*(map_.unique().tolist() for map_ in maps)), len(maps)
         numbers, count = self._few
-        if IGNORE_INDEX not in numbers or len(numbers) > 2 or len(self.classes) < 2:
+        if IGNORE_INDEX not in numbers or numbers - {0, IGNORE_INDEX} or len(self.classes) < 2:
             return ()
         others = f"{min(numbers)} and " if len(numbers) > 1 else ""
         return (

@@ -1,4 +1,4 @@
-"""Feature maps and the start of models: intermediates, backbones, pruning."""
+"""Feature maps of models: intermediates, backbones, stopping early, pruning."""
 
 import pytest
 import torch

@@ -168,7 +168,7 @@ class LabelledMaps:
         numbers, count = self._few
         if IGNORE_INDEX not in numbers or numbers - {0, IGNORE_INDEX} or len(self.classes) < 2:
             return ()
-        others = f"{min(numbers)} and " if len(numbers) > 1 else ""
+        others = "0 and " if 0 in numbers else ""
         return (
             f"{count} of {len(self)} maps were looked at and hold {others}{IGNORE_INDEX} alone, "
             f"which means no class: what is a class must be saved as 0..{len(self.classes) - 1}",

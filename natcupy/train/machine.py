@@ -55,7 +55,7 @@ def make_accelerator(config: TrainConfig) -> Any:
             auto_wrap_policy="transformer_based_wrap",
             transformer_cls_names_to_wrap=["Block"],
         )
-    joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+    joined = _backend()
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         fsdp_plugin=plugin,
@@ -65,9 +65,15 @@ def make_accelerator(config: TrainConfig) -> Any:
         ),
         step_scheduler_with_optimizer=False,
     )
-    if accelerator.num_processes > 1 and not joined:
-        leave_at_exit()
+    if not joined and "gloo" in _backend():
+        leave_at_exit()  # NCCL has no such threads, and beside a process that failed might wait
     version = getattr(getattr(accelerator.state, "fsdp_plugin", None), "fsdp_version", 2)
     if version != 2:
         raise TrainError("of accelerate's FSDP natcupy takes version 2: --fsdp_version 2.")
     return accelerator
+
+
+def _backend() -> str:
+    """The backend of torch's group of processes; "" while there is none."""
+    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_backend() if ready else ""

@@ -5,7 +5,7 @@ repositories (`push_to_hub`), state dicts in other layouts (`convert`). The room
 table of released checkpoints, `locate` finds files, `client` speaks to the Hub, `download` and
 `push` say what; `tensors`, `shards` and `pickles` read files, `config` and `schema` read
 config.json, `architecture` and `pretrained` put a model together, `facts` and `card` describe it,
-`saving` and `files` write it.
+`saving` and `files` write it; `rehearsal` says what a push would do.
 
 The switches are the client's own: HF_HUB_OFFLINE=1 asks nobody, HF_HUB_DISABLE_PROGRESS_BARS=1
 shows no bars, HF_HOME moves the cache, HF_TOKEN (or 'hf auth login') is the login.
@@ -33,6 +33,7 @@ from natcupy.hub.errors import (
 from natcupy.hub.facts import Metric
 from natcupy.hub.pretrained import Source, from_pretrained
 from natcupy.hub.push import Pushed, push_to_hub
+from natcupy.hub.rehearsal import Planned, plan_push
 from natcupy.hub.saving import save_pretrained
 from natcupy.hub.weights import WEIGHTS, Row, embedded_names
 
@@ -51,6 +52,7 @@ __all__ = [
     "Metric",
     "NotFound",
     "Offline",
+    "Planned",
     "Pushed",
     "RevisionNotFound",
     "Row",
@@ -61,6 +63,7 @@ __all__ = [
     "convert",
     "embedded_names",
     "from_pretrained",
+    "plan_push",
     "push_to_hub",
     "save_pretrained",
 ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from natcupy.zoo.dense import DENSE_MODELS
+from natcupy.zoo.dense.config import TASKS
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class DenseRow:
     def tag(self) -> str:
         """The full name, e.g. `upernet_nat_tiny.ade20k`."""
         return f"{self.arch}.{self.data}"
+
+    @property
+    def task(self) -> str:
+        """ "segmentation" or "detection"."""
+        return TASKS[_head_of(self.arch)]
 
     @property
     def backbone(self) -> str:

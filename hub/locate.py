@@ -84,14 +84,24 @@ def locate(name: str | os.PathLike[str], revision: str | None, access: Access) -
     folder = weights.embedded(name)
     if folder is not None:
         return _without_revision(_in_folder(folder, "embedded"), revision)
-    row, path = weights.find(name.partition("@")[0]), Path(name).expanduser()
-    if row is not None and not (row.repo is None and _holds_weights(path)):
+    if row_meant(name) is not None:
         return _in_snapshot(pinned(name, revision, access), access)
+    path = Path(name).expanduser()
     if path.exists() or _spelled_like_path(name):
         return _without_revision(_at_path(path), revision)
     if download.parse_name(name) is None:
         raise NotFound(_unknown(name))
     return _in_snapshot(pinned(name, revision, access), access)
+
+
+def row_meant(name: str) -> Row | DenseRow | None:
+    """The released weights that a name means, None if it means something else."""
+    if weights.embedded(name) is not None:
+        return None
+    row = weights.find(name.partition("@")[0])
+    if row is not None and row.repo is None and _holds_weights(Path(name).expanduser()):
+        return None
+    return row
 
 
 def pinned(name: str, revision: str | None, access: Access) -> Snapshot:

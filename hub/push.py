@@ -15,7 +15,8 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -43,6 +44,11 @@ log = logging.getLogger("natcupy.hub")
 MAX_CARD_BYTES = 1_000_000
 _BRANCH = re.compile(r"(?!.*\.\.)(?!.*//)[A-Za-z0-9][\w./\-]{0,120}", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+# The arguments of `push_to_hub` that say where to push and how.
+_AIM = (
+    *("private", "branch", "revision", "create_pr", "commit_message", "parent_commit"),
+    "overwrite_card",
+)
 
 
 @dataclass(frozen=True)
@@ -129,12 +135,16 @@ def push_to_hub(
         Conflict: the branch moved, or the repository contradicts `private` or `parent_commit`.
         Offline, Unavailable: the Hub did not answer. Run the same call again.
     """
-    target = _target(
-        repo_id, private, branch, revision, create_pr, commit_message, parent_commit, overwrite_card
-    )
-    stated = state_facts(
+    prepared = prepare(
         model,
-        target.repo,
+        repo_id,
+        private=private,
+        branch=branch,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=commit_message,
+        parent_commit=parent_commit,
+        token=token,
         license=license,
         metrics=metrics,
         dataset=dataset,
@@ -142,26 +152,50 @@ def push_to_hub(
         tags=tags,
         base_model=base_model,
         training=training,
+        card_text=card_text,
+        overwrite_card=overwrite_card,
+        max_shard_bytes=max_shard_bytes,
     )
+    return push_package(*prepared)
+
+
+def prepare(
+    model: Model,
+    repo_id: str,
+    *,
+    token: str | bool | None = None,
+    card_text: str | None = None,
+    max_shard_bytes: int = shards.MAX_SHARD_BYTES,
+    **given: Any,
+) -> tuple[Package, _Target, Access, str | None]:
+    """What comes before the first request of a push, from the arguments of `push_to_hub`."""
+    target = make_target(repo_id, **{name: given.pop(name, None) for name in _AIM})
+    stated = state_facts(model, target.repo, **given)
     if card_text is not None and card.is_generated(card_text):
         stated = taken_over(stated, card.stated(card_text), same_weights=True)
         card_text = None
-    package = pack(model, stated, max_shard_bytes)
-    return push_package(package, target, Access(token), card_text)
+    return pack(model, stated, max_shard_bytes), target, Access(token), card_text
 
 
 def push_package(
     package: Package, target: _Target, access: Access, card_text: str | None = None
 ) -> Pushed:
     """The part of a push after the checks of single arguments."""
+    with laid_out(package, access) as (files, place):
+        return Push(package, target, access, files, place, card_text).run()
+
+
+@contextmanager
+def laid_out(package: Package, access: Access) -> Iterator[tuple[dict[str, Path], Path]]:
+    """The files of a package that may be pushed, but for its card, and a place for that."""
     _may_push(package.facts, access)
     with TemporaryDirectory(prefix="natcupy-push-") as place:
         folder = Path(place) / "files"
         folder.mkdir()
-        own = {name: folder / name for name in package.writers}
+        files = {name: folder / name for name in package.writers}
         for name, write in package.writers.items():
-            write(own[name])
-        return _Push(package, target, access, own, Path(place), card_text).run()
+            write(files[name])
+        yield files, Path(place)
 
 
 def check_push(
@@ -195,8 +229,7 @@ def _may_push(facts: Facts, access: Access) -> None:
 
 def make_target(repo: str, **options: Any) -> _Target:
     """The checked aim of a push, from the arguments of `push_to_hub` that concern it."""
-    names = ("private", "branch", "revision", "create_pr", "commit_message", "parent_commit")
-    return _target(repo, *(options.get(name) for name in names), options.get("overwrite_card"))
+    return _target(repo, *(options.get(name) for name in _AIM))
 
 
 def _target(
@@ -237,7 +270,7 @@ def _target(
     return _Target(repo, where, private, bool(create_pr), parent, message, bool(overwrite_card))
 
 
-class _Push:
+class Push:
     """One push: tried until it is done, the line stays dead, or somebody else pushed."""
 
     def __init__(
@@ -256,6 +289,7 @@ class _Push:
         self.subject = Subject(target.repo, target.branch, writing=True)
 
     def run(self) -> Pushed:
+        """Push; once more where the Hub did not answer, after a pause."""
         pause = FIRST_PAUSE_S
         for attempt in range(1, ATTEMPTS + 1):
             try:
@@ -271,21 +305,27 @@ class _Push:
         raise AssertionError("the last attempt returns or raises")
 
     def _once(self) -> Pushed:
+        head, files, added, deleted = self._compared()
+        if not added and not deleted:
+            return self._pushed(head.commit, ())
+        if self.target.create_pr:
+            return self._pull_request(head, files)
+        return self._commit(head.revision, head.commit, files, added, deleted)
+
+    def _compared(self) -> tuple[Snapshot, dict[str, Path], list[str], list[str]]:
+        """What is there, the files to be there, and what to write and delete for that."""
         head = self._head()
         files = self._with_card(head)
         added, deleted = _changes(head, files)
-        if not added and not deleted:
-            return self._pushed(head.commit, ())
-        self.pinned = self.pinned or head.commit
-        if head.commit != self.pinned:
+        if added or deleted:
+            self.pinned = self.pinned or head.commit
+        if (added or deleted) and head.commit != self.pinned:
             raise Conflict(
                 f"{self.subject} must be at commit {self.pinned} to be pushed to, it is at "
                 f"{head.commit}: somebody else pushed. Look at that commit, then run the same call "
                 "again."
             )
-        if self.target.create_pr:
-            return self._pull_request(head, files)
-        return self._commit(head.revision, head.commit, files, added, deleted)
+        return head, files, added, deleted
 
     # -- the remote as it is -----------------------------------------------------------------------
 
@@ -318,7 +358,8 @@ class _Push:
                 "your own, or ask its owner for access."
             ) from error
 
-    def _make_repository(self) -> None:
+    def _refuse_missing(self) -> None:
+        """Raise where there must be a repository already."""
         target = self.target
         if target.create_pr or target.parent:
             what = "a pull request" if target.create_pr else f"parent_commit {target.parent}"
@@ -326,17 +367,25 @@ class _Push:
                 f"{target.repo} does not exist (or the login in use may not see it), so there is "
                 f"nothing for {what} to refer to. Push without it first."
             )
+
+    def _make_repository(self) -> None:
+        target = self.target
+        self._refuse_missing()
         with client.explained(self.subject):
             client.api(self.access).create_repo(
                 target.repo, private=bool(target.private), exist_ok=True
             )
 
-    def _make_branch(self) -> None:
+    def _refuse_reference(self) -> None:
+        """Raise where the branch is one that only the Hub makes."""
         if self.target.branch.startswith("refs/"):
             raise RevisionNotFound(
                 f"{self.target.repo} has no {self.target.branch}. Open a pull request with "
                 "create_pr=True (--create-pr)."
             )
+
+    def _make_branch(self) -> None:
+        self._refuse_reference()
         with client.explained(self.subject):
             client.api(self.access).create_branch(
                 self.target.repo, branch=self.target.branch, exist_ok=True

@@ -18,6 +18,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from natcupy.hub import dense_weights
 from natcupy.hub.dense_weights import DenseRow
@@ -63,6 +64,7 @@ class Row:
     license: str = "mit"
     file: str = "pytorch_model.bin"
     sha256: str | None = None
+    task: ClassVar[str] = "classification"
 
     @property
     def tag(self) -> str:

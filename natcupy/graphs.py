@@ -105,16 +105,16 @@ def _check(model: nn.Module, example: tuple[Any, ...]) -> None:
     if not example or not all(isinstance(x, Tensor) for x in example):
         given = ", ".join(type(x).__name__ for x in example) or "none"
         raise TypeError(f"graph needs example tensors, as the model takes them, got {given}.")
-    if any(module.training for module in model.modules()):
-        raise ValueError(
-            "graph captures inference, got a model in training mode; call model.eval() first, or "
-            "use torch.cuda.make_graphed_callables for training."
-        )
     places = {x.device for x in (*example, *_tensors(model))}
     if len(places) != 1 or next(iter(places)).type != _DEVICE_TYPE:
         raise ValueError(
             "graph needs the model and its example on one CUDA device, got "
             f"{', '.join(sorted(map(str, places)))}; move them with .to('cuda')."
+        )
+    if any(module.training for module in model.modules()):
+        raise ValueError(
+            "graph captures inference, got a model in training mode; call model.eval() first, or "
+            "use torch.cuda.make_graphed_callables for training."
         )
 
 

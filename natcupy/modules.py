@@ -114,13 +114,29 @@ class _NeighborhoodAttention(nn.Module):
             )
         shape = x.shape[1:-1]
         padded = self._pad(x)
-        qkv = self.qkv(padded).unflatten(-1, (3, self.num_heads, self.head_dim))
+        qkv = self._project(padded).unflatten(-1, (3, self.num_heads, self.head_dim))
         query, key, value = _split(qkv)
         out = self._attend(query, key, value).flatten(-2)
         if padded is not x:
             for axis, length in enumerate(shape, 1):
                 out = out.narrow(axis, 0, length)
         return self.proj_drop(self.proj(out))
+
+    def _project(self, x: Tensor) -> Tensor:
+        """`qkv(x)`; an error that comes of another dtype says so."""
+        if torch.compiler.is_compiling():
+            return self.qkv(x)
+        try:
+            return self.qkv(x)
+        except RuntimeError as error:
+            own = next((parameter.dtype for parameter in self.qkv.parameters()), x.dtype)
+            if x.dtype == own or torch.is_autocast_enabled(x.device.type):
+                raise
+            other = f", layer.to({x.dtype}) or torch.autocast" if x.is_floating_point() else ""
+            raise TypeError(
+                f"the layer must be of the input's dtype, its weights are {own} and the input "
+                f"{x.dtype}; use x.to({own}){other}."
+            ) from error
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         hood = self.hood

@@ -50,6 +50,22 @@ def test_version():
     )
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["clasify", "a.png"], "natcupy: error: no command 'clasify'; did you mean classify?"),
+        (["zzz"], "no command 'zzz'; there are demo, classify,"),
+        (["classify", "a.png", "--modle", "x"], "natcupy classify: error: unrecognized arguments: "
+         "--modle x; did you mean --model?"),
+        (["classify", "a.png", "--zzz"], "natcupy classify: error: unrecognized arguments: --zzz"),
+        (["--zzz", "demo"], "natcupy: error: unrecognized arguments: --zzz"),
+    ],
+)  # fmt: skip
+def test_what_is_misspelt_is_said_with_what_looks_like_it(words, said, capsys):
+    assert main(words) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_help_does_not_wait_for_torch():
     code = (
         "import sys\n"

@@ -173,7 +173,15 @@ def test_wrong_models_and_places(run, model, photo):
     status, _, err = run("classify", photo, "--model", model)
     assert status == 1 and "natcupy segment" in err
     status, _, err = run("attend", photo, "--model", model)
-    assert status == 1 and "classifier or backbone" in err
+    assert status == 1 and "must be a classifier" in err
+    for command, name, other in (
+        ("classify", "upernet-nat-tiny", "segment"),
+        ("attend", "mask_rcnn_nat_mini.coco", "detect"),
+        ("detect", "upernet-nat-tiny", "segment"),
+        ("segment", "nat-tiny", "classify"),
+    ):  # before anything is asked of the Hub or of a folder
+        status, _, err = run(command, photo, "--model", name)
+        assert status == 1 and f"`natcupy {other}` takes it" in err, err
     status, _, err = run("segment", photo, "--model", "upernet-nat-tiny")
     assert status == 1 and "nat_tiny_upernet.pth" in err and "--backbone nat-tiny" in err
     (photo.parent / "run").mkdir()

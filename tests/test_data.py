@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+import natcupy
 from natcupy.data import DataError, Pictures, files, find, find_split, list_pictures, workers
 from natcupy.data.files import Names
 from natcupy.zoo.preprocess import Preprocess, open_picture
@@ -140,6 +141,15 @@ def test_broken_files_say_which_and_why(tmp_path):
                 get(index)
             said = str(error.value)
             assert said.count(source.where(index)) == 1 and reason in said and ".." not in said
+
+
+def test_a_models_own_preparation_names_a_broken_file(tmp_path):
+    model = natcupy.from_pretrained("nat-digits")
+    for name, reason in broken(tmp_path / "all").items():
+        path = tmp_path / "all" / name
+        with pytest.raises(OSError, match=r".") as error:
+            model.preprocess(path)
+        assert str(error.value).startswith(f"{path}: ") and reason in str(error.value)
 
 
 def test_a_blank_drawing_is_named(tmp_path):

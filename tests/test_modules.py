@@ -145,3 +145,18 @@ def test_autocast():
     assert out.dtype == torch.bfloat16
     out.float().sum().backward()
     assert layer.rpb.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("layer", [NeighborhoodAttention1D, NeighborhoodAttention2D])
+def test_an_input_of_another_dtype(layer):
+    made = layer(8, 2, 3)
+    x = torch.randn(1, *(5, 5)[: made.rank], 8)
+    with pytest.raises(TypeError, match=r"weights are torch\.float32.*use x\.to\(.*layer\.to"):
+        made(x.half())
+    with pytest.raises(TypeError, match=r"input torch\.int64; use x\.to\(torch\.float32\)\.$"):
+        made(x.long())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert made(x.half()).dtype == torch.bfloat16
+    made.qkv.bias = torch.nn.Parameter(torch.zeros(3))  # another fault keeps its own words
+    with pytest.raises(RuntimeError, match="size"):
+        made(x)

@@ -207,8 +207,9 @@ def open_picture(file: str | os.PathLike[str] | BinaryIO) -> Image.Image:
     """A picture from a path or open file, decoded and turned as its EXIF orientation says.
 
     Of an animation, the first frame. Raises MissingPictureError (a FileNotFoundError), PictureError
-    (an OSError) for what is empty or not an ordinary file, Pillow's UnidentifiedImageError (also an
-    OSError) for no picture, and whatever else Pillow raises for broken data.
+    (an OSError) for what is empty, not an ordinary file or broken, and Pillow's
+    UnidentifiedImageError (also an OSError) for no picture; all name the path. Of an open file,
+    whatever Pillow raises for broken data.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -223,6 +224,12 @@ def open_picture(file: str | os.PathLike[str] | BinaryIO) -> Image.Image:
         if not isinstance(file, str | os.PathLike):
             raise
         raise UnidentifiedImageError(f"{os.fspath(file)}: {UNKNOWN}.") from None
+    except Exception as error:  # decoders raise nearly anything for broken data, and name no file
+        of_system = isinstance(error, OSError) and error.errno is not None
+        if of_system or isinstance(error, MemoryError) or not isinstance(file, str | os.PathLike):
+            raise
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise PictureError(errno.EINVAL, reason, os.fspath(file)) from error
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -34,12 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not output.parent.is_dir():
         raise ValueError(f"--output's folder must exist, got {output.parent}; make it first.")
     device = runtime.pick_device(arguments.device)
-    model = runtime.load(arguments.model, device)
-    if not isinstance(model, ImageModel):
-        raise ValueError(
-            f"--model must be a classifier or backbone, got {arguments.model!r}, a "
-            f"{model.config.task} model."
-        )
+    model = runtime.load_for(runtime.USUAL, arguments.model, device)
     layer, stage, block = pick_layer(model, arguments.stage, arguments.block)
     heads = _pick_heads(layer, arguments.head)
     picture = runtime.read_picture(model, image)

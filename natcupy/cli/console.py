@@ -34,6 +34,11 @@ def facts(pairs: Sequence[tuple[str, object]]) -> str:
     return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in pairs)
 
 
+def counted(count: int, thing: str) -> str:
+    """A number of things: `1 picture`, `2,000 pictures`."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
 def print_json(value: object) -> None:
     """One JSON document on stdout, in ASCII where its encoding lacks a letter.
 

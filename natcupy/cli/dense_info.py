@@ -30,8 +30,8 @@ SCORES = {
 def record(name: str) -> dict[str, Any]:
     """The line of a released model, by its name with underscores."""
     printed = DENSE_PUBLISHED[name]
-    task = "segmentation" if name.startswith("upernet") else "detection"
     row = dense_weights.find(name)
+    task = row.task
     return {
         "name": name.replace("_", "-"),
         "task": task,

@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
     files, status = pictures.named(arguments.images)
     drawn = pictures.targets(files, arguments.output)
     device = runtime.pick_device(arguments.device)
-    model = pictures.load(arguments.model, "detection", device)
+    model = runtime.load_for("detection", arguments.model, device)
     least = arguments.score_threshold
     usual = DetectionRules()
     rules = replace(usual, score=min(usual.score, least))

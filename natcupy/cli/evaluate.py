@@ -48,8 +48,9 @@ def _show(
 def _text(result: Result, running: str, per_class: bool) -> str:
     right = sum(entry.right for entry in result.classes)
     right5 = sum(entry.right5 for entry in result.classes)
+    pictures = console.counted(result.pictures, "picture")
     pairs = [
-        ("data", f"{result.data}: {result.pictures:,} pictures, {len(result.classes)} classes"),
+        ("data", f"{result.data}: {pictures}, {len(result.classes)} classes"),
         ("model", running),
         ("top-1", f"{100 * result.top1:.2f} % ({right:,} of {result.pictures:,})"),
     ]
@@ -61,7 +62,8 @@ def _text(result: Result, running: str, per_class: bool) -> str:
         *(("note", note) for note in result.notes),
     ]
     if result.bad:
-        pairs.append(("left out", f"{len(result.bad):,} pictures that could not be read"))
+        bad = console.counted(len(result.bad), "picture")
+        pairs.append(("left out", f"{bad} that could not be read"))
     text = console.facts(pairs)
     return f"{text}\n\n{_per_class(result)}" if per_class else text
 

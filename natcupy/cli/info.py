@@ -15,7 +15,7 @@ import torch
 from natcupy.cli import console, dense_info
 from natcupy.cli.models import source, weights_row
 from natcupy.hub import from_pretrained
-from natcupy.hub.weights import embedded
+from natcupy.hub.weights import ORIGINAL_HOST, embedded
 from natcupy.zoo import PUBLISHED, ModelConfig, count_macs, create_model, is_model, num_parameters
 from natcupy.zoo.dense import DenseConfig, dense_name
 
@@ -63,6 +63,7 @@ def _of_the_zoo(name: str) -> dict[str, Any]:
             "kind": source(row),
             "tag": row.tag if row else None,
             "repo": row.repo if row else None,
+            "file": f"{ORIGINAL_HOST}{row.original}" if row and not row.repo else None,
             "size_mb": row.size_mb if row else None,
             "licence": row.license if row else None,
         },

@@ -6,6 +6,7 @@ In: nothing. Out: an `ArgumentParser` whose result names the room of the command
 from __future__ import annotations
 
 import argparse
+import difflib
 from typing import TextIO
 
 from natcupy.cli.finetune_arguments import add_arguments as add_finetune_arguments
@@ -47,10 +48,35 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse's own keeps it to itself when the help cannot be written."""
+    """argparse's own keeps it to itself when the help cannot be written.
+
+    And it reports a command's unknown options with the usage of `natcupy`, and names nothing that
+    looks like what was misspelt.
+    """
 
     def print_help(self, file: TextIO | None = None) -> None:
         print(self.format_help(), end="", file=file, flush=True)
+
+    def parse_known_args(self, args=None, namespace=None):
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown and not self._has_commands():
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._nearest(unknown[0])}")
+        return found, unknown
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
+            near = difflib.get_close_matches(str(value), action.choices, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(action.choices)}"
+            raise argparse.ArgumentError(None, f"no command {value!r}; {hint}")
+        super()._check_value(action, value)
+
+    def _has_commands(self) -> bool:
+        return any(isinstance(action, argparse._SubParsersAction) for action in self._actions)
+
+    def _nearest(self, word: str) -> str:
+        name = word.partition("=")[0]
+        near = difflib.get_close_matches(name, self._option_string_actions, n=1)
+        return f"; did you mean {near[0]}?" if near else ""
 
 
 class _Version(argparse.Action):
@@ -315,6 +341,9 @@ def _push(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--base-model", metavar="REPO", help="whose weights were finetuned")
     parser.add_argument(
         "--overwrite-card", action="store_true", help="also replace a README.md edited on the Hub"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would be pushed; change nothing"
     )
     _add_hub(parser)
 

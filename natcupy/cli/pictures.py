@@ -17,31 +17,18 @@ from typing import Any
 from uuid import uuid4
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
-from natcupy.cli import one_line, runtime
+from natcupy.cli import one_line
 from natcupy.data import named_files, why
 from natcupy.hub.files import writing
-from natcupy.zoo.dense import DenseModel
 from natcupy.zoo.dense.images import read_pixels
 
 Record = dict[str, Any]
 MOST_NAMED = 5  # folders in one warning
 # Formats that give grey numbers back as they were; of those above 255, all but .bmp hold them.
 LOSSLESS = (".png", ".tif", ".tiff", ".bmp", ".pgm")
-
-
-def load(name: str, task: str, device: torch.device) -> DenseModel:
-    """A model of the task with its weights. Raises ValueError for one of another task."""
-    model = runtime.load(name, device)
-    if not isinstance(model, DenseModel) or model.config.task != task:
-        kind = f"{model.config.task} model" if isinstance(model, DenseModel) else "classifier"
-        raise ValueError(
-            f"--model must be a {task} model, got {name!r}, a {kind}; `natcupy models` lists them."
-        )
-    return model
 
 
 def targets(

@@ -17,7 +17,7 @@ from natcupy.inference import Report
 def run(arguments: argparse.Namespace) -> int:
     """Answer, keep, put together."""
     device = runtime.pick_device(arguments.device)
-    model = runtime.load(arguments.model, device, arguments.dtype)
+    model = runtime.load_for(runtime.USUAL, arguments.model, device, arguments.dtype)
     report = inference.predict(
         model,
         arguments.data,
@@ -49,12 +49,13 @@ def _text(report: Report) -> str:
     speed = ""
     if report.pictures:
         rate = report.pictures / report.seconds
-        speed = f", {report.pictures:,} pictures in {report.seconds:.1f} s ({rate:,.1f}/s)"
+        read = console.counted(report.pictures, "picture")
+        speed = f", {read} in {report.seconds:.1f} s ({rate:,.1f}/s)"
     if not report.complete:
         return (
             f"This share is done{speed}. {report.parts_done:,} of {report.parts:,} parts are "
             f"there; the process that ends last writes {report.out}."
         )
-    bad = f" {len(report.bad):,} pictures could not be read." if report.bad else ""
+    bad = f" {console.counted(len(report.bad), 'picture')} could not be read." if report.bad else ""
     done = f"{report.out} is complete{speed or ', nothing was left to do'}."
     return done + bad

@@ -1,7 +1,7 @@
 """`natcupy push`: a folder, file or loaded model becomes one commit on the Hub.
 
 A README.md in the folder that somebody wrote goes along; a generated one is made anew, from what
-it states and the arguments add.
+it states and the arguments add. With --dry-run the commit is only described.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ import argparse
 from pathlib import Path
 
 from natcupy.cli import console
-from natcupy.hub import from_pretrained, push_to_hub
+from natcupy.hub import Planned, Pushed, from_pretrained, plan_push, push_to_hub
 from natcupy.hub.files import member
 from natcupy.hub.pretrained import Source
 from natcupy.hub.saving import README
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Push, and say where it is."""
+    """Push, and say where it is; or say what a push would do."""
     model = from_pretrained(arguments.model, dtype="auto", cache_dir=arguments.cache_dir)
-    done = push_to_hub(
+    act = plan_push if arguments.dry_run else push_to_hub
+    done = act(
         model,
         arguments.repo,
         private=arguments.private,
@@ -37,12 +38,35 @@ def run(arguments: argparse.Namespace) -> int:
     )
     if arguments.json:
         console.print_json(vars(done))
-        return 0
+    elif isinstance(done, Pushed):
+        print(console.facts(_pushed(done)))
+    else:
+        print(console.facts(_planned(done)))
+        if done.card is not None:
+            print(f"\nREADME.md:\n\n{done.card}", end="")
+    return 0
+
+
+def _pushed(done: Pushed) -> list[tuple[str, str]]:
     pairs = [("commit", done.url), ("files", ", ".join(done.files) or "nothing had changed")]
     if done.pull_request:
         pairs.insert(0, ("pull request", done.pull_request))
-    print(console.facts(pairs))
-    return 0
+    return pairs
+
+
+def _planned(plan: Planned) -> list[tuple[str, str]]:
+    where = f"{plan.repo}, {'pull request against ' * plan.pull_request}{plan.branch}"
+    pairs = [("dry run", "nothing was changed"), ("to", where)]
+    if plan.makes:
+        pairs.append(("would make", " and ".join(plan.makes)))
+    pairs.append(("message", plan.message))
+    files = [f"{name} ({size:,} bytes)" for name, size in plan.files.items()]
+    pairs.append(("would write", ", ".join(files) or "nothing, the Hub has it all"))
+    if plan.deleted:
+        pairs.append(("would delete", ", ".join(plan.deleted)))
+    if plan.card is None:
+        pairs.append(("README.md", "the edited one on the Hub is kept"))
+    return pairs
 
 
 def _own_card(source: Source) -> str | None:

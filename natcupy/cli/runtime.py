@@ -19,9 +19,14 @@ from natcupy import backends
 from natcupy.arguments import neighborhood
 from natcupy.data import why
 from natcupy.hub import from_pretrained
+from natcupy.hub.locate import row_meant
 from natcupy.inference import ranks
 from natcupy.zoo import ImageModel
 from natcupy.zoo.dense import DenseModel
+
+USUAL = "classification"
+# Which command answers with a model of a task.
+COMMANDS = {USUAL: "classify", "segmentation": "segment", "detection": "detect"}
 
 
 @dataclass(frozen=True)
@@ -63,23 +68,42 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
-def load(name: str, device: torch.device, dtype: str | None = None) -> ImageModel:
+def load(name: str, device: torch.device, dtype: str | None = None) -> ImageModel | DenseModel:
     """A model with its weights, ready to answer; float32 unless another dtype is named."""
     return from_pretrained(name, device=device, dtype=getattr(torch, dtype) if dtype else None)
 
 
+def load_for(
+    task: str, name: str, device: torch.device, dtype: str | None = None
+) -> ImageModel | DenseModel:
+    """A model of a task of `COMMANDS`; "classification" takes backbones, too.
+
+    Raises ValueError for a model of another task, before anything is fetched if its name tells.
+    """
+    row = row_meant(name)
+    if row is not None:
+        _refuse_other(task, name, row.task)
+    model = load(name, device, dtype)
+    _refuse_other(task, name, model.config.task if isinstance(model, DenseModel) else USUAL)
+    return model
+
+
 def load_classifier(name: str, device: torch.device, dtype: str | None = None) -> ImageModel:
     """A model that has a classifier. Raises ValueError for one without."""
-    model = load(name, device, dtype)
-    if isinstance(model, DenseModel):
-        command = {"segmentation": "segment", "detection": "detect"}[model.config.task]
-        raise ValueError(
-            f"--model must be a classifier, got {name!r}, a {model.config.task} model; use "
-            f"`natcupy {command}`."
-        )
+    model = load_for(USUAL, name, device, dtype)
     if model.num_classes < 1 or model.config.out_indices is not None:
         raise ValueError(f"--model must be a classifier, got {name!r}, which gives features only.")
     return model
+
+
+def _refuse_other(task: str, name: str, found: str) -> None:
+    if found == task:
+        return
+    wanted, got = ("classifier" if x == USUAL else f"{x} model" for x in (task, found))
+    raise ValueError(
+        f"--model must be a {wanted}, got {name!r}, a {got}; `natcupy {COMMANDS[found]}` takes it, "
+        "`natcupy models` lists the others."
+    )
 
 
 def print_once(show: Callable[[], None], device: torch.device) -> None:

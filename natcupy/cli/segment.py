@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
     maps = pictures.targets(files, arguments.labels, "--labels", pictures.LOSSLESS)
     _refuse_one_place(overlays, maps)
     device = runtime.pick_device(arguments.device)
-    model = pictures.load(arguments.model, "segmentation", device)
+    model = runtime.load_for("segmentation", arguments.model, device)
     scales = MULTI_SCALE if arguments.multi_scale else (1.0,)
 
     def work(number: int, pixels: np.ndarray) -> Record:

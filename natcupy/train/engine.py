@@ -32,6 +32,7 @@ from natcupy.train.optimizer import Average, make_optimizer, make_schedule
 from natcupy.train.task import Task
 
 TELL_EVERY_S = 0.5  # reading a number off a GPU waits for it
+FEW_STEPS = 50  # of a whole run: most models learn little in so many
 
 
 @dataclass
@@ -127,7 +128,7 @@ class _Engine:
             self._tell_what_differs()
 
     def _tell_what_differs(self) -> None:
-        """Say, before the first step, what is not as the config has it."""
+        """Say, before the first step, what is not as the config has it or as it should be."""
         plan, wanted = self.plan, self.config.batch_size
         if plan.batch_size < wanted:
             shares = plan.processes * plan.accumulate
@@ -135,6 +136,11 @@ class _Engine:
             self.bar.say(
                 f"{len(self.task.training_items):,} items make batches of {plan.batch_size}, not "
                 f"{wanted}{shared if shares > 1 else ''}"
+            )
+        if not self.progress.step and self.steps < FEW_STEPS:
+            self.bar.say(
+                f"the run is {self.steps} steps, few to learn from: a smaller batch size "
+                "(--batch-size, batch_size=) or more --epochs (epochs=) make more"
             )
         if self.progress.step and self.progress.step >= self.steps:
             cooldown = self.config.cooldown_epochs

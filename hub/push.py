@@ -124,7 +124,8 @@ def push_to_hub(
         base_model: repository of the weights it was finetuned from; default: where it was loaded.
         training: how it was trained, as plain names and texts, for the card.
         card_text: a README.md of your own. One that natcupy wrote for these weights is made anew
-            from what it states, where the call states nothing else.
+            from what it states, where the call states nothing else. (`natcupy push FOLDER` gives
+            that of the folder; a model in memory may have changed since it was loaded.)
         overwrite_card: replace a README.md on the Hub that somebody edited (default: it is kept).
         max_shard_bytes: larger weights are cut into several files and an index.
 

@@ -85,7 +85,7 @@ class ImageModel(nn.Module):
         Where torch refuses the pictures' dtype, the error names both dtypes. Asked only after a
         failure: hooks, wrappers and autocast may change either dtype before the first convolution.
         """
-        self._check_pictures(x)
+        self.check_pictures(x)
         if torch.compiler.is_compiling():
             return self.patch_embed(x)
         try:
@@ -170,7 +170,8 @@ class ImageModel(nn.Module):
         fits = self.config.stage_dim(stage) == self.num_features
         return self.norm if fits else nn.Identity()
 
-    def _check_pictures(self, x: Tensor) -> None:
+    def check_pictures(self, x: Tensor) -> None:
+        """Raise ValueError or TypeError for what are no pictures of this model."""
         config = self.config
         if x.dim() != 4 or x.shape[1] != config.in_chans:
             raise ValueError(

@@ -131,8 +131,9 @@ class DenseModel(nn.Module):
         """Upload to the Hugging Face Hub; see `natcupy.hub.push_to_hub`."""
         return _hub().push_to_hub(self, repo_id, **kwargs)
 
-    def _check_pictures(self, x: Tensor) -> None:
-        self.backbone._check_pictures(x)
+    def check_pictures(self, x: Tensor) -> None:
+        """Raise ValueError or TypeError for what are no pictures of this model."""
+        self.backbone.check_pictures(x)
         if 0 in x.shape:
             raise ValueError(
                 f"{self.name} takes pictures that are not empty, got {tuple(x.shape)}."

@@ -115,7 +115,7 @@ class Detector(DenseModel):
 
     def pyramid(self, x: Tensor) -> list[Tensor]:
         """The feature pyramid: maps of strides 4, 8, 16, 32, 64 with equal channels."""
-        self._check_pictures(x)
+        self.check_pictures(x)
         return self.neck(self.backbone(x))
 
     @torch.no_grad()

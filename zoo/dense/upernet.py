@@ -112,7 +112,7 @@ class UPerNet(DenseModel):
 
     def decode(self, x: Tensor) -> Tensor:
         """Logits at the finest map's size, `[B, num_classes, ceil(H/4), ceil(W/4)]`."""
-        self._check_pictures(x)
+        self.check_pictures(x)
         return self.decode_head(self.backbone(x))
 
     def losses(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -122,7 +122,7 @@ class UPerNet(DenseModel):
             x: prepared pictures `[B, 3, H, W]`.
             labels: classes `[B, H, W]`, int64; 255 for pixels that do not count.
         """
-        self._check_pictures(x)
+        self.check_pictures(x)
         check_labels(labels, x, self.num_classes)
         maps = self.backbone(x)
         decode, aux = self.decode_head(maps), self.auxiliary_head(maps[self.aux_index])

@@ -2,10 +2,10 @@
 
 In: names, folders, files. Out: models (`from_pretrained`), folders (`save_pretrained`),
 repositories (`push_to_hub`), state dicts in other layouts (`convert`). The rooms: `weights` is the
-table of released checkpoints, `locate` finds files, `client` speaks to the Hub, `download` and
-`push` say what; `tensors`, `shards` and `pickles` read files, `config` and `schema` read
-config.json, `architecture` and `pretrained` put a model together, `facts` and `card` describe it,
-`saving` and `files` write it; `rehearsal` says what a push would do.
+table of released checkpoints, `locate` finds files, `client` speaks to the Hub, `download`,
+`attempt`, `push` and `rehearsal` say what; `tensors`, `shards` and `pickles` read files, `config`
+and `schema` read config.json, `architecture` and `pretrained` put a model together, `facts` and
+`card` describe it, `saving` and `files` write it.
 
 The switches are the client's own: HF_HUB_OFFLINE=1 asks nobody, HF_HUB_DISABLE_PROGRESS_BARS=1
 shows no bars, HF_HOME moves the cache, HF_TOKEN (or 'hf auth login') is the login.

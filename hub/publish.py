@@ -13,13 +13,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from natcupy.hub import download
+from natcupy.hub.attempt import make_target
 from natcupy.hub.client import Access
 from natcupy.hub.converting import Conversion, convert_checkpoint, released
 from natcupy.hub.dense_weights import DenseRow
 from natcupy.hub.errors import CheckpointError, HubError
 from natcupy.hub.facts import Metric, check_repo
 from natcupy.hub.pretrained import from_pretrained
-from natcupy.hub.push import Pushed, make_target, push_package
+from natcupy.hub.push import Pushed, push_package
 from natcupy.hub.saving import README, pack, state_facts
 from natcupy.hub.weights import Row
 from natcupy.zoo import PUBLISHED

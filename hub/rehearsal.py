@@ -6,15 +6,19 @@ there; everything that a push checks before its first change is checked here, to
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
 from natcupy.hub import client, download
+from natcupy.hub.attempt import Attempt, laid_out, prepare
 from natcupy.hub.dense import Model
 from natcupy.hub.download import Snapshot
 from natcupy.hub.errors import NotFound, RevisionNotFound
-from natcupy.hub.push import Push, laid_out, prepare
+from natcupy.hub.push import push_to_hub
 from natcupy.hub.saving import README
+
+NEW_REQUEST = "new"
 
 
 @dataclass(frozen=True)
@@ -22,9 +26,10 @@ class Planned:
     """What a push would do.
 
     Attributes:
-        repo, branch: where the commit would go; of a pull request the branch it is against.
+        repo, private: where to, and whether it is or would be private.
+        branch: the commit's; of a pull request the one that it is against.
         makes: "repository" and "branch", as far as they are not there (or not seen by this login).
-        pull_request: whether the commit would be a pull request.
+        pull_request: "new", or the address of an open one that the push would go on; None without.
         message: the commit's.
         files: bytes of every file to be written; nothing where the Hub has it all already.
         deleted: weights on the Hub that the new ones make void.
@@ -32,9 +37,10 @@ class Planned:
     """
 
     repo: str
+    private: bool
     branch: str
     makes: tuple[str, ...]
-    pull_request: bool
+    pull_request: str | None
     message: str
     files: dict[str, int]
     deleted: tuple[str, ...]
@@ -50,42 +56,49 @@ def plan_push(model: Model, repo_id: str, **options: Any) -> Planned:
     Raises:
         as `push_to_hub`; but whether the login may write there only a push finds out.
     """
-    package, target, access, card_text = prepare(model, repo_id, **options)
+    inspect.signature(push_to_hub).bind(model, repo_id, **options)  # names what it does not take
+    prepared = prepare(model, repo_id, **options)
+    package, _, access, _ = prepared
     with laid_out(package, access) as (files, place):
-        return _Rehearsal(package, target, access, files, place, card_text).run()
+        return _Rehearsal(*prepared, files, place).run()
 
 
-class _Rehearsal(Push):
-    makes: tuple[str, ...] = ()
-
-    def _once(self) -> Planned:
+class _Rehearsal(Attempt[Planned]):
+    def once(self) -> Planned:
         client.ask_who(self.subject, self.access)
-        _, files, added, deleted = self._compared()
+        self.makes: tuple[str, ...] = ()
+        head, files, found = self.compared()
+        request = None
+        if found and self.target.create_pr:
+            number, _, found = self.request(head, files)
+            request = NEW_REQUEST if number is None else self.request_url(number)
         card = files.get(README)
         return Planned(
             repo=self.target.repo,
+            private=head.private,
             branch=self.target.branch,
             makes=self.makes,
-            pull_request=self.target.create_pr,
+            pull_request=request,
             message=self.target.message,
-            files={name: files[name].stat().st_size for name in added},
-            deleted=tuple(deleted),
+            files={name: files[name].stat().st_size for name in found.added},
+            deleted=tuple(found.deleted),
             card=card.read_text("utf-8") if card else None,
         )
 
-    def _head(self) -> Snapshot:
+    def head(self) -> Snapshot:
         """The branch's commit and files, or those that it would have before the push."""
         target = self.target
         try:
             head = download.listed(target.repo, target.branch, self.access)
         except RevisionNotFound:
-            self._refuse_reference()
+            self.refuse_reference()
             head = download.listed(target.repo, "main", self.access)
             self.makes = ("branch",)
         except NotFound:
-            self._refuse_missing()
-            self._refuse_reference()
+            self.refuse_missing()
+            self.refuse_reference()
             self.makes = ("repository", "branch")[: 1 + (target.branch != "main")]
-            return Snapshot(target.repo, target.branch, "", {}, from_cache=False)
-        self._check_visibility(head)
+            private = bool(target.private)
+            return Snapshot(target.repo, target.branch, "", {}, from_cache=False, private=private)
+        self.check_visibility(head)
         return head

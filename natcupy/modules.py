@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
 from natcupy import functional as F
+from natcupy.dtype_errors import explained
 from natcupy.layouts import joined
 
 # What the argument is called in NATTEN, timm and elsewhere.
@@ -129,14 +130,10 @@ class _NeighborhoodAttention(nn.Module):
         try:
             return self.qkv(x)
         except RuntimeError as error:
-            own = next((parameter.dtype for parameter in self.qkv.parameters()), x.dtype)
-            if x.dtype == own or torch.is_autocast_enabled(x.device.type):
+            told = explained(error, self.qkv, x, ("the layer", "input", "layer"))
+            if told is None:
                 raise
-            other = f", layer.to({x.dtype}) or torch.autocast" if x.is_floating_point() else ""
-            raise TypeError(
-                f"the layer must be of the input's dtype, its weights are {own} and the input "
-                f"{x.dtype}; use x.to({own}){other}."
-            ) from error
+            raise told from error
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         hood = self.hood

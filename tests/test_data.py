@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -150,6 +151,53 @@ def test_a_models_own_preparation_names_a_broken_file(tmp_path):
         with pytest.raises(OSError, match=r".") as error:
             model.preprocess(path)
         assert str(error.value).startswith(f"{path}: ") and reason in str(error.value)
+        copied = pickle.loads(pickle.dumps(error.value))  # on its way from a worker
+        assert str(copied) == str(error.value)
+
+
+class _Prepared(torch.utils.data.Dataset):
+    """A user's own data set, which knows nothing of `DataError`."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return open_picture(self.path).size
+
+
+@pytest.mark.parametrize("name", ["truncated.jpg", "empty.png"])
+def test_a_broken_file_is_named_from_a_worker(tmp_path, name):
+    reason = broken(tmp_path)[name]
+    with pytest.raises(OSError, match=re.escape(str(tmp_path / name)) + ".*" + reason):
+        next(iter(DataLoader(_Prepared(tmp_path / name), num_workers=1)))
+
+
+@pytest.mark.parametrize("error", [TimeoutError("30 s are over"), MemoryError("no more")])
+def test_what_is_not_the_pictures_fault_stays(tmp_path, monkeypatch, error):
+    noise(1, (8, 8)).save(tmp_path / "a.png")
+
+    def fail(image):
+        raise error
+
+    monkeypatch.setattr("natcupy.zoo.preprocess._upright", fail)
+    with pytest.raises(type(error)) as caught:
+        open_picture(tmp_path / "a.png")
+    assert caught.value is error
+
+
+def test_an_error_of_the_disk_names_the_file(tmp_path, monkeypatch):
+    noise(1, (8, 8)).save(tmp_path / "a.png")
+
+    def fail(image):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("natcupy.zoo.preprocess._upright", fail)
+    with pytest.raises(OSError, match=r"a\.png: Input/output error") as caught:
+        open_picture(tmp_path / "a.png")
+    assert caught.value.errno == 5
 
 
 def test_a_blank_drawing_is_named(tmp_path):

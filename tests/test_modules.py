@@ -148,8 +148,9 @@ def test_autocast():
 
 
 @pytest.mark.parametrize("layer", [NeighborhoodAttention1D, NeighborhoodAttention2D])
-def test_an_input_of_another_dtype(layer):
-    made = layer(8, 2, 3)
+@pytest.mark.parametrize("qkv_bias", [True, False])
+def test_an_input_of_another_dtype(layer, qkv_bias):
+    made = layer(8, 2, 3, qkv_bias=qkv_bias)
     x = torch.randn(1, *(5, 5)[: made.rank], 8)
     with pytest.raises(TypeError, match=r"weights are torch\.float32.*use x\.to\(.*layer\.to"):
         made(x.half())
@@ -157,6 +158,48 @@ def test_an_input_of_another_dtype(layer):
         made(x.long())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert made(x.half()).dtype == torch.bfloat16
-    made.qkv.bias = torch.nn.Parameter(torch.zeros(3))  # another fault keeps its own words
-    with pytest.raises(RuntimeError, match="size"):
+
+
+class _Failing(torch.nn.Linear):
+    def __init__(self, error):
+        super().__init__(8, 24)
+        self.error = error
+
+    def forward(self, x):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("CUDA error: device-side assert triggered"),
+        RuntimeError("the size of tensor a must match"),
+    ],
+)
+def test_other_faults_keep_their_own_words(error):
+    made = NeighborhoodAttention1D(8, 2, 3)
+    made.qkv = _Failing(error)
+    with pytest.raises(RuntimeError) as caught:
+        made(torch.randn(1, 5, 8).half())
+    assert caught.value is error
+
+
+def test_dtype_errors_of_autocast_quantized_weights_and_other_devices_stay():
+    error = RuntimeError("mat1 and mat2 must have the same dtype, but got Half and Float")
+    made = NeighborhoodAttention1D(8, 2, 3)
+    made.qkv, x = _Failing(error), torch.randn(1, 5, 8).half()
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(RuntimeError, match="mat1"):
         made(x)
+    with pytest.raises(RuntimeError, match="mat1"):
+        made(x.to("meta"))
+    made.qkv.weight = torch.nn.Parameter(torch.zeros(24, 8, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(RuntimeError, match="mat1"):
+        made(x)
+
+
+def test_a_layer_that_is_compiled_has_one_graph():
+    made = NeighborhoodAttention1D(8, 2, 3)
+    x = torch.randn(1, 5, 8)
+    compiled = torch.compile(made, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), made(x))

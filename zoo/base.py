@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from natcupy.dtype_errors import explained
 from natcupy.zoo import features
 from natcupy.zoo.config import ModelConfig, pick_stages
 from natcupy.zoo.features import FeatureInfo
@@ -82,8 +83,7 @@ class ImageModel(nn.Module):
     def forward_stem(self, x: Tensor) -> Tensor:
         """Pictures `[B, C, H, W]`, checked, to the first stage's input `[B, h, w, embed_dim]`.
 
-        Where torch refuses the pictures' dtype, the error names both dtypes. Asked only after a
-        failure: hooks, wrappers and autocast may change either dtype before the first convolution.
+        Where torch refuses the pictures' dtype, the error names both dtypes.
         """
         self.check_pictures(x)
         if torch.compiler.is_compiling():
@@ -91,13 +91,10 @@ class ImageModel(nn.Module):
         try:
             return self.patch_embed(x)
         except RuntimeError as error:
-            own = next(self.patch_embed.parameters()).dtype
-            if x.dtype == own or torch.is_autocast_enabled(x.device.type):
+            told = explained(error, self.patch_embed, x, (self.name, "pictures", "model"))
+            if told is None:
                 raise
-            raise TypeError(
-                f"{self.name} must be of the pictures' dtype, its weights are {own} and the "
-                f"pictures {x.dtype}; use x.to({own}), model.to({x.dtype}) or torch.autocast."
-            ) from error
+            raise told from error
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Pictures `[B, C, H, W]` to the last, normalised map `[B, h, w, num_features]`."""

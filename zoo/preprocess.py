@@ -196,6 +196,8 @@ class PictureError(OSError):
     """A file that is no picture; its text is in words, without the system's number."""
 
     def __str__(self) -> str:
+        if self.filename is None:  # raised anew with its text alone, as by torch's data loaders
+            return super().__str__()
         return f"{self.filename}: {self.strerror}."
 
 
@@ -208,8 +210,9 @@ def open_picture(file: str | os.PathLike[str] | BinaryIO) -> Image.Image:
 
     Of an animation, the first frame. Raises MissingPictureError (a FileNotFoundError), PictureError
     (an OSError) for what is empty, not an ordinary file or broken, and Pillow's
-    UnidentifiedImageError (also an OSError) for no picture; all name the path. Of an open file,
-    whatever Pillow raises for broken data.
+    UnidentifiedImageError (also an OSError) for no picture; all name the path. Broken is what
+    Pillow, whose own error is the cause, could not decode, or takes for a decompression bomb. Of an
+    open file, whatever Pillow raises.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -224,12 +227,15 @@ def open_picture(file: str | os.PathLike[str] | BinaryIO) -> Image.Image:
         if not isinstance(file, str | os.PathLike):
             raise
         raise UnidentifiedImageError(f"{os.fspath(file)}: {UNKNOWN}.") from None
+    except (MemoryError, TimeoutError):  # what a handler of an alarm raises is no picture's fault
+        raise
     except Exception as error:  # decoders raise nearly anything for broken data, and name no file
-        of_system = isinstance(error, OSError) and error.errno is not None
-        if of_system or isinstance(error, MemoryError) or not isinstance(file, str | os.PathLike):
+        named = getattr(error, "filename", None) is not None
+        if named or not isinstance(file, str | os.PathLike):
             raise
-        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise PictureError(errno.EINVAL, reason, os.fspath(file)) from error
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()).rstrip(".")
+        number = getattr(error, "errno", None) or errno.EINVAL
+        raise PictureError(number, reason or type(error).__name__, os.fspath(file)) from error
 
 
 def _upright(image: Image.Image) -> Image.Image:

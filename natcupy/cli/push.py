@@ -13,6 +13,7 @@ from natcupy.cli import console
 from natcupy.hub import Planned, Pushed, from_pretrained, plan_push, push_to_hub
 from natcupy.hub.files import member
 from natcupy.hub.pretrained import Source
+from natcupy.hub.rehearsal import NEW_REQUEST
 from natcupy.hub.saving import README
 
 
@@ -55,10 +56,16 @@ def _pushed(done: Pushed) -> list[tuple[str, str]]:
 
 
 def _planned(plan: Planned) -> list[tuple[str, str]]:
-    where = f"{plan.repo}, {'pull request against ' * plan.pull_request}{plan.branch}"
-    pairs = [("dry run", "nothing was changed"), ("to", where)]
+    visibility = "private" if plan.private else "public"
+    pairs = [("dry run", "nothing was changed"), ("to", f"{plan.repo} ({visibility})")]
+    if plan.pull_request:
+        known = "" if plan.pull_request == NEW_REQUEST else f": {plan.pull_request}"
+        pairs.append(("pull request", f"{'an open' if known else 'a new'} one{known}"))
+    else:
+        pairs.append(("branch", plan.branch))
     if plan.makes:
-        pairs.append(("would make", " and ".join(plan.makes)))
+        made = {"repository": f"a {visibility} repository", "branch": "the branch"}
+        pairs.append(("would make", " and ".join(made[name] for name in plan.makes)))
     pairs.append(("message", plan.message))
     files = [f"{name} ({size:,} bytes)" for name, size in plan.files.items()]
     pairs.append(("would write", ", ".join(files) or "nothing, the Hub has it all"))

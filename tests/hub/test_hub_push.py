@@ -10,7 +10,7 @@ from weather import cut_at_every_request
 
 import natcupy
 from natcupy import hub as hub_package
-from natcupy.hub import card, push
+from natcupy.hub import attempt, card
 from natcupy.hub.errors import (
     BadToken,
     CheckpointError,
@@ -281,7 +281,7 @@ def test_an_empty_pull_request_is_finished(hub):
     model = invented("nat")
     first = model.push_to_hub("me/mine", token=ALICE)
     repo = hub.repos["me/mine"]
-    title = push.make_target("me/mine").message
+    title = attempt.make_target("me/mine").message
     repo.requests.append({
         "num": 1, "title": title, "status": "draft", "isPullRequest": True,
         "author": {"name": "bob"}, "createdAt": "2026-01-01T00:00:00.000Z",

@@ -11,6 +11,7 @@ from natcupy.cli import main
 from natcupy.hub.errors import BadToken, Conflict, NotFound, RevisionNotFound
 
 ALICE, BOB = "hf_alice", "hf_bob"
+FILES = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
 
 
 def changed(model):
@@ -38,7 +39,8 @@ def carried_out(hub, model, plan, name="me/mine", token=ALICE, **options):
     """The plan's own push does what it said."""
     done = model.push_to_hub(name, token=token, **options)
     assert set(done.files) == {*plan.files, *plan.deleted}
-    assert plan.repo == done.repo and plan.pull_request == (done.pull_request is not None)
+    assert plan.repo == done.repo and plan.private == hub.repos[name].private
+    assert (plan.pull_request is None) == (done.pull_request is None)
     tree = hub.repos[name].commits[done.commit]
     assert plan.files == {file: len(tree[file]) for file in plan.files}
     assert plan.card is None or tree["README.md"].decode() == plan.card
@@ -46,29 +48,29 @@ def carried_out(hub, model, plan, name="me/mine", token=ALICE, **options):
 
 
 def test_of_a_new_repository(hub):
-    plan = planned(hub, invented("nat"), license="mit", private=True)
+    plan = planned(hub, invented("nat"), license="mit", private=True, commit_message="Mine.")
     assert plan.makes == ("repository",) and plan.branch == "main" and not plan.deleted
-    assert set(plan.files) == {
-        "README.md", "config.json", "model.safetensors", "preprocessor_config.json"
-    }  # fmt: skip
-    assert 'license: "mit"' in plan.card
+    assert plan.private and plan.message == "Mine."
+    assert set(plan.files) == FILES and 'license: "mit"' in plan.card
     carried_out(hub, invented("nat"), plan, license="mit", private=True)
 
 
-def test_of_a_branch_that_is_new_too(hub):
+def test_of_a_branch_that_is_new(hub):
     plan = planned(hub, invented("nat"), branch="dev")
     assert plan.makes == ("repository", "branch") and plan.branch == "dev"
     carried_out(hub, invented("nat"), plan, branch="dev")
-    plan = planned(hub, invented("nat"), revision="v2")
-    assert plan.makes == ("branch",)
-    carried_out(hub, invented("nat"), plan, revision="v2")
+    invented("nat").push_to_hub("me/mine", token=ALICE)
+    model = changed(invented("nat"))
+    plan = planned(hub, model, revision="v2")  # begins as main is
+    assert plan.makes == ("branch",) and set(plan.files) == {"model.safetensors"}
+    carried_out(hub, model, plan, revision="v2")
 
 
 def test_of_what_changes(hub):
     model = invented("nat")
     model.push_to_hub("me/mine", token=ALICE)
     plan = planned(hub, model)
-    assert plan.makes == () and plan.files == {} == dict.fromkeys(plan.deleted)
+    assert plan.makes == () and plan.files == {} and plan.deleted == () and not plan.private
     plan = planned(hub, model, tags=["fine"])
     assert list(plan.files) == ["README.md"]
     carried_out(hub, model, plan, tags=["fine"])
@@ -81,10 +83,14 @@ def test_of_a_pull_request(hub):
     with pytest.raises(NotFound, match="does not exist"):
         planned(hub, invented("nat"), create_pr=True)
     invented("nat").push_to_hub("me/mine", token=ALICE)
-    model = changed(invented("nat"))
-    plan = planned(hub, model, token=BOB, create_pr=True)
-    assert plan.pull_request and plan.branch == "main" and plan.makes == ()
-    carried_out(hub, model, plan, token=BOB, create_pr=True)
+    model, how = changed(invented("nat")), {"token": BOB, "create_pr": True}
+    plan = planned(hub, model, **how)
+    assert plan.pull_request == "new" and plan.branch == "main" and plan.makes == ()
+    done = carried_out(hub, model, plan, **how)
+    plan = planned(hub, model, **how)  # all of it is in the one that is open
+    assert plan.pull_request == done.pull_request and plan.files == {}
+    assert carried_out(hub, model, plan, **how).commit == done.commit
+    assert planned(hub, changed(model), **how).pull_request == "new"
 
 
 def test_an_edited_card_is_kept(hub):
@@ -99,36 +105,83 @@ def test_an_edited_card_is_kept(hub):
 
 def test_what_would_fail_fails(hub):
     model = invented("nat")
-    first = model.push_to_hub("me/mine", token=ALICE, private=True)
-    for token in (None, "hf_wrong"):
+    for token in (None, "hf_wrong"):  # also where nothing else would ask for it
         with pytest.raises(BadToken):
             planned(hub, model, token=token)
+    first = model.push_to_hub("me/mine", token=ALICE, private=True)
     with pytest.raises(Conflict, match="is private"):
         planned(hub, changed(model), private=False)
     changed(model).push_to_hub("me/mine", token=ALICE)
     with pytest.raises(Conflict, match="somebody else pushed"):
         planned(hub, changed(model), parent_commit=first.commit)
-    with pytest.raises(RevisionNotFound, match="create_pr"):
-        planned(hub, model, branch="refs/pr/9")
-    with pytest.raises(RevisionNotFound, match="create_pr"):
-        planned(hub, model, "me/other", branch="refs/pr/9")
+    for name in ("me/mine", "me/other"):
+        with pytest.raises(RevisionNotFound, match="create_pr"):
+            planned(hub, model, name, branch="refs/pr/9")
     with pytest.raises(ValueError, match="owner/name"):
         planned(hub, model, "mine")
-    with pytest.raises(TypeError, match="licence"):
+    with pytest.raises(TypeError, match=r"^got an unexpected keyword argument 'licence'"):
         planned(hub, model, licence="mit")
 
 
-def test_the_command(hub, tmp_path, capsys, monkeypatch):
+def test_a_login_that_is_none_is_told_where_all_can_be_read(hub):
+    model = invented("nat")
+    model.push_to_hub("me/mine", token=ALICE)
+    with pytest.raises(BadToken):
+        planned(hub, model, token="hf_wrong")
+
+
+def test_an_answer_that_gets_lost_is_asked_for_again(hub, monkeypatch):
+    monkeypatch.setattr("natcupy.hub.attempt.time.sleep", lambda seconds: None)
+    invented("nat").push_to_hub("me/mine", token=ALICE)
+    hub.fault("/api/models/me/mine", times=1, status=503)
+    assert set(planned(hub, changed(invented("nat"))).files) == {"model.safetensors"}
+    assert [fault.times for fault in hub.faults] == [0]
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def say(hub, tmp_path, capsys, monkeypatch):
+    """Alice's dry run of a folder: its lines as {name: value}, and what comes behind them."""
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
     monkeypatch.setenv("HF_TOKEN", ALICE)
     folder = invented("nat").save_pretrained(tmp_path / "model")
-    words = ["push", str(folder), "me/mine", "--license", "mit", "--dry-run"]
-    assert main([*words, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["makes"] == ["repository"]
-    assert main(words) == 0
-    printed = capsys.readouterr().out
-    assert "nothing was changed" in printed and "would make   repository\n" in printed
-    assert "model.safetensors (" in printed and 'license: "mit"' in printed
+
+    def say(*options):
+        assert main(["push", str(folder), "me/mine", "--dry-run", *options]) == 0
+        lines, _, card = capsys.readouterr().out.partition("\n\n")
+        return dict(line.split("  ", 1) for line in lines.splitlines()), card
+
+    return say
+
+
+def stripped(lines):
+    return {name: value.strip() for name, value in lines.items()}
+
+
+def test_the_command(hub, say, capsys):
+    lines, card = say("--license", "mit", "--private")
+    lines = stripped(lines)
+    assert lines["dry run"] == "nothing was changed" and lines["to"] == "me/mine (private)"
+    assert lines["would make"] == "a private repository" and lines["branch"] == "main"
+    assert "model.safetensors (" in lines["would write"] and 'license: "mit"' in card
     assert "me/mine" not in hub.repos
+    invented("nat").push_to_hub("me/mine", token=ALICE, max_shard_bytes=2000)
+    hub.commit("me/mine", {"README.md": b"# Mine\n"})
+    lines, card = say("--revision", "dev")
+    lines = stripped(lines)
+    assert lines["would make"] == "the branch" and lines["to"] == "me/mine (public)"
+    assert lines["would delete"].endswith("model.safetensors.index.json")
+    assert lines["README.md"] == "the edited one on the Hub is kept" and card == ""
+    assert stripped(say("--create-pr")[0])["pull request"] == "a new one"
+
+
+def test_the_command_in_json(hub, tmp_path, capsys, monkeypatch, say):
+    folder = invented("nat").save_pretrained(tmp_path / "other")
+    assert main(["push", str(folder), "me/mine", "--dry-run", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["makes"] == ["repository"] and found["private"] is False
+    assert set(found["files"]) == FILES

@@ -84,7 +84,7 @@ def locate(name: str | os.PathLike[str], revision: str | None, access: Access) -
     folder = weights.embedded(name)
     if folder is not None:
         return _without_revision(_in_folder(folder, "embedded"), revision)
-    if row_meant(name) is not None:
+    if _row_meant(name) is not None:
         return _in_snapshot(pinned(name, revision, access), access)
     path = Path(name).expanduser()
     if path.exists() or _spelled_like_path(name):
@@ -94,10 +94,22 @@ def locate(name: str | os.PathLike[str], revision: str | None, access: Access) -
     return _in_snapshot(pinned(name, revision, access), access)
 
 
-def row_meant(name: str) -> Row | DenseRow | None:
-    """The released weights that a name means, None if it means something else."""
+def known_row(name: str) -> Row | DenseRow | None:
+    """The row of the tables for what a name means, be it a released repository's; else None.
+
+    Nothing is asked of the Hub.
+    """
     if weights.embedded(name) is not None:
         return None
+    row = _row_meant(name)
+    if row is not None or Path(name).expanduser().exists():
+        return row
+    parsed = download.parse_name(name)
+    return weights.find_repo(parsed[0]) if parsed else None
+
+
+def _row_meant(name: str) -> Row | DenseRow | None:
+    """The row that a name not of a bundled model stands for."""
     row = weights.find(name.partition("@")[0])
     if row is not None and row.repo is None and _holds_weights(Path(name).expanduser()):
         return None

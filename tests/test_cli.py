@@ -1,6 +1,7 @@
 """The command `natcupy`: what it prints, and the exit status, for right and for wrong use."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,7 +58,13 @@ def test_version():
         (["zzz"], "no command 'zzz'; there are demo, classify,"),
         (["classify", "a.png", "--modle", "x"], "natcupy classify: error: unrecognized arguments: "
          "--modle x; did you mean --model?"),
-        (["classify", "a.png", "--zzz"], "natcupy classify: error: unrecognized arguments: --zzz"),
+        (["classify", "a.png", "--zzz"], "classify: error: unrecognized arguments: --zzz\n"),
+        (["classify", "a.png", "--modle=x"], "arguments: --modle=x; did you mean --model?"),
+        (["push", "m", "a/b", "c", "--dryrun"], "arguments: c --dryrun; did you mean --dry-run?"),
+        (["segment", "a.png", "--modle", "x"], "required: --model; did you mean --model?"),
+        (["predict", "a", "--outt", "x.csv"], "required: --out; did you mean --out?"),
+        (["attend", "a.png", "output.png"], "unrecognized arguments: output.png\n"),
+        (["classify", "--topk", "0", "a.png"], "must be at least 1, got 0\n"),
         (["--zzz", "demo"], "natcupy: error: unrecognized arguments: --zzz"),
     ],
 )  # fmt: skip
@@ -208,7 +215,9 @@ def test_info_of_a_released_model_needs_no_network(run):
     assert found["weights"]["repo"] == "shi-labs/nat-tiny-in1k-224"
     assert found["weights"]["licence"] == "mit" and found["published"]["top1"] == 83.2
     _, out, _ = run("info", "nat-tiny")
-    assert "size         112 MB\n" in out
+    assert "size         112 MB\n" in out and "nat_tiny.pth" not in out
+    _, out, _ = run("info", "dinat-s-tiny")
+    assert re.search(r"^file +https://.*/dinat_s_tiny_in1k_224\.pth$", out, re.MULTILINE)
     status, out, _ = run("info", "dinat-large")
     assert status == 0 and "note:" in out and "dilations" in out and "30.6 GMACs" in out
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_models import small
 
 import natcupy
 from natcupy.cli.detect import run_lengths
@@ -179,9 +180,15 @@ def test_wrong_models_and_places(run, model, photo):
         ("attend", "mask_rcnn_nat_mini.coco", "detect"),
         ("detect", "upernet-nat-tiny", "segment"),
         ("segment", "nat-tiny", "classify"),
+        ("segment", "shi-labs/nat-tiny-in1k-224@main", "classify"),
     ):  # before anything is asked of the Hub or of a folder
         status, _, err = run(command, photo, "--model", name)
         assert status == 1 and f"`natcupy {other}` takes it" in err, err
+    small("nat", out_indices=(0, 1)).save_pretrained("backbone")
+    status, _, err = run("segment", photo, "--model", "./backbone")
+    assert status == 1 and "a backbone; `natcupy attend` takes it" in err
+    status, _, err = run("classify", photo, "--model", "./backbone")
+    assert status == 1 and "a backbone; `natcupy attend` takes it" in err
     status, _, err = run("segment", photo, "--model", "upernet-nat-tiny")
     assert status == 1 and "nat_tiny_upernet.pth" in err and "--backbone nat-tiny" in err
     (photo.parent / "run").mkdir()

@@ -54,6 +54,21 @@ def test_evaluate_prints_facts_and_a_table(run, tmp_path, scans):
     assert err.count("natcupy: error: ") == len(reasons) and "class " not in out
 
 
+def test_one_is_no_plural(run, tmp_path, scans):
+    one = next((scans / "test" / "3").iterdir())
+    (tmp_path / "one" / "3").mkdir(parents=True)
+    (tmp_path / "one" / "3" / "a.png").write_bytes(one.read_bytes())
+    _, out, _ = run("evaluate", tmp_path / "one")
+    assert ": 1 picture, 1 class\n" in out
+    _, out, _ = run("predict", tmp_path / "one", "--out", "one.csv")
+    assert out.startswith("one.csv is complete, 1 picture in ")
+    (tmp_path / "one" / "3" / "b.png").write_bytes(b"no picture")
+    _, out, _ = run("evaluate", tmp_path / "one")
+    assert "1 picture that could not be read" in out
+    _, out, _ = run("predict", tmp_path / "one", "--out", "two.csv")
+    assert " 1 picture could not be read." in out
+
+
 def test_predict_prints_where_it_is(run, tmp_path, scans):
     status, out, err = run("predict", scans / "test" / "3", "--out", "p.csv", "--topk", "2")
     assert (status, err) == (0, "") and out.startswith("p.csv is complete, 37 pictures in ")

@@ -35,6 +35,24 @@ def test_the_command(stripes, tmp_path, capsys):
     assert main([*words[:4], "--output", str(tmp_path / "x"), "--recipe", "nat-in1"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("task", "model", "said"),
+    [
+        ("classification", "upernet-nat-tiny", "--task must be segmentation for upernet-nat-tiny"),
+        ("detection", "upernet_nat_tiny.ade20k", "--task must be segmentation for upernet_nat_tin"),
+        ("segmentation", "nat-tiny", "With --backbone nat-tiny, a model of that task starts from"),
+    ],
+)
+def test_a_released_model_of_another_task_is_told_before_data_is_looked_for(
+    task, model, said, tmp_path, capsys
+):
+    from natcupy.cli import main
+
+    words = ["finetune", "nowhere", "--task", task, "--model", model]
+    assert main([*words, "--output", str(tmp_path / "run")]) == 1
+    assert said in capsys.readouterr().err
+
+
 def test_a_fresh_classifier_is_told(stripes, tmp_path, caplog):
     from natcupy.cli import main
 

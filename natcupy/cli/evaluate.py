@@ -49,8 +49,9 @@ def _text(result: Result, running: str, per_class: bool) -> str:
     right = sum(entry.right for entry in result.classes)
     right5 = sum(entry.right5 for entry in result.classes)
     pictures = console.counted(result.pictures, "picture")
+    classes = f"{len(result.classes):,} class{'' if len(result.classes) == 1 else 'es'}"
     pairs = [
-        ("data", f"{result.data}: {pictures}, {len(result.classes)} classes"),
+        ("data", f"{result.data}: {pictures}, {classes}"),
         ("model", running),
         ("top-1", f"{100 * result.top1:.2f} % ({right:,} of {result.pictures:,})"),
     ]

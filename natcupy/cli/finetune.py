@@ -17,6 +17,7 @@ from natcupy.cli.finetune_arguments import given
 from natcupy.cli.finetune_errors import with_flags
 from natcupy.cli.finetune_resume import command_of, completed
 from natcupy.data import find
+from natcupy.hub.locate import known_row
 from natcupy.train import TrainConfig, finetune, load_model
 from natcupy.train.checkpoint import STATE
 from natcupy.train.finetuning import describe, is_first
@@ -26,6 +27,7 @@ from natcupy.train.run import CHECKPOINT
 def run(arguments: argparse.Namespace) -> int:
     """Do it; errors about a number name its flag."""
     arguments = completed(arguments)
+    _refuse_other_task(arguments)
     try:
         with with_flags(arguments):
             if arguments.task == "classification":
@@ -41,6 +43,19 @@ def run(arguments: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
         raise
+
+
+def _refuse_other_task(arguments: argparse.Namespace) -> None:
+    """Before anything is looked for: what the model's name tells."""
+    row = known_row(arguments.model)
+    if row is None or row.task == arguments.task:
+        return
+    hint = ""
+    if row.task == "classification":
+        hint = f" With --backbone {arguments.model}, a model of that task starts from its weights."
+    raise ValueError(
+        f"--task must be {row.task} for {arguments.model}, got {arguments.task}.{hint}"
+    )
 
 
 def _classifier(arguments: argparse.Namespace) -> int:

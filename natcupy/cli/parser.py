@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from typing import TextIO
+import sys
+from collections.abc import Sequence
+from typing import NoReturn, TextIO
 
 from natcupy.cli.finetune_arguments import add_arguments as add_finetune_arguments
 
@@ -54,14 +56,20 @@ class _Parser(argparse.ArgumentParser):
     looks like what was misspelt.
     """
 
+    _words: Sequence[str] = ()  # being parsed
+
     def print_help(self, file: TextIO | None = None) -> None:
         print(self.format_help(), end="", file=file, flush=True)
 
     def parse_known_args(self, args=None, namespace=None):
+        self._words = sys.argv[1:] if args is None else args
         found, unknown = super().parse_known_args(args, namespace)
         if unknown and not self._has_commands():
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._nearest(unknown[0])}")
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return found, unknown
+
+    def error(self, message: str) -> NoReturn:
+        super().error(message + self._hint())
 
     def _check_value(self, action: argparse.Action, value: object) -> None:
         if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
@@ -73,10 +81,17 @@ class _Parser(argparse.ArgumentParser):
     def _has_commands(self) -> bool:
         return any(isinstance(action, argparse._SubParsersAction) for action in self._actions)
 
-    def _nearest(self, word: str) -> str:
-        name = word.partition("=")[0]
-        near = difflib.get_close_matches(name, self._option_string_actions, n=1)
-        return f"; did you mean {near[0]}?" if near else ""
+    def _hint(self) -> str:
+        """The option that the first misspelt one looks like, in words."""
+        for word in () if self._has_commands() else self._words:
+            name = word.partition("=")[0]
+            if name == "--":
+                break
+            known = self._option_string_actions
+            if name.startswith("--") and not any(option.startswith(name) for option in known):
+                near = difflib.get_close_matches(name, known, n=1)
+                return f"; did you mean {near[0]}?" if near else ""
+        return ""
 
 
 class _Version(argparse.Action):

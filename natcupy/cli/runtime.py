@@ -19,7 +19,7 @@ from natcupy import backends
 from natcupy.arguments import neighborhood
 from natcupy.data import why
 from natcupy.hub import from_pretrained
-from natcupy.hub.locate import row_meant
+from natcupy.hub.locate import known_row
 from natcupy.inference import ranks
 from natcupy.zoo import ImageModel
 from natcupy.zoo.dense import DenseModel
@@ -80,30 +80,42 @@ def load_for(
 
     Raises ValueError for a model of another task, before anything is fetched if its name tells.
     """
-    row = row_meant(name)
-    if row is not None:
-        _refuse_other(task, name, row.task)
+    row = known_row(name)
+    if row is not None and row.task != task:
+        takes = f"`natcupy {COMMANDS[row.task]}` takes it"
+        raise ValueError(_wrong_kind(task, name, _kind(row.task), takes))
     model = load(name, device, dtype)
-    _refuse_other(task, name, model.config.task if isinstance(model, DenseModel) else USUAL)
+    found = model.config.task if isinstance(model, DenseModel) else USUAL
+    if found != task:
+        gives_maps = found == USUAL and _is_backbone(model)
+        kind, command = ("backbone", "attend") if gives_maps else (_kind(found), COMMANDS[found])
+        raise ValueError(_wrong_kind(task, name, kind, f"`natcupy {command}` takes it"))
     return model
 
 
 def load_classifier(name: str, device: torch.device, dtype: str | None = None) -> ImageModel:
     """A model that has a classifier. Raises ValueError for one without."""
     model = load_for(USUAL, name, device, dtype)
-    if model.num_classes < 1 or model.config.out_indices is not None:
-        raise ValueError(f"--model must be a classifier, got {name!r}, which gives features only.")
+    if _is_backbone(model):
+        pools = model.config.out_indices is None
+        also = " and `natcupy predict --features` take it" if pools else " takes it"
+        raise ValueError(_wrong_kind(USUAL, name, "backbone", f"`natcupy attend`{also}"))
     return model
 
 
-def _refuse_other(task: str, name: str, found: str) -> None:
-    if found == task:
-        return
-    wanted, got = ("classifier" if x == USUAL else f"{x} model" for x in (task, found))
-    raise ValueError(
-        f"--model must be a {wanted}, got {name!r}, a {got}; `natcupy {COMMANDS[found]}` takes it, "
-        "`natcupy models` lists the others."
+def _wrong_kind(task: str, name: str, kind: str, remedy: str) -> str:
+    return (
+        f"--model must be a {_kind(task)}, got {name!r}, a {kind}; {remedy}, `natcupy models` "
+        "lists the others."
     )
+
+
+def _kind(task: str) -> str:
+    return "classifier" if task == USUAL else f"{task} model"
+
+
+def _is_backbone(model: ImageModel) -> bool:
+    return model.num_classes < 1 or model.config.out_indices is not None
 
 
 def print_once(show: Callable[[], None], device: torch.device) -> None:

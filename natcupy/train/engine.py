@@ -138,9 +138,10 @@ class _Engine:
                 f"{wanted}{shared if shares > 1 else ''}"
             )
         if not self.progress.step and self.steps < FEW_STEPS:
+            smaller = "a smaller batch size (--batch-size, batch_size=) or "
             self.bar.say(
-                f"the run is {self.steps} steps, few to learn from: a smaller batch size "
-                "(--batch-size, batch_size=) or more --epochs (epochs=) make more"
+                f"the run is {self.steps} steps, few to learn from: "
+                f"{smaller if plan.step_size > 1 else ''}more --epochs (epochs=) make more"
             )
         if self.progress.step and self.progress.step >= self.steps:
             cooldown = self.config.cooldown_epochs

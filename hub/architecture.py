@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from natcupy import zoo
-from natcupy.hub import convert, dense, preprocessor, schema
+from natcupy.hub import convert, dense, preprocessor, schema, weights
 from natcupy.hub.config import parse_config
 from natcupy.hub.dense import Config
 from natcupy.hub.dense_weights import DenseRow
@@ -149,9 +149,11 @@ def _from_shapes(
 ) -> tuple[Config, str | None]:
     name = architecture or (found.row.arch if found.row else None)
     if name is not None and not zoo.is_model(name):
+        near = weights.nearest(name, weights.released_names())
         raise ValueError(
             f"architecture must be one of natcupy.list_models(task=None) (`natcupy models`), got "
-            f"{name!r}; weights of other numbers need a config.json beside them."
+            f"{name!r}{f' (near: {near[0]})' if near else ''}; weights of other numbers need a "
+            "config.json beside them."
         )
     name = None if name is None else name.strip().lower().replace("-", "_").partition(".")[0]
     if dense.architecture_of(shapes) and name not in _named_configs():

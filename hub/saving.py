@@ -109,7 +109,15 @@ def write(package: Package, folder: str | os.PathLike[str], overwrite_card: bool
 
 
 def state_facts(model: Model, repo: str | None = None, **given: Any) -> Facts:
-    """What the card may say: the caller's statements and what the model's own source implies."""
+    """What the card may say: the caller's statements and what the model's own source implies.
+
+    The first look at a model to be saved: raises TypeError for another library's.
+    """
+    if not (hasattr(model, "pretrained_cfg") and hasattr(model, "config")):
+        raise TypeError(
+            f"model must be one of natcupy's zoo (create_model, from_pretrained), got "
+            f"{type(model).__name__}; of a wrapped one, pass the model inside."
+        )
     source = getattr(model, "source", None)
     inherited = model.pretrained_cfg.get("license") or (source.license if source else None)
     if inherited is not None:

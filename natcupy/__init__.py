@@ -83,8 +83,13 @@ def __getattr__(name: str):
         return value
     if name in _SUBMODULES:
         return import_module(f"natcupy.{name}")
-    raise AttributeError(f"module 'natcupy' has no attribute {name!r}")
+    import difflib
+
+    near = difflib.get_close_matches(name, (*__all__, *_SUBMODULES), n=1, cutoff=0.8)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise AttributeError(f"module 'natcupy' has no attribute {name!r}{hint}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_SUBMODULES})
+    own = (name for name in globals() if name.startswith("__"))
+    return sorted({*own, *__all__, *_SUBMODULES})

@@ -53,7 +53,7 @@ def check_fits(shape: Sequence[int], hood: Neighborhood) -> None:
                 "kernel_size * dilation must fit the input on every axis, got "
                 f"kernel_size={hood.kernel_size}, dilation={hood.dilation}, "
                 f"spatial shape={tuple(shape)}; use a smaller kernel_size or dilation, or pad "
-                "the input (NeighborhoodAttention modules pad by themselves). Heads come last but "
+                "the input (layers do so themselves with small_maps='pad'). Heads come last but "
                 "one: [batch, *spatial, heads, head_dim]."
             )
 

@@ -213,6 +213,7 @@ def test_info_of_a_released_model_needs_no_network(run):
     assert (status, err, found["parameters"]) == (0, "", 27_901_582)
     assert round(found["macs"]["papers"] / 1e9, 1) == float(found["published"]["gmacs"]) == 4.3
     assert found["weights"]["repo"] == "shi-labs/nat-tiny-in1k-224"
+    assert json.loads(run("info", " NAT-Tiny", "--json")[1]) == found
     assert found["weights"]["licence"] == "mit" and found["published"]["top1"] == 83.2
     _, out, _ = run("info", "nat-tiny")
     assert "size         112 MB\n" in out and "nat_tiny.pth" not in out

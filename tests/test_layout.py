@@ -23,7 +23,7 @@ FLOORS = [
         "natcupy.interop",
         "natcupy.eager",
     ),
-    ("natcupy.layouts", "natcupy.arguments"),
+    ("natcupy.layouts", "natcupy.arguments", "natcupy.dtype_errors"),
     ("natcupy.cuda.source", "natcupy.cuda.arch", "natcupy.cuda.nvrtc", "natcupy.cuda.launch"),
     ("natcupy.cuda.jit",),
     ("natcupy.cuda.params", "natcupy.cuda.tiling"),

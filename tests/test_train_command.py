@@ -27,6 +27,8 @@ def test_the_command(stripes, tmp_path, capsys):
     told = json.loads(said.out)
     assert told["scores"].keys() == {"val_loss", "val_accuracy"} and "epoch 1/1" in said.err
     assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["kernel_size"] == 5
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert re.search(r"^\| first weights \| nat-digits, in natcupy \|$", card, re.MULTILINE)
     picture = str(stripes / "down" / "00.png")
     assert main(["classify", picture, "--model", str(tmp_path / "run" / "model"), "--json"]) == 0
     assert "slanted" in capsys.readouterr().out
@@ -49,6 +51,27 @@ def test_a_released_model_of_another_task_is_told_before_data_is_looked_for(
     from natcupy.cli import main
 
     words = ["finetune", "nowhere", "--task", task, "--model", model]
+    assert main([*words, "--output", str(tmp_path / "run")]) == 1
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--backbone", "nat-tiny"], "--backbone belongs to --task segmentation and detection"),
+        (["--images", "p"], "--images belongs to --task detection, got it with classification"),
+        (["--reduce-zero-label"], "--reduce-zero-label belongs to --task segmentation"),
+        (
+            ["--task", "detection", "--backbone", "nat-tiny", "--from-scratch"],
+            "--backbone nat-tiny and --from-scratch exclude each other",
+        ),
+    ],
+)
+def test_words_that_would_change_nothing_are_refused(words, said, tmp_path, capsys):
+    from natcupy.cli import main
+
+    model = "mask-rcnn-nat-mini" if "--task" in words else "nat-digits"
+    words = ["finetune", "nowhere", "--model", model, *words]
     assert main([*words, "--output", str(tmp_path / "run")]) == 1
     assert said in capsys.readouterr().err
 

@@ -108,7 +108,7 @@ def test_few_pictures_are_said_to_make_batches_smaller(tmp_path, capsys):
     result = finetune(tiny(), data, None, config(tmp_path / "run", epochs=1, batch_size=32))
     said = capsys.readouterr().err.splitlines()
     assert said[0] == "9 items make batches of 9, not 32"
-    assert said[1].startswith("the run is 1 steps, few to learn from: a smaller batch size (")
+    assert said[1].startswith("the run is 1 step, few to learn from: a smaller batch size (")
     assert result.history[0]["step"] == 1
     finetune(tiny(), data, None, config(tmp_path / "run", epochs=3, batch_size=32, resume=True))
     assert "few to learn from" not in capsys.readouterr().err  # a run that goes on has been told

@@ -113,7 +113,7 @@ def create_model(name: str, pretrained: bool = False, **overrides: Any) -> Image
         pretrained: load released weights; then `natcupy.hub.from_pretrained(name, **overrides)`
             does the work and `name` may be anything it knows.
         overrides: any field of `ModelConfig` (num_classes, in_chans, drop_path_rate, kernel_size,
-            dilations, ...), `features_only=True` and `out_indices` for a backbone that returns
+            dilations, ...), `features_only=True` and/or `out_indices` for a backbone that returns
             feature maps, `global_pool` ("avg" or "").
 
     Raises ValueError for a name or tag that does not exist, with the nearest that do; TypeError for

@@ -30,6 +30,8 @@ HEAT = np.array([(20, 11, 53), (101, 21, 110), (187, 55, 84), (249, 142, 9), (25
 def run(arguments: argparse.Namespace) -> int:
     """Look, draw, save."""
     image = Path(arguments.image)
+    if image.is_dir():
+        raise ValueError(f"IMAGE must be one picture, got the folder {image}.")
     (output,) = pictures.targets([image], arguments.output)
     if not output.parent.is_dir():
         raise ValueError(f"--output's folder must exist, got {output.parent}; make it first.")

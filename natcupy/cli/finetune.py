@@ -23,11 +23,20 @@ from natcupy.train.checkpoint import STATE
 from natcupy.train.finetuning import describe, is_first
 from natcupy.train.run import CHECKPOINT
 
+# Words that only some tasks know.
+BELONGS_TO = {
+    "backbone": ("segmentation", "detection"),
+    "reduce_zero_label": ("segmentation",),
+    "images": ("detection",),
+    "val_images": ("detection",),
+}
+
 
 def run(arguments: argparse.Namespace) -> int:
     """Do it; errors about a number name its flag."""
     arguments = completed(arguments)
     _refuse_other_task(arguments)
+    _refuse_without_meaning(arguments)
     try:
         with with_flags(arguments):
             if arguments.task == "classification":
@@ -56,6 +65,21 @@ def _refuse_other_task(arguments: argparse.Namespace) -> None:
     raise ValueError(
         f"--task must be {row.task} for {arguments.model}, got {arguments.task}.{hint}"
     )
+
+
+def _refuse_without_meaning(arguments: argparse.Namespace) -> None:
+    """Words that would change nothing."""
+    for name, tasks in BELONGS_TO.items():
+        if getattr(arguments, name) and arguments.task not in tasks:
+            raise ValueError(
+                f"--{name.replace('_', '-')} belongs to --task {' and '.join(tasks)}, got it with "
+                f"{arguments.task}; leave it out, or name that task."
+            )
+    if arguments.backbone and arguments.from_scratch:
+        raise ValueError(
+            f"--backbone {arguments.backbone} and --from-scratch exclude each other: the backbone "
+            "begins with those weights or with fresh ones; leave one of them out."
+        )
 
 
 def _classifier(arguments: argparse.Namespace) -> int:

@@ -36,7 +36,7 @@ def gather(name: str) -> dict[str, Any]:
     if dense is not None:
         return dense_info.released(dense)
     if is_model(name) and not embedded(name):
-        return _of_the_zoo(name.partition(".")[0].replace("_", "-"))
+        return _of_the_zoo(name.strip().lower().partition(".")[0].replace("_", "-"))
     model = from_pretrained(name)
     weights = vars(model.source) | {"licence": model.pretrained_cfg.get("license")}
     weights.pop("license")

@@ -358,7 +358,9 @@ def _push(commands: argparse._SubParsersAction) -> None:
         "--overwrite-card", action="store_true", help="also replace a README.md edited on the Hub"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="say what would be pushed; change nothing"
+        "--dry-run",
+        action="store_true",
+        help="ask the Hub what would change, and change nothing (needs a login, as a push does)",
     )
     _add_hub(parser)
 
@@ -470,7 +472,7 @@ def _share(text: str) -> float:
 
 def _natural(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text!r}")
     return int(text)
 
 

@@ -65,6 +65,13 @@ def pick_device(name: str | None) -> torch.device:
             f"--device must name a device that is there, got {name!r} with "
             f"{torch.cuda.device_count()} CUDA devices; `natcupy doctor` tells why."
         )
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # of another kind for every kind of device
+        reason = " ".join(str(error).split()).partition(". ")[0][:160]
+        raise ValueError(
+            f"--device must name a device that is there, got {name!r}: {reason}."
+        ) from None
     return device
 
 

@@ -216,6 +216,8 @@ class CocoPictures:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        raise DataError(f"{shown(path)} must be a file of annotations in COCO's JSON, is a folder.")
     try:
         if path.stat().st_size > MAX_BYTES:
             raise DataError(f"{shown(path)} may take {MAX_BYTES:,} bytes; split it.")

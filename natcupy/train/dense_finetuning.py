@@ -88,8 +88,8 @@ def load_dense(
             model.pretrained_cfg.pop("label_names", None)  # its rows have learned no names
     if not isinstance(model, DenseModel):
         raise TrainError(
-            f"this task trains a segmentation or detection model, got {name!r}, a "
-            f"{type(model).__name__}. `natcupy models` lists them."
+            f"this task trains a segmentation or detection model, got {name!r}, a classifier. "
+            "`natcupy models` lists them."
         )
     if backbone is not None:
         classifier = from_pretrained(backbone)
@@ -266,7 +266,8 @@ def _finished(
     )
     if not trained.main:
         return result
-    told = told_of(trained, task, config, data_name) | {"regularisation": _regular(kept, config)}
+    told = told_of(trained, task, config, data_name, kept.source)
+    told["regularisation"] = _regular(kept, config)
     plots.curves(trained.history, task.shown, trained.folder / CURVES_PNG)
     task.finish(kept, trained.folder, trained.scores, trained.found, told)
     if push:

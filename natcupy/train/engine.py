@@ -139,8 +139,9 @@ class _Engine:
             )
         if not self.progress.step and self.steps < FEW_STEPS:
             smaller = "a smaller batch size (--batch-size, batch_size=) or "
+            steps = "1 step" if self.steps == 1 else f"{self.steps} steps"
             self.bar.say(
-                f"the run is {self.steps} steps, few to learn from: "
+                f"the run is {steps}, few to learn from: "
                 f"{smaller if plan.step_size > 1 else ''}more --epochs (epochs=) make more"
             )
         if self.progress.step and self.progress.step >= self.steps:

@@ -28,6 +28,7 @@ from natcupy.zoo.preprocess import Preprocess
 
 if TYPE_CHECKING:
     from natcupy.hub import Pushed
+    from natcupy.hub import Source as Origin
 
 CURVES_PNG = "curves.png"
 
@@ -146,7 +147,7 @@ def _finished(
     )
     if not trained.main:
         return result
-    told = told_of(trained, task, config, data_name or "own pictures")
+    told = told_of(trained, task, config, data_name or "own pictures", kept.source)
     plots.curves(trained.history, task.shown, trained.folder / CURVES_PNG)
     task.finish(kept, trained.folder, trained.scores, trained.found, told)
     if push:
@@ -159,9 +160,13 @@ def _finished(
 
 
 def told_of(
-    trained: Trained, task: Classification, config: TrainConfig, data_name: str
+    trained: Trained,
+    task: Classification,
+    config: TrainConfig,
+    data_name: str,
+    source: Origin | None,
 ) -> dict[str, str]:
-    """Data, recipe and versions for the card, as plain text."""
+    """Data, recipe and versions for the card, as plain text; `source` is of the first weights."""
     versions = environment()
     held_out = 0 if task.held_out_items is None else len(task.held_out_items)
     epochs = ", extended to ".join(map(str, trained.planned))
@@ -177,6 +182,7 @@ def told_of(
     rows = {
         "data": f"{data_name}, {len(task.classes)} classes",
         "pictures": f"{len(task.training_items):,} to train on, {held_out:,} held out",
+        "first weights": _first_weights(source),
         "recipe": config.recipe or "own numbers",
         "epochs": f"{epochs}, number {trained.epoch} kept",
         "pictures per step": f"{trained.step_size}",
@@ -190,6 +196,17 @@ def told_of(
         "software": f"natcupy {versions['natcupy']}, torch {versions['torch']}",
     }
     return {name: plain(text) for name, text in rows.items()}
+
+
+def _first_weights(source: Origin | None) -> str:
+    """Where a run's weights came from, in words."""
+    if source is None:
+        return "fresh"
+    if source.repo:
+        return f"{source.repo} at {(source.commit or 'main')[:12]}"
+    place = Path(source.path)
+    bundled = source.kind == "embedded"
+    return f"{place.parent.name}, in natcupy" if bundled else f"{place.parent.name}/{place.name}"
 
 
 def plain(text: str) -> str:

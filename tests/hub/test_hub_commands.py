@@ -154,6 +154,19 @@ def test_a_checkpoint_that_fits_nothing_is_named_as_the_user_names_it(tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
+def test_another_librarys_model_is_told(tmp_path):
+    for act in (natcupy.save_pretrained, natcupy.push_to_hub):
+        with pytest.raises(TypeError, match=r"one of natcupy's zoo .*, got Linear"):
+            act(torch.nn.Linear(2, 2), str(tmp_path / "x") if "save" in act.__name__ else "me/x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_misspelt_architecture_names_the_nearest(tmp_path, capsys):
+    source = checkpoint(tmp_path / "a.pth", natcupy.create_model("nat-mini", num_classes=3))
+    words = ["convert", str(source), str(tmp_path / "out"), "--architecture", "nat-minni"]
+    assert main(words) == 1 and "(near: nat-mini)" in capsys.readouterr().err
+
+
 def test_convert_tells_how_to_name_the_architecture(tmp_path, capsys):
     source = checkpoint(tmp_path / "mine.pth", natcupy.create_model("nat-mini"))
     status, _, error = run(capsys, "convert", source, tmp_path / "out")

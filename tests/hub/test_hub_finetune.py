@@ -13,6 +13,7 @@ from PIL import Image
 import natcupy
 from natcupy import hub as natcupy_hub
 from natcupy.data import find
+from natcupy.hub import card
 from natcupy.train import TrainConfig, TrainError, finetune
 from natcupy.train.optimizer import make_optimizer
 from natcupy.zoo import ModelConfig, build_model
@@ -65,8 +66,12 @@ def test_pushed_in_one_commit(hub, shades, tmp_path):
         license="mit", token="hf_alice",
     )  # fmt: skip
     assert again.pushed.commit == result.pushed.commit  # the same files: nothing to push
-    card = (tmp_path / "run" / "model" / "README.md").read_text()
-    assert 'license: "mit"' in card and "## Training" in card
+    text = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert 'license: "mit"' in text and "## Training" in text
+    assert card.stated(text)["training"]["first weights"] == "fresh"
+    tuned = finetune(model, shades, None, config(tmp_path / "again"))
+    told = card.stated((tuned.folder / "model" / "README.md").read_text())["training"]
+    assert told["first weights"] == f"me/shades at {model.source.commit[:12]}"
 
 
 @pytest.mark.parametrize(

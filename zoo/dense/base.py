@@ -85,7 +85,8 @@ class DenseModel(nn.Module):
             if getattr(config, field) != getattr(own, field):
                 raise ValueError(
                     f"the classifier must have the backbone's {field}={getattr(own, field)}, got "
-                    f"{getattr(config, field)}; build {self.name} from the classifier's numbers."
+                    f"{getattr(config, field)}; take the classifier that {self.name} is named "
+                    "after, or build a model with this one's numbers."
                 )
         if (config.layer_scale is None) != (own.layer_scale is None):
             raise ValueError(

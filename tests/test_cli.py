@@ -63,6 +63,8 @@ def test_version():
         (["push", "m", "a/b", "c", "--dryrun"], "arguments: c --dryrun; did you mean --dry-run?"),
         (["segment", "a.png", "--modle", "x"], "required: --model; did you mean --model?"),
         (["predict", "a", "--outt", "x.csv"], "required: --out; did you mean --out?"),
+        (["finetune", "d", "--resume", "runs/k"], "arguments: runs/k; --resume takes no value\n"),
+        (["finetune", "d", "--epcohs", "3"], "usage: natcupy finetune ... (natcupy finetune --hel"),
         (["attend", "a.png", "output.png"], "unrecognized arguments: output.png\n"),
         (["classify", "--topk", "0", "a.png"], "must be at least 1, got 0\n"),
         (["--zzz", "demo"], "natcupy: error: unrecognized arguments: --zzz"),

@@ -49,11 +49,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+MOST_USAGE = 10  # lines in front of an error
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse's own keeps it to itself when the help cannot be written.
 
-    And it reports a command's unknown options with the usage of `natcupy`, and names nothing that
-    looks like what was misspelt.
+    And it reports a command's unknown options with the usage of `natcupy`, names nothing that looks
+    like what was misspelt, and puts any number of lines in front of the one that says what is
+    wrong.
     """
 
     _words: Sequence[str] = ()  # being parsed
@@ -65,11 +69,16 @@ class _Parser(argparse.ArgumentParser):
         self._words = sys.argv[1:] if args is None else args
         found, unknown = super().parse_known_args(args, namespace)
         if unknown and not self._has_commands():
-            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+            self.error(
+                f"unrecognized arguments: {' '.join(unknown)}{self._flag_before(unknown[0])}"
+            )
         return found, unknown
 
     def error(self, message: str) -> NoReturn:
-        super().error(message + self._hint())
+        usage = self.format_usage()
+        if usage.count("\n") > MOST_USAGE:
+            usage = f"usage: {self.prog} ... ({self.prog} --help lists the options)\n"
+        self.exit(2, f"{usage}{self.prog}: error: {message}{self._hint()}\n")
 
     def _check_value(self, action: argparse.Action, value: object) -> None:
         if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
@@ -80,6 +89,13 @@ class _Parser(argparse.ArgumentParser):
 
     def _has_commands(self) -> bool:
         return any(isinstance(action, argparse._SubParsersAction) for action in self._actions)
+
+    def _flag_before(self, word: str) -> str:
+        """That an option takes no value, where a word behind it is one too many."""
+        words = list(self._words)
+        before = words[words.index(word) - 1] if word in words[1:] else ""
+        action = self._option_string_actions.get(before)
+        return "" if action is None or action.nargs != 0 else f"; {before} takes no value"
 
     def _hint(self) -> str:
         """The option that the first misspelt one looks like, in words."""

@@ -66,6 +66,17 @@ def run(p, inputs, cotangents=None):
     return out, lse, *torch.autograd.grad((out, lse), leaves, cotangents)
 
 
+def draw_cotangents(p, inputs):
+    """Random numbers for `run`, of the shapes and dtypes of its output and log-sum-exp."""
+    gen = torch.Generator().manual_seed(p.seed)
+    rows, dtype = inputs["query"].shape[:-1], inputs["query"].dtype
+    shapes = (*rows, inputs["value"].shape[-1]), rows
+    return [
+        torch.randn(shape, generator=gen, dtype=torch.float64).to(d)
+        for shape, d in zip(shapes, (dtype, kernels.compute_dtype(dtype)), strict=True)
+    ]
+
+
 def ask_oracle(p, inputs):
     """(expected, cotangents) for `run`."""
     doubles = {
@@ -73,13 +84,7 @@ def ask_oracle(p, inputs):
         for n, x in inputs.items()
     }
     results = oracle.attention(**doubles, **p.window)
-    gen = torch.Generator().manual_seed(p.seed)
     leaves = [x for x in doubles.values() if isinstance(x, torch.Tensor)]
-    dtype = inputs["query"].dtype
-    dtypes = dtype, kernels.compute_dtype(dtype)
-    cotangents = [
-        torch.randn(r.shape, generator=gen, dtype=torch.float64).to(d)
-        for r, d in zip(results, dtypes, strict=True)
-    ]
+    cotangents = draw_cotangents(p, inputs)
     grads = torch.autograd.grad(results, leaves, [c.double() for c in cotangents])
     return (*results, *grads), cotangents

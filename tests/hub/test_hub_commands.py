@@ -162,7 +162,7 @@ def test_another_librarys_model_is_told(tmp_path):
 
 
 def test_a_misspelt_architecture_names_the_nearest(tmp_path, capsys):
-    source = checkpoint(tmp_path / "a.pth", natcupy.create_model("nat-mini", num_classes=3))
+    source = checkpoint(tmp_path / "a.pth", invented("nat"))
     words = ["convert", str(source), str(tmp_path / "out"), "--architecture", "nat-minni"]
     assert main(words) == 1 and "(near: nat-mini)" in capsys.readouterr().err
 

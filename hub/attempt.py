@@ -6,6 +6,7 @@ the one that changes the Hub, `rehearsal` the one that only says what would chan
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 import time
@@ -31,11 +32,6 @@ log = logging.getLogger("natcupy.hub")
 MAX_CARD_BYTES = 1_000_000
 _BRANCH = re.compile(r"(?!.*\.\.)(?!.*//)[A-Za-z0-9][\w./\-]{0,120}", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-# The arguments of `push_to_hub` that `make_target` takes.
-_AIM = (
-    *("private", "branch", "revision", "create_pr", "commit_message", "parent_commit"),
-    "overwrite_card",
-)
 
 Done = TypeVar("Done")  # what an attempt ends with
 
@@ -108,6 +104,9 @@ def make_target(
     return Target(
         repo, where, private, bool(create_pr), parent_commit, message, bool(overwrite_card)
     )
+
+
+_AIM = [*inspect.signature(make_target).parameters][1:]  # of the arguments of `push_to_hub`
 
 
 def prepare(

@@ -64,6 +64,11 @@ def test_every_named_file_exists():
             assert (folder / name).exists(), f"{folder.name}/{name}"
 
 
+def test_every_named_folder_exists():
+    tree = re.findall(r"^([a-z]+)/  ", README, re.M)
+    assert len(tree) == 8 and all((ROOT / name).is_dir() for name in tree)
+
+
 def test_every_named_command_parses():
     rows = re.findall(r"^\| `natcupy (.*?)`(?:, `natcupy (.*?)`)?", README, re.M)
     commands = [command for row in rows for command in row if command]

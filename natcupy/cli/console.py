@@ -34,9 +34,9 @@ def facts(pairs: Sequence[tuple[str, object]]) -> str:
     return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in pairs)
 
 
-def counted(count: int, thing: str) -> str:
+def counted(count: int, thing: str, ending: str = "s") -> str:
     """A number of things: `1 picture`, `2,000 pictures`."""
-    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+    return f"{count:,} {thing}{'' if count == 1 else ending}"
 
 
 def print_json(value: object) -> None:

@@ -49,7 +49,7 @@ def _text(result: Result, running: str, per_class: bool) -> str:
     right = sum(entry.right for entry in result.classes)
     right5 = sum(entry.right5 for entry in result.classes)
     pictures = console.counted(result.pictures, "picture")
-    classes = f"{len(result.classes):,} class{'' if len(result.classes) == 1 else 'es'}"
+    classes = console.counted(len(result.classes), "class", "es")
     pairs = [
         ("data", f"{result.data}: {pictures}, {classes}"),
         ("model", running),
